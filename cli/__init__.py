@@ -1,0 +1,1 @@
+"""The two commands, duet-cache and duet-distill: parse, configure, call, print."""

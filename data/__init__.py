@@ -1,0 +1,1 @@
+"""Query sets, steering prefixes, prompt rendering and the demo world: what goes in."""

@@ -1,0 +1,29 @@
+"""Every error this project raises on purpose.
+
+One tree under `DuetError`. A message is one line: what, where, expected against found, and what
+to do next. The command line prints it as it is and exits with 1, so nothing else may format it.
+"""
+
+
+class DuetError(Exception):
+    """Something the user can act on; the message says how."""
+
+
+class ConfigurationError(DuetError):
+    """A setting has a value that cannot work, or two settings contradict each other."""
+
+
+class DataError(DuetError):
+    """A query file, a dataset or a model folder is missing, unreadable or malformed."""
+
+
+class CacheError(DuetError):
+    """A teacher cache cannot be used as asked: unfinished, locked, or no cache at all."""
+
+
+class CorruptCacheError(CacheError):
+    """The bytes of a cache are not what its manifest or the format promises."""
+
+
+class MismatchError(CacheError):
+    """A cache is sound but belongs to something else: another recipe, tokenizer or query set."""

@@ -1,0 +1,1 @@
+"""The student: batches, losses, trainer, evaluation."""
