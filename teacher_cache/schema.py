@@ -1,0 +1,102 @@
+"""Format version 1: columns, Parquet settings and metadata keys of a shard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from duet_unlearn.teacher_cache.signals import Signal
+
+FORMAT_NAME = "duet-teacher-cache"
+FORMAT_VERSION = 1
+SPLITS = ("forget", "retain")
+
+MANIFEST_NAME = "manifest.json"
+SHARD_FOLDER = "shards"
+
+# Row groups are what a reader decodes at once: about 2**20 logits keep one at a few megabytes
+# whatever T and K are.
+ROW_GROUP_LOGITS = 1 << 20
+
+# Keys of a shard's Parquet metadata; values are UTF-8 text.
+META_VERSION = b"duet.format_version"
+META_RECIPE = b"duet.recipe"
+META_RECIPE_ID = b"duet.recipe_id"
+META_QUERIES = b"duet.queries"
+META_INDEX = b"duet.shard_index"
+META_COUNT = b"duet.shard_count"
+META_ENGINE = b"duet.engine"
+META_STATISTICS = b"duet.statistics"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRow:
+    """One query with its signal, as written to and read from a shard."""
+
+    query_id: str
+    """Stable id of the query."""
+    split: str
+    """`forget` or `retain`."""
+    query: str
+    """The text as the student sees it; for several messages their JSON."""
+    prompt_ids: npt.NDArray[np.int32]
+    """The student's prompt, `[P]`: chat template applied, no prefix."""
+    signal: Signal
+    """What the teacher said, T positions of K tokens."""
+
+
+def logit_type(logit_dtype: str) -> pa.DataType:
+    """Return the Arrow type of the logits column."""
+    return pa.float16() if logit_dtype == "float16" else pa.float32()
+
+
+def shard_schema(logit_dtype: str) -> pa.Schema:
+    """Return the columns of a shard, in order, none of them nullable in practice."""
+    return pa.schema(
+        [
+            ("query_id", pa.string()),
+            ("split", pa.dictionary(pa.int32(), pa.string())),
+            ("query", pa.string()),
+            ("prompt_ids", pa.list_(pa.int32())),
+            ("response_ids", pa.list_(pa.int32())),
+            ("token_ids", pa.list_(pa.int32())),
+            ("logits", pa.list_(logit_type(logit_dtype))),
+            ("logsumexp", pa.list_(pa.float32())),
+        ]
+    )
+
+
+def rows_to_table(rows: Sequence[CacheRow], logit_dtype: str) -> pa.Table:
+    """Return rows as an Arrow table of format version 1; token ids and logits go row-major [T, K]."""
+    schema = shard_schema(logit_dtype)
+    signals = [row.signal for row in rows]
+    numpy_dtype = np.float16 if logit_dtype == "float16" else np.float32
+    columns = [
+        pa.array([row.query_id for row in rows], pa.string()),
+        pa.array([row.split for row in rows], pa.string()).dictionary_encode(),
+        pa.array([row.query for row in rows], pa.string()),
+        _list_column([row.prompt_ids for row in rows], np.int32),
+        _list_column([signal.response_ids for signal in signals], np.int32),
+        _list_column([signal.token_ids.reshape(-1) for signal in signals], np.int32),
+        _list_column([signal.logits.reshape(-1) for signal in signals], numpy_dtype),
+        _list_column([signal.logsumexp for signal in signals], np.float32),
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _list_column(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.ListArray:
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    lengths = np.array([len(a) for a in arrays], np.int64).cumsum()
+    if len(lengths) and lengths[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{lengths[-1]} list entries in one shard, more than a Parquet list holds")
+    offsets[1:] = lengths
+    flat = np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+def rows_per_group(top_k: int, positions: int) -> int:
+    """Return how many rows a row group holds so that it decodes to a few megabytes."""
+    return max(1, ROW_GROUP_LOGITS // (top_k * positions))
