@@ -70,8 +70,8 @@ class Recipe:
             )
         if not 1 <= self.top_k <= min(self.vocab_size, MAX_TOP_K):
             raise ConfigurationError(
-                f"top_k is {self.top_k}, but the teacher's vocabulary has {self.vocab_size} tokens; "
-                f"give --top-k between 1 and {min(self.vocab_size, MAX_TOP_K)}"
+                f"top_k is {self.top_k}, but the teacher's vocabulary has {self.vocab_size} tokens;"
+                f" give --top-k between 1 and {min(self.vocab_size, MAX_TOP_K)}"
             )
 
     @property

@@ -70,7 +70,7 @@ def shard_schema(logit_dtype: str) -> pa.Schema:
 
 
 def rows_to_table(rows: Sequence[CacheRow], logit_dtype: str) -> pa.Table:
-    """Return rows as an Arrow table of format version 1; token ids and logits go row-major [T, K]."""
+    """Return rows as an Arrow table of format version 1; matrices `[T, K]` go row-major."""
     schema = shard_schema(logit_dtype)
     signals = [row.signal for row in rows]
     numpy_dtype = np.float16 if logit_dtype == "float16" else np.float32

@@ -1,0 +1,215 @@
+"""Stream a finished cache: any row by its index, a row group decoded at a time.
+
+Memory is bounded by a few row groups whatever the size of the cache, so a sampler that stays near
+recent rows reads every byte once. Values come back as numpy arrays.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from duet_unlearn.data.errors import CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
+from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.shards import RowGroup, ShardFile
+
+# Enough for a sampler that mixes rows of a window of groups.
+RECENT_ROW_GROUPS = 16
+_RECENT_FILES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedRow:
+    """One row of a cache, T positions of K tokens; the arrays are read-only views."""
+
+    query_id: str
+    split: str
+    query: str
+    prompt_ids: npt.NDArray[np.int32]
+    """The student's prompt, `[P]`."""
+    response_ids: npt.NDArray[np.int32]
+    """The teacher's greedy tokens, `[T]`."""
+    token_ids: npt.NDArray[np.int32]
+    """Top-K ids by falling logit, `[T, K]`."""
+    logits: npt.NDArray[np.float32]
+    """Raw logits, `[T, K]`."""
+    logsumexp: npt.NDArray[np.float32]
+    """Over the full vocabulary, in nats, `[T]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Location:
+    shard: int
+    group: int
+    first_row: int
+
+
+class CacheReader:
+    """Random access to the rows of a finished cache in bounded memory."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.num_rows = manifest.num_rows
+        self.splits = np.concatenate([_split_codes(shard) for shard in manifest.shards])
+        """Split of every row, `[num_rows]`, 0 for forget and 1 for retain."""
+        self._locations: list[_Location] = []
+        groups: list[range] = []
+        first = 0
+        for index, shard in enumerate(manifest.shards):
+            for group, start in enumerate(range(0, shard.num_rows, shard.row_group_rows)):
+                stop = min(start + shard.row_group_rows, shard.num_rows)
+                self._locations.append(_Location(index, group, first + start))
+                groups.append(range(first + start, first + stop))
+            first += shard.num_rows
+        self.row_groups: tuple[range, ...] = tuple(groups)
+        """Row indices that are decoded together, in file order."""
+        self._starts = np.array([group.start for group in groups])
+        self._recent: OrderedDict[int, RowGroup] = OrderedDict()
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+
+    @classmethod
+    def open(cls, cache: str | Path) -> "CacheReader":
+        """Open `PATH` or `PATH@sha256:DIGEST` and check the manifest.
+
+        Raises:
+            CacheError: There is no finished cache there.
+            CorruptCacheError: The manifest is damaged, or a shard is missing or of another size.
+            MismatchError: The cache has another digest than the one given.
+        """
+        folder, pin = split_pin(cache)
+        manifest = read_manifest(folder)
+        if pin is not None and manifest.digest != pin:
+            raise MismatchError(
+                f"{folder}: this cache has digest {manifest.digest}, expected {pin}; "
+                "get the cache that was named, or change the digest"
+            )
+        for shard in manifest.shards:
+            check_size(folder, shard)
+        return cls(folder, manifest)
+
+    def row(self, index: int) -> CachedRow:
+        """Return one row by its index in file order.
+
+        Raises:
+            IndexError: The index is not in `range(num_rows)`.
+            CorruptCacheError: The row's shard is damaged or does not belong to this cache.
+        """
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of a cache with {self.num_rows} rows")
+        group_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        group = self._group(group_index)
+        row = index - self.row_groups[group_index].start
+        prompt = slice(*group.prompt_offsets[row : row + 2])
+        positions = slice(*group.response_offsets[row : row + 2])
+        return CachedRow(
+            query_id=group.query_id(row),
+            split=SPLITS[self.splits[index]],
+            query=group.query(row),
+            prompt_ids=group.prompt_ids[prompt],
+            response_ids=group.response_ids[positions],
+            token_ids=group.token_ids[positions],
+            logits=group.logits[positions].astype(np.float32, copy=False),
+            logsumexp=group.logsumexp[positions],
+        )
+
+    def group(self, index: int) -> RowGroup:
+        """Return a decoded row group, the columns of `row_groups[index]`.
+
+        Raises:
+            CorruptCacheError: Its shard is damaged or does not belong to this cache.
+        """
+        return self._group(index)
+
+    def _group(self, index: int) -> RowGroup:
+        if index in self._recent:
+            self._recent.move_to_end(index)
+            return self._recent[index]
+        location = self._locations[index]
+        group = self._file(location.shard).read_row_group(location.group)
+        self._check_group(group, index)
+        self._recent[index] = group
+        if len(self._recent) > RECENT_ROW_GROUPS:
+            self._recent.popitem(last=False)
+        return group
+
+    def _check_group(self, group: RowGroup, index: int) -> None:
+        rows = self.row_groups[index]
+        path = self.folder / SHARD_FOLDER / self.manifest.shards[self._locations[index].shard].name
+        if group.num_rows != len(rows):
+            raise CorruptCacheError(
+                f"{path}: {group.num_rows} rows in a row group, the manifest says {len(rows)}"
+            )
+        if group.splits() != [SPLITS[code] for code in self.splits[rows.start : rows.stop]]:
+            raise CorruptCacheError(f"{path}: the splits of its rows are not the manifest's")
+        width = self.manifest.recipe.vocab_size
+        for ids in (group.token_ids, group.prompt_ids, group.response_ids):
+            if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < width):
+                raise CorruptCacheError(f"{path}: token ids outside the vocabulary of {width}")
+        if not (np.isfinite(group.logits).all() and np.isfinite(group.logsumexp).all()):
+            raise CorruptCacheError(f"{path}: logits that are not finite; get the cache again")
+
+    def _file(self, shard: int) -> ShardFile:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        entry = self.manifest.shards[shard]
+        file = open_shard(self.folder, entry, self.manifest)
+        self._files[shard] = file
+        if len(self._files) > _RECENT_FILES:
+            self._files.popitem(last=False)[1].close()
+        return file
+
+
+def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile:
+    """Open a shard and check that it is the one its manifest means.
+
+    Raises:
+        CorruptCacheError: It is missing, damaged, or a shard of another place or recipe.
+    """
+    path = folder / SHARD_FOLDER / entry.name
+    file = ShardFile(path)
+    index = manifest.shards.index(entry)
+    if file.header.recipe != manifest.recipe:
+        differences = "; ".join(manifest.recipe.differences(file.header.recipe))
+        raise CorruptCacheError(f"{path}: a shard of another recipe ({differences})")
+    if file.header.queries != manifest.queries:
+        raise CorruptCacheError(f"{path}: a shard of another cache of this recipe; get it again")
+    if (file.header.index, file.header.count) != (index, len(manifest.shards)):
+        raise CorruptCacheError(
+            f"{path}: is shard {file.header.index} of {file.header.count}, expected {index} of "
+            f"{len(manifest.shards)}; shards were swapped"
+        )
+    if file.num_rows != entry.num_rows or max(file.row_group_sizes) != min(
+        entry.row_group_rows, entry.num_rows
+    ):
+        raise CorruptCacheError(
+            f"{path}: {file.num_rows} rows, the manifest says {entry.num_rows}; get it again"
+        )
+    return file
+
+
+def check_size(folder: Path, shard: ShardEntry) -> None:
+    """Check that a shard is there with the size its manifest gives.
+
+    Raises:
+        CorruptCacheError: It is missing or has another size.
+    """
+    path = folder / SHARD_FOLDER / shard.name
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise CorruptCacheError(f"{path}: the shard is missing; get the cache again") from None
+    if found != shard.bytes:
+        raise CorruptCacheError(
+            f"{path}: {found} bytes, the manifest says {shard.bytes}; get the cache again"
+        )
+
+
+def _split_codes(shard: ShardEntry) -> npt.NDArray[np.uint8]:
+    return np.repeat(
+        np.arange(len(SPLITS), dtype=np.uint8), [shard.rows[split] for split in SPLITS]
+    )
