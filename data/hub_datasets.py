@@ -1,0 +1,93 @@
+"""Rows of a dataset on the hub, by `hub:NAME[:CONFIG][:SPLIT]`, read through `datasets`.
+
+With one part behind the name it is looked up which of the two it is. Where the dataset has
+several configurations or splits and none is named, that is an error with the list of them: a
+silent choice would decide what a model forgets. NAME may also be a local dataset folder.
+Code that a dataset brings along is never run.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from duet_unlearn.data.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+T = TypeVar("T")
+
+
+def hub_rows(source: str, needs_one_of: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    """Numbered rows (from 1) of the dataset.
+
+    Raises:
+        DataError: the dataset, configuration or split is unknown, out of reach or unreadable, or
+            it has none of the columns.
+    """
+    # Not at the top of the module: query_files imports this one, and `datasets` takes a second.
+    from duet_unlearn.data.query_files import check_columns
+
+    dataset = _load(source)
+    check_columns(source, dataset.column_names, needs_one_of)
+    wanted = [c for c in dataset.column_names if c in {*needs_one_of, "id", "answer", "kind"}]
+    yield from enumerate(dataset.select_columns(wanted), start=1)
+
+
+def _load(source: str) -> "Dataset":
+    import datasets
+
+    name, config, split = _resolve(source)
+
+    def load() -> Any:
+        return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
+
+    return _attempt(source, load)
+
+
+def _resolve(source: str) -> tuple[str, str, str]:
+    """Name, configuration and split, each of them certain."""
+    from datasets import (
+        get_dataset_config_names,
+        get_dataset_default_config_name,
+        get_dataset_split_names,
+    )
+
+    # A colon inside brackets belongs to a slice: hub:NAME:train[:100].
+    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hub:"))
+    if not name or len(rest) > 2:
+        raise DataError(f"{source}: expected hub:NAME[:CONFIG][:SPLIT]")
+    configs: list[str] = _attempt(source, lambda: get_dataset_config_names(name))
+    first, second = [*rest, "", ""][:2]
+    is_config = bool(second) or first in configs
+    config, split = (first, second) if is_config else ("", first)
+    if config and config not in configs:
+        raise DataError(f"{source}: no configuration {config!r}; there are {_listed(configs)}")
+    if not config:
+        config = _attempt(source, lambda: get_dataset_default_config_name(name)) or ""
+    if not config:
+        raise DataError(f"{source}: name one configuration of {_listed(configs)}")
+    splits: list[str] = _attempt(source, lambda: get_dataset_split_names(name, config))
+    if not split and len(splits) == 1:
+        split = splits[0]
+    if not split:
+        raise DataError(f"{source}: name one split of {_listed(splits)}")
+    if re.split(r"[\[+]", split)[0] not in splits:
+        also = "" if is_config else f", and no such configuration among {_listed(configs)}"
+        raise DataError(f"{source}: no split {split!r} among {_listed(splits)}{also}")
+    return name, config, split
+
+
+def _attempt(source: str, action: Callable[[], T]) -> T:
+    """Run one step of `datasets`, which raises nearly any exception, many of several lines."""
+    try:
+        return action()
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = "check the network" if isinstance(error, ConnectionError) else "check the name"
+        raise DataError(f"{source}: the dataset cannot be loaded ({reason}); {hint}") from error
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more

@@ -1,0 +1,111 @@
+"""Conversations: what one looks like, how it is checked, and how it is written as one text."""
+
+import json
+from collections.abc import Iterable
+from typing import TypedDict
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+def text_from_messages(messages: Iterable[Message]) -> str:
+    """One user turn's content as it is, or several turns as a JSON list.
+
+    A content that itself reads as such a list is written as a list too, so that no two
+    conversations share a text.
+    """
+    turns = tuple(messages)
+    if len(turns) == 1 and turns[0]["role"] == "user" and _parse(turns[0]["content"]) is None:
+        return turns[0]["content"]
+    # Built anew with a fixed order of keys: the text decides ids and fingerprints.
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    return json.dumps(plain, ensure_ascii=False)
+
+
+def messages_from_text(text: str) -> tuple[Message, ...]:
+    """The conversation of a `Query.text`, for instance of the cache's `query` column."""
+    parsed = _parse(text)
+    return parsed if parsed is not None else (Message(role="user", content=text),)
+
+
+def check_messages(value: object) -> tuple[Message, ...]:
+    """A conversation out of parsed JSON or Arrow, with `role` and `content` in each turn.
+
+    Raises:
+        ValueError: it is not a list of turns that ends with a user turn; the message says which
+            turn is wrong.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`messages` must be a list of turns, found {type_name(value)}")
+    turns = tuple(_check_turn(turn, number) for number, turn in enumerate(value, start=1))
+    if turns[-1]["role"] != "user":
+        raise ValueError(f"`messages` must end with a user turn, found {turns[-1]['role']!r} last")
+    if not turns[-1]["content"].strip():
+        raise ValueError("the last turn of `messages` is blank; remove the row or fill it in")
+    if any(turn["role"] == "system" for turn in turns[1:]):
+        raise ValueError("a system turn of `messages` must stand first")
+    return turns
+
+
+def check_text(text: str, column: str) -> str:
+    """The text as it is, unless it cannot be encoded.
+
+    Raises:
+        ValueError: the text has a surrogate without its other half.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{column}` has half a surrogate pair (U+{ord(text[error.start]):04X}) at "
+            f"character {error.start + 1}: no tokenizer takes it, repair the text"
+        ) from None
+    return text
+
+
+def type_name(value: object) -> str:
+    """What a value of parsed JSON is, in the words of an error message."""
+    names = {
+        "NoneType": "nothing",
+        "int": "a number",
+        "float": "a number",
+        "str": "text",
+        "list": "a list" if value else "an empty list",
+        "dict": "an object",
+        "bool": "true or false",
+    }
+    return names.get(type(value).__name__, type(value).__name__)
+
+
+def _check_turn(turn: object, number: int) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number} of `messages` must be an object with role and content")
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise ValueError(
+            f"turn {number} of `messages` has role {role!r}: expected {', '.join(ROLES[:-1])} "
+            f"or {ROLES[-1]}"
+        )
+    if not isinstance(content, str):
+        raise ValueError(f"content of turn {number} must be text, found {type_name(content)}")
+    # Arrow fills the fields that only other rows use with None; a set field changes the prompt.
+    extra = [key for key in turn if key not in ("role", "content") and turn[key] is not None]
+    if extra:
+        raise ValueError(f"turn {number} of `messages` has {extra[0]!r} beside role and content")
+    return Message(role=role, content=check_text(content, "messages"))
+
+
+def _parse(text: str) -> tuple[Message, ...] | None:
+    """The turns that a text spells as JSON, or None where it is a plain query."""
+    if not text.startswith("["):
+        return None
+    try:
+        return check_messages(json.loads(text))
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,190 @@
+"""Query sets: what a user would ask, read from a file or a hub dataset.
+
+A row holds its query in `query`, `question` or `messages` (the first of the three that has a
+value), and may hold `id`, `answer` and `kind`. Text is kept exactly as it is written: no
+stripping, no Unicode normalisation, because the cache stores the tokens of this very text.
+A bad row is an error that names the file and the line, never a row that is quietly left out.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from duet_unlearn.data.errors import DataError
+from duet_unlearn.data.messages import (
+    Message,
+    check_messages,
+    check_text,
+    messages_from_text,
+    text_from_messages,
+    type_name,
+)
+from duet_unlearn.data.query_files import open_rows
+
+__all__ = [
+    "SPLITS",
+    "Message",
+    "Query",
+    "load_queries",
+    "fingerprint_queries",
+    "messages_from_text",
+    "text_from_messages",
+]
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("forget", "retain", "general")
+QUERY_COLUMNS = ("query", "question", "messages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """One query of a split; two queries with the same `query_id` and split are the same query."""
+
+    query_id: str
+    """The user's id, or `q-` and 16 hex digits that follow from split and text."""
+    split: str
+    """`forget`, `retain`, or (in evaluation only) `general`."""
+    messages: tuple[Message, ...]
+    """The conversation; it ends with a user turn. A plain query is one user turn."""
+    answer: str | None = None
+    """The reference answer. Evaluation reads it; it never enters a cache."""
+    kind: str | None = None
+    """A label by which evaluation scores parts of a split apart."""
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise DataError(f"split {self.split!r} is unknown: expected one of {', '.join(SPLITS)}")
+
+    @classmethod
+    def from_text(cls, text: str, *, split: str, query_id: str | None = None) -> "Query":
+        """A query from one line of text, as a user types it."""
+        messages = (Message(role="user", content=text),)
+        return cls(
+            query_id=query_id or _hashed_id(split, text_from_messages(messages)),
+            split=split,
+            messages=messages,
+        )
+
+    @property
+    def text(self) -> str:
+        """The query as one string; `messages_from_text` turns it back."""
+        return text_from_messages(self.messages)
+
+
+def fingerprint_queries(queries: Iterable[Query]) -> str:
+    """A digest of ids, splits and texts that does not depend on the order of the queries.
+
+    Returns:
+        `sha256:` and 64 hex digits.
+    """
+    rows = sorted(
+        hashlib.sha256(
+            json.dumps([query.query_id, query.split, query.text], ensure_ascii=False).encode()
+        ).digest()
+        for query in queries
+    )
+    return "sha256:" + hashlib.sha256(b"".join(rows)).hexdigest()
+
+
+def load_queries(source: str, *, split: str, require_answers: bool = False) -> list[Query]:
+    """Read all queries of a source, in its order, each one once.
+
+    Rows with the same id and text (where a row has no id: the same text) collapse to the first
+    of them; how many did is logged.
+
+    Args:
+        source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or `hub:NAME[:CONFIG][:SPLIT]`.
+        split: the split that the queries belong to.
+        require_answers: whether a row without `answer` is an error.
+
+    Raises:
+        DataError: the source cannot be read, holds no query, or has a bad row; the message
+            names the line.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
+    rows = open_rows(source, needs_one_of=QUERY_COLUMNS)
+    kept: dict[str, tuple[Query, int]] = {}
+    duplicates = 0
+    for number, row in rows:
+        try:
+            query = _query_from_row(row, split)
+            if require_answers and query.answer is None:
+                raise ValueError("no answer; evaluation needs a value in the column `answer`")
+            first = kept.setdefault(query.query_id, (query, number))
+            if first[1] != number:
+                duplicates += 1
+                if first[0].messages != query.messages:
+                    where = rows.locate(first[1])
+                    raise ValueError(
+                        f"id {query.query_id!r} already belongs to another query at {where}; "
+                        "give each query its own id"
+                    )
+        except ValueError as error:
+            raise DataError(f"{rows.locate(number)}: {error}") from None
+    if not kept:
+        raise DataError(f"{source}: no queries in it; expected at least one row")
+    if duplicates:
+        logger.info("%s: %d duplicate rows left out, %d kept", source, duplicates, len(kept))
+    return [query for query, _ in kept.values()]
+
+
+def _query_from_row(row: Mapping[str, object], split: str) -> Query:
+    """One query, or a ValueError that says what is wrong with the row."""
+    messages = _messages_of_row(row)
+    return Query(
+        query_id=_label(row, "id") or _hashed_id(split, text_from_messages(messages)),
+        split=split,
+        messages=messages,
+        answer=_label(row, "answer"),
+        kind=_label(row, "kind"),
+    )
+
+
+def _messages_of_row(row: Mapping[str, object]) -> tuple[Message, ...]:
+    for column in QUERY_COLUMNS:
+        value = row.get(column)
+        # An empty cell says "see the next column"; blanks were typed, and are a mistake.
+        if value is None or value == "" or value == []:
+            continue
+        if column == "messages":
+            return check_messages(_decode_messages(value))
+        if not isinstance(value, str):
+            raise ValueError(f"`{column}` must be text, found {type_name(value)}")
+        if not value.strip():
+            raise ValueError(f"`{column}` is blank; remove the row or fill in the query")
+        return (Message(role="user", content=check_text(value, column)),)
+    columns = ", ".join(row) or "none"
+    raise ValueError(
+        f"no query; expected a value in `query`, `question` or `messages` (columns: {columns})"
+    )
+
+
+def _decode_messages(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`messages` is text but not JSON ({error})") from None
+
+
+def _label(row: Mapping[str, object], column: str) -> str | None:
+    """The value of an optional column as text; None for an empty cell, null or NaN."""
+    value = row.get(column)
+    if value is None or value != value:
+        return None
+    if isinstance(value, str):
+        return check_text(value, column) if value.strip() else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`{column}` must be text or a number, found {type_name(value)}")
+    # A column of whole numbers with gaps arrives as floats: 1979.0 was written as 1979.
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value) if whole else value)
+
+
+def _hashed_id(split: str, text: str) -> str:
+    return "q-" + hashlib.sha256(f"{split}\0{text}".encode()).hexdigest()[:16]

@@ -1,0 +1,218 @@
+"""Rows of query files (JSON lines, CSV, Parquet), with the line that each one comes from.
+
+Files are read by line and not through a data frame library: an error has to name the line that
+an editor shows, and a column must not change its type because one cell looks like a number.
+"""
+
+import csv
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from duet_unlearn.data.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+BOM = b"\xef\xbb\xbf"
+
+Row = dict[str, object]
+NumberedRows = Iterator[tuple[int, Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one source, each with its number (from 1) in the unit that `locate` writes."""
+
+    numbered: NumberedRows
+    source: str
+    unit: str
+    """What stands between source and number: `:` for a line, ` row ` for a row."""
+
+    def __iter__(self) -> NumberedRows:
+        return self.numbered
+
+    def locate(self, number: int) -> str:
+        """The place of a row as an error names it."""
+        return f"{self.source}{self.unit}{number}"
+
+
+def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
+    """Open a query file or a hub dataset; rows are read while they are iterated.
+
+    Args:
+        source: a path, or `hub:NAME[:CONFIG][:SPLIT]`.
+        needs_one_of: columns of which a table must have at least one.
+
+    Raises:
+        DataError: here or while iterating; the message names the file and, where one is at
+            fault, the line.
+    """
+    if source.startswith("hub:"):
+        from duet_unlearn.data.hub_datasets import hub_rows
+
+        return Rows(hub_rows(source, needs_one_of), source, " row ")
+    path = Path(source)
+    _check_file(path)
+    if path.suffix.lower() == ".parquet":
+        return Rows(_parquet_rows(path, needs_one_of), source, " row ")
+    if path.suffix.lower() == ".csv":
+        return Rows(_csv_rows(path, needs_one_of), source, ":")
+    if path.suffix.lower() == ".json" and _starts_with_bracket(path):
+        return Rows(_array_rows(path), source, " item ")
+    return Rows(_line_rows(path), source, ":")
+
+
+def check_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[str]) -> None:
+    """Refuse a table that has none of the columns."""
+    if not set(columns) & set(needs_one_of):
+        found = ", ".join(repr(column) for column in columns) or "none"
+        hint = "; separate the fields with commas" if len(columns) == 1 and ";" in found else ""
+        raise DataError(
+            f"{source}: no column named {', '.join(needs_one_of[:-1])} or {needs_one_of[-1]}; "
+            f"found {found}{hint}"
+        )
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            hint = f"name a file in it: {', '.join(inside[:5])}" if inside else "expected a file"
+            raise DataError(f"{path}: this is a folder; {hint}")
+        if not path.exists():
+            raise DataError(f"{path}: no such file{_close_matches(path)}")
+        if path.suffix.lower() not in SUFFIXES:
+            packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
+            hint = "; unpack it first" if packed else ""
+            raise DataError(
+                f"{path}: file type {path.suffix or 'without a suffix'!s} is unknown: expected "
+                f"{', '.join(SUFFIXES)}, or hub:NAME{hint}"
+            )
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty; expected one query a row")
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _close_matches(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES]
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def _starts_with_bracket(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends; only a line feed ends a line, as in an editor."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    yield number, (raw.removeprefix(BOM) if number == 1 else raw).decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at "
+                        f"position {error.start + 1} of the line); save the file as UTF-8"
+                    ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _line_rows(path: Path) -> NumberedRows:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1}); "
+                "expected one object a line"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not usable JSON ({error})") from None
+        yield number, _expect_object(row, f"{path}:{number}")
+
+
+def _array_rows(path: Path) -> NumberedRows:
+    """Items of a JSON array, the other thing that people save as `.json`."""
+    text = "".join(line for _, line in _lines(path))
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: not JSON ({error.msg} at character {error.colno})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not usable JSON ({error})") from None
+    for number, item in enumerate(items, start=1):
+        yield number, _expect_object(item, f"{path} item {number}")
+
+
+def _expect_object(value: object, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(
+            f'{where}: expected an object such as {{"query": "..."}}, found {value!r:.60}'
+        )
+    return value
+
+
+def _csv_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
+    # Strict: an unclosed quote would otherwise swallow the rest of the file as one query.
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    header: list[str] | None = None
+    first_line = 1
+    try:
+        for fields in reader:
+            start, first_line = first_line, reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = [name.strip() for name in fields]
+                check_columns(str(path), header, needs_one_of)
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path}:{start}: two columns have the same name")
+            elif len(fields) != len(header):
+                raise DataError(
+                    f"{path}:{start}: {len(fields)} fields, expected {len(header)} as in the "
+                    "header; quote a field that holds a comma"
+                )
+            else:
+                yield start, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{first_line}: not CSV ({error})") from None
+
+
+def _parquet_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            check_columns(str(path), columns, needs_one_of)
+            wanted = [c for c in columns if c in {*needs_one_of, "id", "answer", "kind"}]
+            number = 0
+            for batch in file.iter_batches(batch_size=8192, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(f"{path}: broken or cut-off Parquet ({reason}); copy it again") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
