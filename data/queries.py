@@ -80,13 +80,20 @@ def fingerprint_queries(queries: Iterable[Query]) -> str:
     Returns:
         `sha256:` and 64 hex digits.
     """
-    rows = sorted(
-        hashlib.sha256(
-            json.dumps([query.query_id, query.split, query.text], ensure_ascii=False).encode()
-        ).digest()
-        for query in queries
+    return fingerprint_rows((query.query_id, query.split, query.text) for query in queries)
+
+
+def fingerprint_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    """The same digest from `(query_id, split, text)` of each query.
+
+    The hash of every row's JSON is taken, the hashes are sorted, and their concatenation is
+    hashed.
+    """
+    hashes = sorted(
+        hashlib.sha256(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")).digest()
+        for row in rows
     )
-    return "sha256:" + hashlib.sha256(b"".join(rows)).hexdigest()
+    return "sha256:" + hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def load_queries(source: str, *, split: str, require_answers: bool = False) -> list[Query]:
