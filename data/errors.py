@@ -27,3 +27,7 @@ class CorruptCacheError(CacheError):
 
 class MismatchError(CacheError):
     """A cache is sound but belongs to something else: another recipe, tokenizer or query set."""
+
+
+class StoppedError(DuetError):
+    """The user stopped the work; what is finished is kept and the message says how to go on."""

@@ -29,7 +29,7 @@ _ENTRIES = {
     "recipe_id",
     "teacher",
     "queries",
-    "engine",
+    "engines",
     "shards",
     "splits",
     "samples",
@@ -67,8 +67,8 @@ class Manifest:
     """The teacher's name as the builder gave it; informative only, the recipe identifies it."""
     queries: str
     """Fingerprint of the set of queries."""
-    engine: dict[str, Any]
-    """Engine, versions and settings of the build."""
+    engines: tuple[dict[str, Any], ...]
+    """Name, versions and settings of the engine; several where a build was resumed with another."""
     shards: tuple[ShardEntry, ...]
     splits: dict[str, SplitStatistics]
     """Totals a split."""
@@ -101,7 +101,7 @@ class Manifest:
             "recipe_id": self.recipe_id,
             "teacher": self.teacher,
             "queries": self.queries,
-            "engine": self.engine,
+            "engines": list(self.engines),
             "shards": [
                 {
                     "name": shard.name,
@@ -200,10 +200,10 @@ def parse_manifest(value: object) -> Manifest:
         recipe=recipe,
         teacher=_text(value, "teacher"),
         queries=_sha256(value["queries"], "queries"),
-        engine=_object(value, "engine"),
+        engines=_objects(value, "engines"),
         shards=_shards(value["shards"]),
         splits=_splits(value["splits"]),
-        samples=_samples(value["samples"]),
+        samples=_objects(value, "samples"),
         digest=found,
     )
     for split in SPLITS:
@@ -264,22 +264,17 @@ def _splits(value: object) -> dict[str, SplitStatistics]:
     return {split: SplitStatistics.from_json(value[split]) for split in SPLITS}
 
 
-def _samples(value: object) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise CorruptCacheError("samples: expected a list of objects")
-    return tuple(value)
-
-
 def _text(value: dict[str, Any], name: str) -> str:
     if not isinstance(value[name], str):
         raise CorruptCacheError(f"{name}: expected text, found {type(value[name]).__name__}")
     return str(value[name])
 
 
-def _object(value: dict[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(value[name], dict):
-        raise CorruptCacheError(f"{name}: expected an object, found {type(value[name]).__name__}")
-    return dict(value[name])
+def _objects(value: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
+    entries = value[name]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CorruptCacheError(f"{name}: expected a list of objects")
+    return tuple(entries)
 
 
 def _sha256(value: object, where: str) -> str:

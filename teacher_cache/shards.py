@@ -54,8 +54,6 @@ class ShardHeader:
     """Position of the shard and number of shards."""
     engine: dict[str, Any]
     """The engine that computed the rows, with versions and settings."""
-    statistics: dict[str, SplitStatistics]
-    """Sums over the shard's rows, a split."""
 
 
 def shard_path(cache: Path, index: int, count: int) -> Path:
@@ -83,6 +81,11 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
             f"{where}: the engine gave token ids {signal.token_ids.shape} and logits "
             f"{signal.logits.shape}, expected {expected}"
         )
+    if positions < recipe.positions and int(signal.response_ids[-1]) not in recipe.eos_token_ids:
+        raise CacheError(
+            f"{where}: the engine stopped after {positions} of {recipe.positions} positions "
+            "without an end-of-sequence token"
+        )
     if signal.token_ids.min() < 0 or signal.token_ids.max() >= recipe.vocab_size:
         raise CacheError(f"{where}: token ids outside the vocabulary of {recipe.vocab_size}")
     if not (np.isfinite(signal.logits).all() and np.isfinite(signal.logsumexp).all()):
@@ -103,7 +106,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
     Args:
         cache: The cache folder.
         rows: The shard's rows, forget rows first.
-        header: What goes into the metadata; its statistics are computed here.
+        header: What goes into the metadata beside the sums of `rows`.
 
     Raises:
         CacheError: A row is not storable, or the folder cannot be written.
@@ -158,7 +161,7 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
 
 
 class ShardFile:
-    """An open shard: its header and its row groups.
+    """An open shard: its header, the sums over its rows a split, and its row groups.
 
     Raises:
         CorruptCacheError: The file is not a shard of format version 1.
@@ -180,7 +183,7 @@ class ShardFile:
             raise CorruptCacheError(f"{path}: the shard is missing; get the cache again") from None
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _unreadable(path, error) from error
-        self.header = _read_header(path, metadata)
+        self.header, self.statistics = _read_metadata(path, metadata)
         expected = shard_schema(self.header.recipe.logit_dtype)
         # Other writers may name list items or dictionary indices differently; names and
         # value types are what the format fixes.
@@ -232,7 +235,9 @@ def _plain(field: pa.Field) -> tuple[str, str]:
     return field.name, "string" if pa.types.is_large_string(kind) else str(kind)
 
 
-def _read_header(path: Path, metadata: dict[bytes, bytes]) -> ShardHeader:
+def _read_metadata(
+    path: Path, metadata: dict[bytes, bytes]
+) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
     try:
         version = metadata[META_VERSION].decode()
         if version != str(FORMAT_VERSION):
@@ -246,14 +251,14 @@ def _read_header(path: Path, metadata: dict[bytes, bytes]) -> ShardHeader:
         sums = json.loads(metadata[META_STATISTICS])
         if not isinstance(engine, dict) or not isinstance(sums, dict):
             raise CorruptCacheError(f"{path}: metadata of the wrong type")
-        return ShardHeader(
+        header = ShardHeader(
             recipe=recipe,
             queries=metadata[META_QUERIES].decode(),
             index=int(metadata[META_INDEX]),
             count=int(metadata[META_COUNT]),
             engine=engine,
-            statistics={split: SplitStatistics.from_json(sums.get(split)) for split in SPLITS},
         )
+        return header, {split: SplitStatistics.from_json(sums.get(split)) for split in SPLITS}
     except CorruptCacheError as error:
         text = str(error)
         raise CorruptCacheError(text if str(path) in text else f"{path}: {text}") from None
@@ -315,6 +320,10 @@ class RowGroup:
     def query_ids(self) -> list[str]:
         """Return all query ids."""
         return list(self._ids.to_pylist())
+
+    def queries(self) -> list[str]:
+        """Return all query texts."""
+        return list(self._queries.to_pylist())
 
     def splits(self) -> list[str]:
         """Return the split of all rows."""

@@ -1,0 +1,24 @@
+"""`duet-distill`: train a student from a teacher cache, and measure what it forgot."""
+
+import click
+
+from duet_unlearn import __version__
+from duet_unlearn.cli.demo import demo_command
+from duet_unlearn.cli.errors import DuetGroup, configure_logging
+from duet_unlearn.cli.evaluate import eval_command
+from duet_unlearn.cli.run import run_command
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group(cls=DuetGroup, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="duet-distill")
+@click.option("--verbose", is_flag=True, help="Log what happens underneath, on standard error.")
+def main(verbose: bool) -> None:
+    """Fit a student to cached teacher signals, without the teacher."""
+    configure_logging(verbose=verbose)
+
+
+main.add_command(run_command)
+main.add_command(eval_command)
+main.add_command(demo_command)

@@ -1,0 +1,72 @@
+"""One place where an error becomes the one line that the user reads."""
+
+import contextlib
+import logging
+import signal
+import sys
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import click
+
+from duet_unlearn.data.errors import DuetError, StoppedError
+
+EXIT_FAILURE = 1
+EXIT_STOPPED = 130
+
+
+class _Failed(click.ClickException):
+    """One line on standard error, exit code 1."""
+
+    exit_code = EXIT_FAILURE
+    label = "error: "
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line."""
+        click.echo(f"{self.label}{' '.join(self.message.split())}", err=file is None, file=file)
+
+
+class _Stopped(_Failed):
+    """The same for work that the user stopped, exit code 130."""
+
+    exit_code = EXIT_STOPPED
+    label = ""
+
+
+class DuetGroup(click.Group):
+    """A click group whose commands end in one line on standard error when they fail.
+
+    Exit codes: 1 for a `DuetError`, 2 for wrong usage (click's own), 130 for Ctrl-C and SIGTERM.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command."""
+        # Clusters send SIGTERM before they take a machine away: treat it as Ctrl-C. Outside the
+        # main thread, as under some test runners, no handler can be set.
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except StoppedError as error:
+            raise _Stopped(str(error)) from error
+        except DuetError as error:
+            raise _Failed(str(error)) from error
+        except KeyboardInterrupt as error:
+            message = "stopped; run the same command again, it goes on from what is finished"
+            raise _Stopped(message) from error
+        except MemoryError as error:
+            raise _Failed("out of memory; use a smaller batch or a smaller model") from error
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def configure_logging(*, verbose: bool) -> None:
+    """Send this project's log to standard error: notes and warnings, all with `--verbose`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("duet_unlearn")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,106 @@
+"""What a cache is: recipe, sizes, what the Top-K covers, and what the prefix did to a query.
+
+Everything comes from the manifest, so it costs the same for any size of cache.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from duet_unlearn.teacher_cache.manifest import Manifest
+from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.schema import SPLITS
+
+_BAR_WIDTH = 24
+
+
+def summarize(cache: str | Path) -> dict[str, Any]:
+    """Return a cache's summary as JSON values; see `render_summary` for the same in words.
+
+    Raises:
+        CacheError: There is no finished cache there, or it is damaged.
+        MismatchError: It has another digest than the one given.
+    """
+    manifest = CacheReader.open(cache).manifest
+    return {
+        "cache": str(cache),
+        "digest": manifest.digest,
+        "teacher": manifest.teacher,
+        "recipe": manifest.recipe.to_json(),
+        "recipe_id": manifest.recipe_id,
+        "engines": list(manifest.engines),
+        "shards": len(manifest.shards),
+        "bytes": manifest.num_bytes,
+        "bytes_per_logit": manifest.num_bytes / max(1, _logits(manifest)),
+        "splits": {split: _split(manifest, split) for split in SPLITS},
+        "samples": list(manifest.samples),
+    }
+
+
+def _logits(manifest: Manifest) -> int:
+    positions = sum(manifest.splits[split].positions for split in SPLITS)
+    return positions * manifest.recipe.top_k
+
+
+def _split(manifest: Manifest, split: str) -> dict[str, Any]:
+    sums = manifest.splits[split]
+    positions = max(1, sums.positions)
+    return {
+        "rows": sums.rows,
+        "positions": sums.positions,
+        "mean_top_k_mass": sums.mass / positions,
+        "mean_entropy_nats": sums.entropy / positions,
+    }
+
+
+def render_summary(summary: dict[str, Any]) -> str:
+    """Return the summary as text for a terminal of 80 columns or more."""
+    recipe = summary["recipe"]
+    retain = "forget and retain" if recipe["retain_prefix"] else "forget"
+    engines = ", ".join(f"{e.get('name', '?')} {e.get('version', '')}" for e in summary["engines"])
+    lines = [
+        f"cache     {summary['cache']}",
+        f"digest    {summary['digest']}",
+        f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines.strip()}",
+        f'prefix    "{recipe["prefix"]}"',
+        f"          at {recipe['prefix_place']}, in front of {retain} queries",
+        f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
+        f"{recipe['positions']} position(s), {recipe['logit_dtype']} logits",
+        f"size      {summary['shards']} shard(s), {_bytes(summary['bytes'])}, "
+        f"{summary['bytes_per_logit']:.2f} bytes a logit",
+        "",
+        f"{'split':<10}{'queries':>10}{'positions':>12}{'Top-K mass':>12}{'entropy':>10}",
+    ]
+    for split, values in summary["splits"].items():
+        lines.append(
+            f"{split:<10}{values['rows']:>10}{values['positions']:>12}"
+            f"{values['mean_top_k_mass']:>12.4f}{values['mean_entropy_nats']:>10.3f}"
+        )
+    for split in SPLITS:
+        sample = next((s for s in summary["samples"] if s.get("split") == split), None)
+        if sample is not None:
+            lines += ["", *_render_sample(sample)]
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _render_sample(sample: dict[str, Any]) -> list[str]:
+    lines = [f"the teacher's strongest tokens, {sample.get('split')}: {sample.get('query')}"]
+    for token in sample.get("strongest", [])[:10]:
+        probability = float(token.get("probability", 0.0))
+        bar = "#" * round(min(max(probability, 0.0), 1.0) * _BAR_WIDTH)
+        text = repr(str(token.get("text")))
+        lines.append(f"  {token.get('logit'):>9.3f} {probability:>8.4f}  {text:<24.24} {bar}")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _printable(line: str) -> str:
+    """Return text of an untrusted cache without control characters that a terminal obeys."""
+    return "".join(c if c.isprintable() else " " for c in line)
