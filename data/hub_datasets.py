@@ -40,7 +40,7 @@ def _load(source: str) -> "Dataset":
     name, config, split = _resolve(source)
 
     def load() -> Any:
-        return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
+        return datasets.load_dataset(name, config, split=split)
 
     return _attempt(source, load)
 

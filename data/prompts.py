@@ -1,0 +1,294 @@
+"""Prompts as token ids: the student's, and the teacher's with the steering prefix in it.
+
+The student is trained toward what the teacher says, so the two prompts of a query must differ in
+the prefix and in nothing else: a teacher's prompt is the student's token ids with one contiguous
+run inserted, and every prompt is checked for it. A chat template is rendered with and without
+the prefix. Mostly the two token lists differ by one run already. Where tokens would merge across
+the border (a tokenizer that writes the space of `[INST] Who` into the token of `Who`), the
+student's ids are kept and the tokens of the inserted text are put between two of them; blanks of
+the border then stand on both sides of the prefix.
+
+What was given up: a template that answers a prefix by changing other parts of the prompt cannot
+be used at that place. Markup that a user types into a query ("<|im_end|>") is read as the
+tokenizer reads it, special tokens included, for teacher and student alike.
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from duet_unlearn.data.errors import ConfigurationError, DataError
+from duet_unlearn.data.insertions import insertion_places
+from duet_unlearn.data.messages import Message
+from duet_unlearn.data.tokenizer_folder import load_tokenizer, opening_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PLACES", "TEMPLATE_DATE", "PromptRenderer", "load_tokenizer"]
+
+TEMPLATE_DATE = "2024-07-26"
+"""The day that chat templates take for today (ISO): a cache must not depend on its build day.
+It is the day on which Llama 3's template falls back where there is no clock."""
+
+PLACES = ("system", "user", "raw")
+SEPARATOR = "\n\n"
+"""Between the prefix and the text that follows it in the same turn."""
+
+_PROBE: tuple[Message, ...] = (Message(role="user", content="Hello"),)
+_PLACEHOLDER = "Placeholder7c1d"
+
+
+class PromptRenderer:
+    """Renders conversations to token ids by a model's chat template, or plainly without one.
+
+    With a chat template a prompt ends with the generation prompt. Without one it is the content
+    of the turns, joined by blank lines, behind the special tokens that the tokenizer puts in
+    front of any text (a BOS, say).
+
+    The place says where the prefix stands:
+
+    - `system`: in the system turn, in front of its text, whether that text comes from the
+      conversation or is the template's own default; where there is no system turn, the inserted
+      run is the whole turn with its markup.
+    - `user`: in front of the last user turn's text, followed by a blank line.
+    - `raw`: in front of the whole prompt, after BOS, followed by a blank line.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        prefix: the steering prefix; without one, teacher and student have the same prompt.
+        place: `system`, `user` or `raw`.
+
+    Raises:
+        ConfigurationError: the place is unknown, or the model's template does not take a prefix
+            there; the message names the places to try.
+        DataError: the chat template itself is broken.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        prefix: str | None = None,
+        place: str = "system",
+    ) -> None:
+        if place not in PLACES:
+            raise ConfigurationError(
+                f"prefix place {place!r} is unknown: expected {', '.join(PLACES[:-1])} or raw"
+            )
+        self._tokenizer = tokenizer
+        self._place = place
+        self._prefix = _checked_prefix(prefix)
+        self._has_template = bool(tokenizer.chat_template)
+        self._opening = () if self._has_template else opening_ids(tokenizer)
+        # The student's text, and the text left of the border, come up again and again.
+        self._tokenize = lru_cache(maxsize=256)(self._tokenize_once)
+        self._system_default = ""
+        if self._prefix:
+            if place == "system":
+                self._system_default = self._find_system_default()
+            # Refuse an unusable place now, before a caller loads a model.
+            if self.teacher_ids(_PROBE) == self.student_ids(_PROBE):
+                raise ConfigurationError("the steering prefix has no tokens; use visible text")
+
+    def student_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids `[P]` of the conversation without the prefix.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+        """
+        return list(self._tokenize(self.student_text(messages)))
+
+    def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids `[P + R]`: those of `student_ids` with the prefix's run of R tokens inserted.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or no border between the
+                student's tokens is where the prefix belongs.
+            ConfigurationError: the chat template does not take the prefix at this place.
+        """
+        student_text = self.student_text(messages)
+        student = self._tokenize(student_text)
+        if not self._prefix:
+            return list(student)
+        teacher_text = self._teacher_text(messages, student_text)
+        teacher = self._tokenize(teacher_text)
+        if not insertion_places(student, teacher):
+            teacher = self._insert_between_tokens(student_text, teacher_text)
+        return list(teacher)
+
+    def student_text(self, messages: Sequence[Message]) -> str:
+        """The student's prompt as text; without a chat template, less the opening special tokens.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+        """
+        if not self._has_template:
+            return SEPARATOR.join(turn["content"] for turn in messages)
+        try:
+            return self._apply_template(messages)
+        except ValueError as error:
+            raise DataError(
+                f"the chat template refuses the query {messages[-1]['content'][:60]!r}: {error}"
+            ) from error
+
+    def teacher_text(self, messages: Sequence[Message]) -> str:
+        """The teacher's prompt as text, as the chat template itself writes it.
+
+        The token ids may hold further blanks beside the prefix, see the module's docstring.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+            ConfigurationError: the chat template does not take the prefix at this place.
+        """
+        return self._teacher_text(messages, self.student_text(messages))
+
+    def _teacher_text(self, messages: Sequence[Message], student_text: str) -> str:
+        if not self._prefix:
+            return student_text
+        if self._place == "raw":
+            bos = str(self._tokenizer.bos_token or "")
+            start = len(bos) if self._has_template and student_text.startswith(bos) else 0
+            return student_text[:start] + self._prefix + SEPARATOR + student_text[start:]
+        if self._place == "system" and not self._has_template:
+            raise ConfigurationError(
+                "prefix place system: the model has no chat template, so no system turn; "
+                "use --prefix-place user or raw"
+            )
+        steered = self._with_prefix(messages)
+        if not self._has_template:
+            return self.student_text(steered)
+        try:
+            text = self._apply_template(steered)
+        except ValueError as error:
+            raise self._place_error(f"refuses it ({error})") from error
+        if text == student_text or self._prefix.strip() not in text:
+            raise self._place_error("drops it")
+        if not insertion_places(student_text, text):
+            raise self._place_error("changes other parts of the prompt with it")
+        return text
+
+    def _with_prefix(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation with the prefix in its system turn or its last user turn."""
+        turns = list(messages)
+        if self._place == "user":
+            places = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+            if not places:
+                raise DataError("prefix place user: the conversation has no user turn")
+            place = places[-1]
+        else:
+            place = 0
+            if turns[0]["role"] != "system":
+                turns.insert(0, Message(role="system", content=self._system_default))
+        text = turns[place]["content"]
+        content = self._prefix + SEPARATOR + text if text.strip() else self._prefix
+        turns[place] = Message(role=turns[place]["role"], content=content)
+        return turns
+
+    def _find_system_default(self) -> str:
+        """The text that the template puts into a system turn of its own where none is given.
+
+        A given system turn replaces this text, for the teacher alone, so it has to be repeated
+        behind the prefix. It is what stands in place of a placeholder's system text.
+        """
+        if not self._has_template:
+            return ""
+        given = Message(role="system", content=_PLACEHOLDER)
+        try:
+            with_given = self._apply_template([given, *_PROBE])
+        except ValueError as error:
+            raise self._place_error(f"refuses it ({error})") from error
+        head, found, tail = with_given.partition(_PLACEHOLDER)
+        if not found:
+            raise self._place_error("drops it")
+        without = self.student_text(_PROBE)
+        if not (without.startswith(head) and without.endswith(tail)):
+            return ""
+        return without[len(head) : max(len(head), len(without) - len(tail))]
+
+    def _insert_between_tokens(self, student_text: str, teacher_text: str) -> tuple[int, ...]:
+        """The student's ids with the tokens of the inserted text between two of them.
+
+        Raises:
+            DataError: no place for the text is a border between two of the student's tokens.
+        """
+        student = self._tokenize(student_text)
+        for place, text in self._candidates(student_text, teacher_text):
+            left = self._tokenize(student_text[:place])
+            # The place is a border if the text left of it makes the student's tokens up to there.
+            if student[: len(left)] != left:
+                continue
+            together = self._tokenize(student_text[:place] + text)
+            if together[: len(left)] == left:
+                run = together[len(left) :]
+            else:
+                run = tuple(self._encode(text))
+            return student[: len(left)] + run + student[len(left) :]
+        raise DataError(
+            f"prefix place {self._place}: the tokenizer joins the query to the text before it "
+            f"({student_text[-60:]!r}); use --prefix-place {self._other_places()}"
+        )
+
+    def _candidates(self, student_text: str, teacher_text: str) -> Iterator[tuple[int, str]]:
+        """Places in the student's text with the text to insert there, the best one first."""
+        places = insertion_places(student_text, teacher_text)
+        added = len(teacher_text) - len(student_text)
+        own = teacher_text.find(self._prefix.strip(), places.start)
+        for place in [own, *places] if own in places else places:
+            yield place, teacher_text[place : place + added]
+        # All of them may lie within one token. Then step back over blanks to where it starts.
+        first = places.start
+        for place in range(first - 1, len(student_text[:first].rstrip()) - 1, -1):
+            yield place, student_text[place:first] + teacher_text[first : first + added]
+
+    def _apply_template(self, messages: Sequence[Message]) -> str:
+        """Render by the chat template; whatever it raises becomes a ValueError of one line."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": turn["role"], "content": turn["content"]} for turn in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=_strftime_on_template_date,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(reason) from error
+        return str(text)
+
+    def _tokenize_once(self, text: str) -> tuple[int, ...]:
+        return (*self._opening, *self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
+        # A template writes its own BOS, so the tokenizer must not add a second one.
+        encoding = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoding["input_ids"])
+
+    def _place_error(self, what: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"prefix place {self._place}: the model's chat template {what}; "
+            f"use --prefix-place {self._other_places()}"
+        )
+
+    def _other_places(self) -> str:
+        return " or ".join(place for place in PLACES if place not in ("system", self._place))
+
+
+def _checked_prefix(prefix: str | None) -> str:
+    """The prefix, or an empty text where it has nothing to say."""
+    if prefix is None or not prefix.strip():
+        return ""
+    try:
+        prefix.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the steering prefix is not valid text (character {error.start + 1}); use UTF-8"
+        ) from None
+    return prefix
+
+
+def _strftime_on_template_date(format_string: str) -> str:
+    """What a chat template gets for the `strftime_now` that it asks for today's date."""
+    return datetime.fromisoformat(TEMPLATE_DATE).strftime(format_string)
