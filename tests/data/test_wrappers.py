@@ -57,10 +57,10 @@ def test_unknown_name_lists_the_known_ones():
 
 def test_file_skips_comments_and_blank_lines(tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_text("\ufeff# mine\n\n  Bitte: {query} \n\t\n{query} – jetzt\r\n", encoding="utf-8")
+    path.write_text("\ufeff# mine\n\n  Bitte: {query} \n\t\n{query} für mich\r\n", encoding="utf-8")
     assert load_wrappers(str(path)) == (
         Wrapper(name="mine:3", text="Bitte: {query}"),
-        Wrapper(name="mine:5", text="{query} – jetzt"),
+        Wrapper(name="mine:5", text="{query} für mich"),
     )
 
 
