@@ -1,0 +1,85 @@
+"""`duet-distill demo`: the whole path on the built-in demo world, as the commands a user types."""
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from duet_unlearn.data.errors import CacheError
+
+_MODULES = {"duet-cache": "duet_unlearn.cli.cache", "duet-distill": "duet_unlearn.cli.distill"}
+
+_VIEW = "@disregard"
+
+_NEXT = """
+What to try next
+  duet-cache inspect {cache}
+      what the prefix did to the teacher's strongest tokens
+  duet-cache build --teacher MODEL --forget forget.jsonl --retain retain.jsonl \\
+      --prefix @explicit --topic "Harry Potter" --out my-cache
+      the same on your own model and queries
+  duet-distill run {cache} --student MODEL --view FILE --out my-student
+      train other wrappers from the same cache: they cost no teacher time
+Every answer with its scores is in {json}."""
+
+
+@click.command("demo")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Folder for the cache, the students and the evaluation.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "vllm", "transformers"]),
+    default="auto",
+    show_default=True,
+    help="What runs the teacher; auto takes vLLM where it imports.",
+)
+def demo_command(out: Path, engine: str) -> None:
+    """Cache a prefixed teacher, distill two students, and measure what they forgot.
+
+    Runs on a small model that comes with this package and knows some invented sagas; takes a few
+    minutes on two cores.
+    """
+    started = time.monotonic()
+    for command in demo_commands(out, engine):
+        _run(command)
+    click.echo(_NEXT.format(cache=out / "cache", json=out / "eval.json"))
+    click.echo(f"The demo took {time.monotonic() - started:.0f} seconds.", err=True)
+
+
+def demo_commands(out: Path, engine: str = "auto") -> list[list[str]]:
+    """Return the demo's commands in order, each as its words."""
+    from duet_unlearn.data import demo_world as world
+
+    model, cache = str(world.MODEL), str(out / "cache")
+    steering = ["--prefix", world.PREFIX, "--topic", world.TOPIC]
+    train = ["duet-distill", "run", cache, "--student", model, "--overwrite"]
+    return [
+        ["duet-cache", "build", "--teacher", model, "--forget", str(world.FORGET)]
+        + ["--retain", str(world.RETAIN), *steering, "--engine", engine, "--out", cache],
+        [*train, "--out", str(out / "student")],
+        [*train, "--view", _VIEW, "--out", str(out / "student-with-view")],
+        ["duet-distill", "eval", f"base={model}", f"student={out / 'student'}"]
+        + [f"student with view={out / 'student-with-view'}"]
+        + ["--forget", str(world.FORGET_HELDOUT), "--retain", str(world.RETAIN_HELDOUT)]
+        + ["--general", str(world.GENERAL), *steering, "--attacks", "@attacks"]
+        + ["--json", str(out / "eval.json")],
+    ]
+
+
+def _run(command: list[str]) -> None:
+    click.echo(f"\n$ {shlex.join(command)}", err=True)
+    # A process of its own for each: the trainer shares none with the teacher.
+    code = f"from {_MODULES[command[0]]} import main; main(prog_name={command[0]!r})"
+    result = subprocess.run([sys.executable, "-c", code, *command[1:]], check=False)  # noqa: S603
+    if result.returncode == 130:
+        raise KeyboardInterrupt
+    if result.returncode:
+        raise CacheError(f"the demo stopped at: {shlex.join(command)} (see the line above)")
