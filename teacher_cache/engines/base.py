@@ -1,10 +1,13 @@
 """What the builder asks of an engine."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from duet_unlearn.data.errors import DuetError
 from duet_unlearn.teacher_cache.signals import Signal
 
 
@@ -26,6 +29,8 @@ class EngineConfig:
     """Length of the longest prompt: the engine reserves room for it plus `positions`."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Off unless the user asked for it."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Options for the engine itself, by its own names: `tensor_parallel_size` for vLLM, say."""
 
 
 class Engine(Protocol):
@@ -38,7 +43,8 @@ class Engine(Protocol):
         """Yield `(index, signal)` for every `(index, prompt ids)`, in any order.
 
         Reads ahead of what it yields so that the engine stays busy, and never holds more than a
-        bounded number of prompts or signals.
+        bounded number of prompts or signals. One such stream at a time; one that is dropped
+        half-way leaves the engine usable.
         """
         ...
 
@@ -49,3 +55,31 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model and end its processes; safe to call twice."""
         ...
+
+
+def check_signal(signal: Signal, *, config: EngineConfig, engine: str) -> Signal:
+    """Return the signal, or raise where it is not what a cache may hold.
+
+    Raises:
+        DuetError: A value is not finite, or the response is shorter than the positions asked for
+            without ending in an end-of-sequence token.
+    """
+    if not (np.isfinite(signal.logits).all() and np.isfinite(signal.logsumexp).all()):
+        raise DuetError(
+            f"{engine} engine: the teacher {config.model} gives logits that are not finite in "
+            f"{config.compute_dtype}; try another --compute-dtype, or a smaller --top-k where the "
+            "model masks part of its vocabulary"
+        )
+    length = len(signal.response_ids)
+    if length < config.positions and int(signal.response_ids[-1]) not in config.eos_token_ids:
+        raise DuetError(
+            f"{engine} engine: a response ended after {length} of {config.positions} positions "
+            "without an end-of-sequence token; the model's context is too short for this query"
+        )
+    return signal
+
+
+def cause(error: BaseException) -> str:
+    """Return what an engine's exception says, as one line of readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."

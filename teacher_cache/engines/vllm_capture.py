@@ -1,0 +1,91 @@
+"""Inside vLLM: capture each decoded row's Top-K and logsumexp as arrays.
+
+vLLM's own log-probabilities carry no logsumexp and turn every entry into Python objects on their
+way out. A custom logits processor sees the same logits, and a worker extension hands what it kept
+to the engine's owner in bulk. Both run in vLLM's worker process and share one list.
+
+The processor comes right after the logits are cast to float32: before penalties, temperature and
+sampling, and the processors before it act on options that our requests never set. It changes
+nothing. `vllm_process` checks at start that this still holds.
+
+A request may pass by more than once at a position: while its prompt is only partly read, or again
+after vLLM preempted it. The last pass is the one that counts.
+"""
+
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from duet_unlearn.teacher_cache.engines.top_k import select_top_k
+
+ROW = "duet_row"
+"""Request option (`SamplingParams.extra_args`): the row that the signals belong to."""
+TOP_K = "duet_top_k"
+"""Request option: tokens kept at each position, the same for every request."""
+
+_captured: list[tuple[list[int], list[int], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+
+class CaptureProcessor(LogitsProcessor):
+    """Keeps the strongest tokens of every request that names its row."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        del vllm_config, device, is_pin_memory
+        # Batch slot -> row, K, and vLLM's own list of the tokens decoded so far, whose length is
+        # the position. vLLM appends to it in place.
+        self._slots: dict[int, tuple[int, int, list[int]]] = {}
+        self._is_first_rank = get_tensor_model_parallel_rank() == 0
+
+    def is_argmax_invariant(self) -> bool:
+        """Return False: processors that say True are skipped when decoding is greedy."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow requests as they enter, leave and move between batch slots."""
+        process_dict_updates(self._slots, batch_update, _slot)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Capture from logits `[B, V]` float32 and return them untouched."""
+        if not self._slots or not self._is_first_rank:
+            return logits
+        slots = sorted(self._slots)
+        rows, ks, decoded = zip(*(self._slots[slot] for slot in slots), strict=True)
+        wanted = logits if slots == list(range(logits.shape[0])) else logits[slots]
+        ids_BK, values_BK, logsumexp_B = select_top_k(wanted, ks[0])
+        positions = [len(tokens) for tokens in decoded]
+        _captured.append((list(rows), positions, ids_BK, values_BK, logsumexp_B))
+        return logits
+
+
+def _slot(
+    params: Any, prompt_ids: list[int] | None, output_ids: list[int]
+) -> tuple[int, int, list[int]] | None:
+    del prompt_ids
+    options = params.extra_args or {}
+    return (options[ROW], options[TOP_K], output_ids) if ROW in options else None
+
+
+class CaptureExtension:
+    """Methods that vLLM adds to its worker, called through `collective_rpc`."""
+
+    def duet_take(self) -> list[bytes]:
+        """Return and forget what was captured since the last call, oldest first.
+
+        Returns:
+            The bytes of rows `[N]` int64, positions `[N]` int64, ids `[N, K]` int32, logits
+            `[N, K]` float32 and logsumexp `[N]` float32; empty where nothing was captured, as on
+            every rank but the first. Bytes cross vLLM's process borders without a codec.
+        """
+        if not _captured:
+            return []
+        taken, _captured[:] = list(_captured), []
+        rows, positions, ids, values, logsumexps = zip(*taken, strict=True)
+        tensors = [
+            torch.tensor([row for part in rows for row in part]),
+            torch.tensor([position for part in positions for position in part]),
+            *(torch.cat(parts).cpu() for parts in (ids, values, logsumexps)),
+        ]
+        return [tensor.numpy().tobytes() for tensor in tensors]

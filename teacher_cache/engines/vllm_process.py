@@ -1,0 +1,331 @@
+"""The process that owns vLLM: `python -m duet_unlearn.teacher_cache.engines.vllm_process FD`.
+
+vLLM changes the process it runs in (environment, thread counts, signal handlers, CUDA), and its
+start is slow because every process it spawns imports it anew. Here it gets one process of its
+own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
+
+Speaks over one socket. In: the configuration, then `("prompts", [(row, ids), ...])`,
+`("abort",)` and `("stop",)`. Out: `("ready", description)`, `("signals", [(row, response ids,
+ids, logits, logsumexp), ...])` and `("failed", kind, reason)`.
+"""
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from duet_unlearn.teacher_cache.engines.base import cause
+
+_EXIT_SECONDS = 10.0
+"""Time for an orderly end, after which the whole process group is killed."""
+_CPU_BLOCK = 32
+"""Tokens in a KV block on a CPU: vLLM's default of 128 never reuses a short steering prefix."""
+_CAPTURE = "duet_unlearn.teacher_cache.engines.vllm_capture"
+_TAKE_EVERY = 8
+"""Steps after which captured rows are fetched even if no request finished."""
+
+Position = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], np.float32]
+
+
+class Capture:
+    """Collects positions until their request is finished."""
+
+    def __init__(self, engine: Any, top_k: int) -> None:
+        self._engine = engine
+        self._top_k = top_k
+        self._open: dict[int, dict[int, Position]] = {}
+
+    def open(self, row: int) -> None:
+        """Expect signals of a row."""
+        self._open[row] = {}
+
+    def fetch(self) -> None:
+        """Take over what the workers captured; later passes over a position replace earlier."""
+        for parts in self._engine.collective_rpc("duet_take"):
+            if not parts:
+                continue
+            rows, positions = (np.frombuffer(part, dtype=np.int64) for part in parts[:2])
+            ids = np.frombuffer(parts[2], dtype=np.int32).reshape(-1, self._top_k)
+            logits = np.frombuffer(parts[3], dtype=np.float32).reshape(-1, self._top_k)
+            logsumexps = np.frombuffer(parts[4], dtype=np.float32)
+            keys = zip(rows.tolist(), positions.tolist(), strict=True)
+            for at, (row, position) in enumerate(keys):
+                if row in self._open:  # else finished or aborted while vLLM ran one step ahead
+                    self._open[row][position] = (ids[at], logits[at], logsumexps[at])
+
+    def close(self, row: int, response_ids: list[int]) -> tuple[Any, ...]:
+        """Return the arrays of a finished row: response `[T]`, ids and logits `[T, K]`, `[T]`.
+
+        Raises:
+            RuntimeError: A position is missing, or its strongest token is not the decoded one:
+                captured rows and requests do not belong together.
+        """
+        captured = self._open.pop(row)
+        missing = [t for t in range(len(response_ids)) if t not in captured]
+        if missing or not response_ids:
+            raise RuntimeError(f"no logits were captured at position {(missing or [0])[0]}")
+        positions = [captured[t] for t in range(len(response_ids))]
+        for token, (ids, logits, _) in zip(response_ids, positions, strict=True):
+            # A greedy token has the largest logit; only ties may stand before it.
+            best = ids[logits == logits[0]]
+            if token not in best and len(best) < self._top_k and np.isfinite(logits[0]):
+                raise RuntimeError(f"captured logits rank {ids[0]} first where {token} was decoded")
+        return (
+            np.array(response_ids, dtype=np.int32),
+            np.stack([ids for ids, _, _ in positions]),
+            np.stack([logits for _, logits, _ in positions]),
+            np.array([logsumexp for _, _, logsumexp in positions], dtype=np.float32),
+        )
+
+    def drop(self) -> list[int]:
+        """Forget all open rows and return them."""
+        rows = list(self._open)
+        self._open.clear()
+        return rows
+
+
+class Host:
+    """Runs vLLM and answers its owner."""
+
+    def __init__(self, config: dict[str, Any], answers: "queue.SimpleQueue[Any]") -> None:
+        self._config = config
+        self._answers = answers
+        self.engine, self._vllm_config = _start(config)
+        self._capture = Capture(self.engine, config["top_k"])
+        self._check_capture()
+
+    def add(self, prompts: list[tuple[int, npt.NDArray[np.int32]]]) -> None:
+        """Queue prompts."""
+        for row, ids in prompts:
+            self._add(row, ids.tolist(), self._config["positions"])
+
+    def _add(self, row: int, ids: list[int], positions: int, **options: Any) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        from duet_unlearn.teacher_cache.engines.vllm_capture import ROW, TOP_K
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=positions,
+            stop_token_ids=list(self._config["eos_token_ids"]),
+            ignore_eos=True,  # only the ids above end a response
+            detokenize=False,
+            extra_args={ROW: row, TOP_K: self._config["top_k"]},
+            **options,
+        )
+        self._capture.open(row)
+        self.engine.add_request(str(row), tokens_input(ids), params)
+
+    def abort(self) -> None:
+        """Drop every request under way."""
+        self.engine.abort_request([str(row) for row in self._capture.drop()])
+
+    def run(self, messages: "queue.SimpleQueue[Any]") -> None:
+        """Serve until told to stop, or until the owner is gone."""
+        steps = 0
+        while True:
+            idle = not self.engine.has_unfinished_requests()
+            while idle or not messages.empty():
+                message = messages.get()
+                if message[0] == "stop":
+                    return
+                if message[0] == "abort":
+                    self.abort()
+                else:
+                    self.add(message[1])
+                idle = False
+            if not self.engine.has_unfinished_requests():
+                continue
+            finished = [output for output in self.engine.step() if output.finished]
+            steps += 1
+            if finished or steps % _TAKE_EVERY == 0:
+                self._capture.fetch()
+            if finished:
+                self._answers.put(("signals", [self._answer(output) for output in finished]))
+
+    def _answer(self, output: Any) -> tuple[Any, ...]:
+        row = int(output.request_id)
+        return (row, *self._capture.close(row, list(output.outputs[0].token_ids)))
+
+    def _check_capture(self) -> None:
+        """Run one prompt both ways: what we capture must be vLLM's own raw logits.
+
+        Raises:
+            RuntimeError: This vLLM hands processors something else than raw logits.
+        """
+        kept = min(4, self._config["top_k"])
+        self._add(-1, [0, 1, 2, 3], 1, logprobs=kept, flat_logprobs=True)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = [output for output in self.engine.step() if output.finished]
+        self._capture.fetch()
+        _, _, ids, logits, logsumexp = self._answer(outputs[0])
+        flat = outputs[0].outputs[0].logprobs
+        raw = dict(zip(flat.token_ids, flat.logprobs, strict=True))
+        ours = dict(zip(ids[0].tolist(), logits[0].tolist(), strict=True))
+        shared = [token for token in raw if token in ours]
+        differ = max((abs(raw[token] - ours[token]) for token in shared), default=np.inf)
+        if not differ <= 1e-5 * max(1.0, float(np.abs(logits).max())):
+            raise RuntimeError(
+                "this vLLM changes logits before custom logits processors see them "
+                f"(by {differ:.3g} on a test prompt), so raw logits cannot be captured"
+            )
+        if abs(float(logsumexp[0])) < 1e-5:
+            raise RuntimeError("this vLLM gives log-probabilities where raw logits were asked for")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what may move the last bits of a logit."""
+        import torch
+        import transformers
+        import vllm
+        from vllm.platforms import current_platform
+
+        cache, scheduler = self._vllm_config.cache_config, self._vllm_config.scheduler_config
+        parallel, model = self._vllm_config.parallel_config, self._vllm_config.model_config
+        on_cpu = current_platform.is_cpu()
+        return {
+            "engine": "vllm",
+            "versions": {
+                "vllm": vllm.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "device": "cpu" if on_cpu else current_platform.get_device_name(),
+            "settings": {
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "block_size": cache.block_size,
+                "prefix_caching": bool(cache.enable_prefix_caching),
+                "max_model_len": model.max_model_len,
+                "max_num_seqs": scheduler.max_num_seqs,
+                "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+                "enforce_eager": bool(model.enforce_eager),
+                "tensor_parallel_size": parallel.tensor_parallel_size,
+                "pipeline_parallel_size": parallel.pipeline_parallel_size,
+                **({"threads": torch.get_num_threads()} if on_cpu else {}),
+            },
+        }
+
+
+def _start(config: dict[str, Any]) -> tuple[Any, Any]:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    on_cpu = current_platform.is_cpu()
+    options: dict[str, Any] = {
+        "model": config["model"],
+        "dtype": config["compute_dtype"],
+        "max_model_len": config["max_model_len"],
+        "trust_remote_code": config["trust_remote_code"],
+        "seed": 0,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",  # the folder's may bring penalties
+        "logprobs_mode": "raw_logits",
+        "logits_processors": [f"{_CAPTURE}:CaptureProcessor"],
+        "worker_extension_cls": f"{_CAPTURE}.CaptureExtension",
+        "disable_log_stats": True,
+    }
+    if on_cpu:
+        # Compiling takes the CPU backend 40 s and wins nothing measurable on short prompts.
+        options |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+    options |= config["engine_args"]
+    vllm_config = EngineArgs(**options).create_engine_config()
+    if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
+        vllm_config.cache_config.kv_cache_memory_bytes = _cpu_kv_bytes(vllm_config)
+    return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True), vllm_config
+
+
+def _cpu_kv_bytes(vllm_config: Any) -> int:
+    """Return room for every running sequence at full length, within a quarter of free memory.
+
+    vLLM would take most of the machine's memory, which a CPU shares with everything else.
+    """
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    token = (
+        2
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+        * model.dtype.itemsize
+    )
+    block = vllm_config.cache_config.block_size
+    blocks = -(-model.max_model_len // block) * vllm_config.scheduler_config.max_num_seqs + 16
+    free = get_memory_node_info(get_visible_memory_node()[0]).available_memory
+    return int(max(64 * 2**20, min(blocks * block * token, free // 4)))
+
+
+def _listen(connection: Connection, messages: "queue.SimpleQueue[Any]", owner: int) -> None:
+    """Pass messages on, and end this process group once the owner is gone or says stop."""
+    message: tuple[Any, ...] = ("none",)
+    while message[0] != "stop":
+        try:
+            # A forked sibling may hold the socket open after the owner died: look at both.
+            while not connection.poll(2.0):
+                if os.getppid() != owner:
+                    raise EOFError
+            message = connection.recv()
+        except (EOFError, OSError):
+            message = ("stop",)
+        messages.put(message)
+    time.sleep(_EXIT_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _answer(connection: Connection, answers: "queue.SimpleQueue[Any]") -> None:
+    while (answer := answers.get()) is not None:
+        try:
+            connection.send(answer)
+        except OSError:  # the owner is gone: `_listen` ends the process
+            return
+
+
+def main() -> None:
+    """Serve one owner over the inherited socket."""
+    connection = Connection(int(sys.argv[1]))
+    owner = os.getppid()
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    config = connection.recv()
+    threading.Thread(target=_listen, args=(connection, messages, owner), daemon=True).start()
+    sender = threading.Thread(target=_answer, args=(connection, answers), daemon=True)
+    sender.start()
+    host = None
+    try:
+        try:
+            import vllm  # noqa: F401
+        except Exception as error:
+            traceback.print_exc()
+            answers.put(("failed", "import", cause(error)))
+            return
+        try:
+            host = Host(config, answers)
+            answers.put(("ready", host.describe()))
+            host.run(messages)
+        except Exception as error:
+            traceback.print_exc()
+            answers.put(("failed", "run" if host else "start", cause(error)))
+    finally:
+        answers.put(None)
+        sender.join(timeout=_EXIT_SECONDS)
+        if host is not None:
+            host.engine.engine_core.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # vLLM leaves threads and, if it failed, half-built processes behind.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
