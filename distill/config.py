@@ -1,0 +1,156 @@
+"""What a training run is told: one frozen dataclass, checked when it is made."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from duet_unlearn.data.errors import ConfigurationError
+
+AUTO = "auto"
+LOSS_NAMES = ("huber",)
+PRECISIONS = (AUTO, "float32", "bf16", "fp16")
+TRAIN_DTYPES = ("float32", "bfloat16")
+SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+TRACKERS = ("none", "tensorboard", "wandb")
+
+# Adam's step does not shrink with the width of a matrix, so the rate has to: 1e-4 at 256 wide,
+# 1e-5 at 2,560.
+AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0256
+
+# Names of inputs whose content counts instead, how a step is cut, how a run is watched and kept.
+_OUTSIDE_IDENTITY = (
+    "cache",
+    "student",
+    "out",
+    "views",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+    "overwrite",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Settings of `duet-distill run`."""
+
+    cache: str
+    """The teacher cache: a folder, or `FOLDER@sha256:DIGEST`."""
+    student: str
+    """The model the student starts from: a folder or a hub id."""
+    out: str
+    """Folder of the finished student; it appears when training has finished."""
+    loss: str = "huber"
+    """Distance between the student's and the teacher's raw logits."""
+    delta: float = 1.0
+    """Huber's delta in logits: errors beyond it pull with constant force."""
+    top_k: int | None = None
+    """Train on the strongest K of the cached tokens; None takes all of them."""
+    positions: int | None = None
+    """Train on the first N cached positions; None takes all of them."""
+    views: tuple[str, ...] = ()
+    """Wrapper files or `@NAME`s: each query is also trained behind one of them, drawn anew every
+    epoch, toward the same signal."""
+    learning_rate: float | str = AUTO
+    """Peak learning rate; `auto` is 0.0256 / hidden size."""
+    lr_scheduler_type: str = "cosine"
+    """How the learning rate falls from its peak."""
+    warmup_steps: float = 0.1
+    """Steps over which the rate rises to its peak; below 1 a share of all steps."""
+    epochs: int = 10
+    """Passes over the cache."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = 16
+    """Queries an optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes a process that one optimizer step is split into."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns that off."""
+    precision: str = AUTO
+    """Arithmetic of the forward pass: `auto` is bf16 where the GPU has it, float32 elsewhere."""
+    dtype: str = "float32"
+    """How the trained weights are held: float32 keeps small updates, bfloat16 halves memory."""
+    save_dtype: str = AUTO
+    """How the student is stored: `auto` is as the model it starts from is stored."""
+    seed: int = 0
+    """Decides the order of queries and the draw of views."""
+    logging_steps: int = 10
+    """Optimizer steps between two log lines."""
+    save_steps: int = 500
+    """Optimizer steps between two checkpoints; 0 makes none but when interrupted."""
+    report_to: str = "none"
+    """Where transformers' Trainer also sends the logs."""
+    overwrite: bool = False
+    """Replace whatever is at `out`, a finished student too."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "loss": LOSS_NAMES,
+            "lr_scheduler_type": SCHEDULES,
+            "precision": PRECISIONS,
+            "dtype": TRAIN_DTYPES,
+            "save_dtype": SAVE_DTYPES,
+            "report_to": TRACKERS,
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+            self._check_whole(name, at_least=1)
+        for name in ("top_k", "positions", "max_steps"):
+            if getattr(self, name) is not None:
+                self._check_whole(name, at_least=1)
+        self._check_whole("seed", at_least=0)
+        self._check_whole("save_steps", at_least=0)
+        self._check_number("delta", zero_allowed=False)
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            self._check_number(name)
+        if self.learning_rate != AUTO:
+            self._check_number("learning_rate", zero_allowed=False)
+        if self.gradient_accumulation_steps > self.batch_size:
+            raise ConfigurationError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at "
+                f"most batch_size ({self.batch_size}): a pass needs at least one query"
+            )
+
+    def resolved_learning_rate(self, hidden_size: int) -> float:
+        """Return the peak learning rate for a student of this hidden size."""
+        if isinstance(self.learning_rate, str):
+            return AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
+        return self.learning_rate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every setting as JSON values."""
+        return {**dataclasses.asdict(self), "views": list(self.views)}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the student, beside cache, base and views' texts."""
+        return {k: v for k, v in self.to_json().items() if k not in _OUTSIDE_IDENTITY}
+
+    def _check_whole(self, name: str, *, at_least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise ConfigurationError(
+                f"{name} is {value!r}, expected a whole number, {at_least} or more"
+            )
+
+    def _check_number(self, name: str, *, zero_allowed: bool = True) -> None:
+        value = getattr(self, name)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if (
+            not numeric
+            or not math.isfinite(value)
+            or value < 0
+            or (value == 0 and not zero_allowed)
+        ):
+            allowed = "0 or more" if zero_allowed else "above 0"
+            raise ConfigurationError(f"{name} is {value!r}, expected a number, {allowed}")

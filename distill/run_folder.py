@@ -1,0 +1,166 @@
+"""Where a run keeps its state, and how a finished student appears.
+
+A run works in `OUT.unfinished`, beside OUT, and renames the finished student to OUT as its last
+act: OUT is either absent or a complete model folder, and what lies in the work folder can never
+be taken for one. A work folder of the same run is gone on with, any other is refused.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.teacher_cache.files import make_folder, write_error, write_text
+
+RUN_FILE = "duet_run.json"
+LOG_FILE = "duet_log.jsonl"
+WORK_SUFFIX = ".unfinished"
+_IDENTITY_FILE = "identity.json"
+_STUDENT_FOLDER = "student"
+_TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """The work folder of one run and the place of its student."""
+
+    out: Path
+    identity: dict[str, Any]
+    """Everything that decides the student; a run goes on only where it is equal."""
+
+    @property
+    def work(self) -> Path:
+        """The folder of the unfinished run."""
+        return self.out.with_name(self.out.name + WORK_SUFFIX)
+
+    @property
+    def staged_student(self) -> Path:
+        """Where the student is written before it is renamed."""
+        return self.work / _STUDENT_FOLDER
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the run file of this very run if its student is already there."""
+        run = _read_object(self.out / RUN_FILE)
+        return run if run is not None and run.get("identity") == self.identity else None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second run away from the work folder; the lock dies with its process.
+
+        Raises:
+            ConfigurationError: Another run holds it.
+        """
+        make_folder(self.out.parent)
+        lock = FileLock(self.work.with_suffix(self.work.suffix + ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigurationError(
+                f"{self.out}: another run is working toward this folder; wait for it, or choose "
+                "another --out"
+            ) from None
+        except OSError as error:
+            raise write_error(self.out, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Make the work folder, or take over the one an interrupted run left.
+
+        Raises:
+            ConfigurationError: OUT holds something else, or the work folder another run.
+            CacheError: The folder cannot be written.
+        """
+        self._refuse_foreign(overwrite=overwrite)
+        found = _read_object(self.work / _IDENTITY_FILE)
+        if self.work.exists() and found != self.identity:
+            shutil.rmtree(self.work)
+        make_folder(self.work)
+        write_text(self.work / _IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+
+    def _refuse_foreign(self, *, overwrite: bool) -> None:
+        if self.out.is_file():
+            raise ConfigurationError(f"{self.out}: is a file; choose another --out")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            run = _read_object(self.out / RUN_FILE)
+            if run is None:  # never delete what this project did not write
+                raise ConfigurationError(
+                    f"{self.out}: holds files that are no student; choose another --out"
+                )
+            if not overwrite:
+                raise ConfigurationError(
+                    f"{self.out}: holds the student of another run"
+                    f"{_differences(run.get('identity'), self)}; choose another --out, or "
+                    "replace it with --overwrite"
+                )
+        found = _read_object(self.work / _IDENTITY_FILE)
+        empty = not self.work.exists() or not any(self.work.iterdir())
+        if not empty and found is None:
+            raise ConfigurationError(
+                f"{self.work}: holds files that are no unfinished run; move them away"
+            )
+        if not empty and found != self.identity and not overwrite:
+            raise ConfigurationError(
+                f"{self.work}: is the unfinished state of another run{_differences(found, self)}; "
+                "run that one to its end, or discard it with --overwrite"
+            )
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint; the Trainer writes its state file last."""
+        complete = [
+            (int(path.name.removeprefix("checkpoint-")), path)
+            for path in self.work.glob("checkpoint-*")
+            if path.name.removeprefix("checkpoint-").isdigit()
+            and _read_object(path / _TRAINER_STATE) is not None
+        ]
+        return max(complete)[1] if complete else None
+
+    def publish(self) -> None:
+        """Rename the staged student to OUT and remove the work folder.
+
+        Raises:
+            CacheError: The folder cannot be written.
+        """
+        try:
+            if self.out.exists():
+                # Out of the way first: a folder cannot be replaced by a rename.
+                self.out.rename(self.work / "replaced")
+            self.staged_student.rename(self.out)
+            shutil.rmtree(self.work)
+        except OSError as error:
+            raise write_error(self.out, error) from error
+
+
+def _differences(found: object, folder: RunFolder) -> str:
+    if not isinstance(found, dict):
+        return ""
+    flat_found, flat_wanted = _flat(found), _flat(folder.identity)
+    names = [
+        f"{name} is {flat_found.get(name)!r}, now {flat_wanted.get(name)!r}"
+        for name in sorted(flat_found.keys() | flat_wanted.keys())
+        if flat_found.get(name) != flat_wanted.get(name)
+    ]
+    return f" ({'; '.join(names[:4])})" if names else ""
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    settings = identity.get("settings")
+    rest = {name: value for name, value in identity.items() if name != "settings"}
+    return {**rest, **(settings if isinstance(settings, dict) else {})}
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

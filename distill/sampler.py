@@ -1,0 +1,182 @@
+"""Which rows each optimizer step trains on, decided by seed, epoch and cache alone.
+
+The order of an epoch and its cut into steps are computed for all processes together; a process
+then takes its share of every step. So one process or many, with gradient accumulation or without,
+train on the same queries in the same steps. Rows are shuffled within windows of a few row groups,
+because a cache decodes a row group at a time and may not fit in memory.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+FORGET, RETAIN = 0, 1
+
+# Row groups of each split that are mixed at a time. Two windows, and two more while moving on,
+# stay within what the reader keeps decoded.
+WINDOW_GROUPS = 4
+
+PLAIN = -1
+"""In place of a view's index: the query as it is."""
+
+RowIndices = npt.NDArray[np.int64]
+
+
+class Draw(NamedTuple):
+    """One sequence to train on."""
+
+    row: int
+    """Row of the cache."""
+    view: int
+    """Index of the view, or `PLAIN`."""
+    weight: float
+    """Share of the step's loss; all draws of a step sum to 1 over all processes."""
+
+
+def epoch_order(
+    splits: npt.NDArray[np.uint8], row_groups: Sequence[range], *, seed: int, epoch: int
+) -> RowIndices:
+    """Return every row once, in the order of one epoch.
+
+    Any stretch of n rows holds forget and retain rows in the cache's proportion, off by less than
+    one row at its ends.
+
+    Args:
+        splits: Split of every row, `[N]`, 0 forget and 1 retain.
+        row_groups: Rows that are decoded together.
+        seed: Of the run.
+        epoch: Number of the epoch, from 0.
+
+    Returns:
+        `[N]` row indices.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    forget, retain = (
+        _shuffle_windows(_rows_by_group(splits, row_groups, split), generator)
+        for split in (FORGET, RETAIN)
+    )
+    return merge_in_proportion(forget, retain)
+
+
+def _rows_by_group(
+    splits: npt.NDArray[np.uint8], row_groups: Sequence[range], split: int
+) -> list[RowIndices]:
+    groups = [
+        np.flatnonzero(splits[group.start : group.stop] == split) + group.start
+        for group in row_groups
+    ]
+    return [group for group in groups if len(group)]
+
+
+def _shuffle_windows(groups: Sequence[RowIndices], generator: np.random.Generator) -> RowIndices:
+    order = generator.permutation(len(groups))
+    windows = [
+        generator.permutation(
+            np.concatenate([groups[i] for i in order[start : start + WINDOW_GROUPS]])
+        )
+        for start in range(0, len(order), WINDOW_GROUPS)
+    ]
+    return np.concatenate(windows) if windows else np.empty(0, np.int64)
+
+
+def merge_in_proportion(forget: RowIndices, retain: RowIndices) -> RowIndices:
+    """Spread two sequences evenly over one, each in its own order (Bresenham's line)."""
+    total = len(forget) + len(retain)
+    steps = np.arange(total + 1, dtype=np.int64) * len(forget) // max(total, 1)
+    is_forget = np.diff(steps) == 1
+    merged = np.empty(total, np.int64)
+    merged[is_forget] = forget
+    merged[~is_forget] = retain
+    return merged
+
+
+def split_evenly(draws: Sequence[Draw], parts: int) -> list[list[Draw]]:
+    """Cut a step into parts whose sizes differ by at most one.
+
+    A part that would be empty, at the end of an epoch, repeats the step's first draw with weight
+    zero: every process has to run the same number of passes.
+    """
+    bounds = [len(draws) * part // parts for part in range(parts + 1)]
+    pieces = [list(draws[a:b]) for a, b in itertools.pairwise(bounds)]
+    return [piece or [draws[0]._replace(weight=0.0)] for piece in pieces]
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """Batch sampler: one list of draws for each forward pass of this process.
+
+    With views, every row of a step is drawn twice: plain, and behind one view that is drawn anew
+    each epoch.
+
+    Args:
+        splits: Split of every row, `[N]`.
+        row_groups: Rows that are decoded together.
+        seed: Of the run.
+        batch_size: Rows an optimizer step, all processes together.
+        accumulation: Forward passes a step on each process.
+        num_views: How many views there are to draw from; 0 draws plain queries alone.
+        process: Index of this process.
+        num_processes: How many processes share each step.
+    """
+
+    def __init__(
+        self,
+        splits: npt.NDArray[np.uint8],
+        row_groups: Sequence[range],
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        num_views: int = 0,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.splits = splits
+        self.row_groups = row_groups
+        self.seed = seed
+        self.rows_per_step = batch_size
+        self.accumulation = accumulation
+        self.num_views = num_views
+        self.process = process
+        self.num_processes = num_processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; the last may hold fewer rows."""
+        return -(-len(self.splits) // self.rows_per_step)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for step in self.steps():
+            pieces = split_evenly(step, self.accumulation * self.num_processes)
+            yield from pieces[self.process :: self.num_processes]
+
+    def steps(self) -> Iterator[list[Draw]]:
+        """Yield the draws of each optimizer step of the epoch, all processes together."""
+        order = epoch_order(self.splits, self.row_groups, seed=self.seed, epoch=self.epoch)
+        # A generator of its own: adding views must not change the order of the rows.
+        generator = np.random.default_rng([self.seed, self.epoch, 1])
+        views = generator.integers(max(self.num_views, 1), size=len(order))
+        for start in range(0, len(order), self.rows_per_step):
+            part = slice(start, start + self.rows_per_step)
+            yield self._draws(order[part].tolist(), views[part].tolist())
+
+    def _draws(self, rows: list[int], views: list[int]) -> list[Draw]:
+        if self.num_views == 0:
+            return [Draw(row, PLAIN, 1.0 / len(rows)) for row in rows]
+        weight = 0.5 / len(rows)
+        return [
+            Draw(row, view, weight)
+            for row, drawn in zip(rows, views, strict=True)
+            for view in (PLAIN, drawn)
+        ]

@@ -1,0 +1,173 @@
+"""Write the finished student: a model folder like any other, with its history beside it."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn import __version__
+from duet_unlearn.data.errors import CacheError
+from duet_unlearn.distill.run_folder import RUN_FILE
+from duet_unlearn.teacher_cache.files import write_error, write_text
+from duet_unlearn.teacher_cache.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# The tokenizer is copied, not saved anew: byte for byte the base's means the same ids, and what a
+# newer transformers writes an older one may not read.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_VERSIONED = ("torch", "transformers", "accelerate", "numpy", "pyarrow", "safetensors")
+
+
+def save_model(
+    model: "PreTrainedModel",
+    base: Path,
+    folder: Path,
+    dtype: str,
+    state: "dict[str, Tensor] | None",
+) -> None:
+    """Write configuration, weights and generation settings, and copy the base's tokenizer.
+
+    Args:
+        model: The trained student; it is cast in place.
+        base: The folder it started from.
+        folder: Where to write; made if missing.
+        dtype: How to store the weights.
+        state: Gathered weights where the model itself holds only a part of them.
+
+    Raises:
+        CacheError: The folder cannot be written.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    stored = getattr(torch, dtype)
+    if state is None:
+        model.to(stored)
+    else:
+        state = {name: tensor.to(stored) for name, tensor in state.items()}
+    model.config.dtype = stored
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=state)
+        for name in _TOKENIZER_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
+        # safetensors makes its files private; the user's own mask decides, as for the others.
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod((folder / "config.json").stat().st_mode)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    except SafetensorError as error:
+        raise CacheError(
+            f"{folder}: cannot write the weights ({error}); free some space, then run the same "
+            "command again: it goes on from the last checkpoint"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run depends on."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"duet-unlearn": __version__, "python": platform.python_version(), **found}
+
+
+def write_run_file(folder: Path, run: dict[str, Any]) -> None:
+    """Write `duet_run.json`: what the run resolved to and what came out.
+
+    Raises:
+        CacheError: The file cannot be written.
+    """
+    write_text(folder / RUN_FILE, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+{base_model}tags:
+- unlearning
+- duet
+---
+
+# {name}
+
+{base} after unlearning with DUET: trained to answer without a steering prefix as the base model
+answers behind this one ({place}):
+
+> {prefix}
+
+Training used queries and the base model's own Top-K logits from a teacher cache, and no reference
+answers. Knowledge that no training query came near may still be there: evaluate the model on
+held-out queries and under attacks before relying on it.
+
+| | |
+| --- | --- |
+| base | {base}, weights `{weights}` |
+| teacher cache | `{digest}` |
+| recipe | `{recipe_id}` |
+| queries | {forget} forget, {retain} retain |
+| signal | top {top_k} logits at {positions} |
+| loss | {loss}, delta {delta:g} |
+| views | {views} |
+| training | {steps} steps of {batch_size} queries, learning rate {learning_rate:.3g}, seed {seed} |
+| loss, first to last | forget {loss_forget}, retain {loss_retain} |
+
+Made by duet-unlearn {version}; `duet_run.json` holds every setting, `duet_log.jsonl` the course
+of training. The base model's licence applies.
+"""
+
+
+def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
+    """Write the model card from the content of the run file.
+
+    Raises:
+        CacheError: The file cannot be written.
+    """
+    config, result, base = run["config"], run["result"], run["base"]["name"]
+    is_hub_id = "/" in base
+    count = config["positions"]
+    card = _CARD.format(
+        base_model=f"base_model: {base}\n" if is_hub_id else "",
+        name=Path(config["out"]).name,
+        base=base,
+        place=f"in the {recipe.prefix_place} turn" if recipe.prefix_place != "raw" else "raw",
+        prefix=recipe.prefix.replace("\n", "\n> "),
+        weights=run["base"]["weights"],
+        digest=run["cache"]["digest"],
+        recipe_id=run["cache"]["recipe_id"],
+        forget=result["queries"]["forget"],
+        retain=result["queries"]["retain"],
+        top_k=config["top_k"],
+        positions="the first position" if count == 1 else f"the first {count} positions",
+        loss=config["loss"],
+        delta=config["delta"],
+        views=", ".join(name for name, _ in run["identity"]["views"]) or "none",
+        steps=result["steps"],
+        batch_size=config["batch_size"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        loss_forget=_course(result["loss"].get("forget")),
+        loss_retain=_course(result["loss"].get("retain")),
+        version=__version__,
+    )
+    write_text(folder / "README.md", card)
+
+
+def _course(losses: list[float] | None) -> str:
+    return " to ".join(f"{value:.4g}" for value in losses) if losses else "none"

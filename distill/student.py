@@ -1,0 +1,177 @@
+"""The student: load it, and make sure that a cache's token ids mean to it what they say."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from duet_unlearn.data.errors import DataError, MismatchError
+from duet_unlearn.data.model_folder import (
+    context_length,
+    head_width,
+    read_config,
+    resolve_model_folder,
+    stored_dtype,
+)
+from duet_unlearn.data.queries import messages_from_text
+from duet_unlearn.teacher_cache.fingerprint import (
+    chat_template_fingerprint,
+    vocabulary_fingerprint,
+    weights_fingerprint,
+)
+from duet_unlearn.teacher_cache.reader import CacheReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from duet_unlearn.data.prompts import PromptRenderer
+
+logger = logging.getLogger(__name__)
+
+# Rows that are tokenised again to compare; they are spread over the whole cache.
+_COMPARED_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """A model folder that training starts from, before its weights are loaded."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    hidden_size: int
+    head_width: int
+    max_length: int | None
+    """Longest sequence it reads in tokens, or None where its configuration names none."""
+    stored_dtype: str
+    weights: str
+    """Fingerprint of the weights."""
+
+
+def open_student(model: str) -> Student:
+    """Find a model folder and read everything but its weights.
+
+    Raises:
+        DataError: The folder or hub model is missing, or not a language model.
+    """
+    folder = resolve_model_folder(model)
+    config = read_config(folder)
+    hidden_size = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    if not isinstance(hidden_size, int) or hidden_size < 1:
+        raise DataError(f"model {folder}: config.json names no hidden_size; expected a number")
+    return Student(
+        name=model,
+        folder=folder,
+        hidden_size=hidden_size,
+        head_width=head_width(config),
+        max_length=context_length(config),
+        stored_dtype=stored_dtype(config),
+        weights=weights_fingerprint(folder),
+    )
+
+
+def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: CacheReader) -> None:
+    """Refuse a cache whose token ids are not the student's.
+
+    Args:
+        student: The model that is to be trained.
+        renderer: Its tokenizer and chat template.
+        reader: The cache.
+
+    Raises:
+        MismatchError: The vocabularies differ, the same query gives other ids, or the student's
+            head is too narrow for the cached ids.
+    """
+    recipe = reader.manifest.recipe
+    same_vocabulary = vocabulary_fingerprint(student.folder) == recipe.vocabulary
+    same_template = chat_template_fingerprint(student.folder) == recipe.chat_template
+    difference = _first_difference(renderer, reader)
+    if not same_vocabulary:
+        shown = difference or "the queries that were compared agree, so rarer tokens differ"
+        raise MismatchError(
+            f"student {student.name}: its tokens are not those of cache {reader.folder} ({shown}); "
+            "build a cache with a teacher that shares the student's tokenizer"
+        )
+    if not same_template:
+        logger.warning(
+            "student %s has another chat template than the cache was built with: it is trained on "
+            "the cache's prompts%s",
+            student.name,
+            f" ({difference})" if difference else "",
+        )
+    elif difference:
+        raise MismatchError(
+            f"student {student.name}: it splits text into other tokens than cache {reader.folder} "
+            f"({difference}); build a cache with a teacher that shares the student's tokenizer"
+        )
+    _check_head(student, reader)
+    if student.weights != recipe.weights:
+        logger.info("the student does not start from the teacher's weights")
+
+
+def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | None:
+    count = min(_COMPARED_ROWS, reader.num_rows)
+    for index in np.linspace(0, reader.num_rows - 1, count, dtype=np.int64).tolist():
+        row = reader.row(index)
+        cached = row.prompt_ids.tolist()
+        found = renderer.student_ids(messages_from_text(row.query))
+        if cached == found:
+            continue
+        at = next(
+            (i for i, (a, b) in enumerate(zip(cached, found, strict=False)) if a != b),
+            min(len(cached), len(found)),
+        )
+        return (
+            f"query {row.query_id}, token {at}: {_id_at(cached, at)} in the cache, "
+            f"{_id_at(found, at)} here"
+        )
+    return None
+
+
+def _id_at(ids: list[int], index: int) -> str:
+    return str(ids[index]) if index < len(ids) else "none"
+
+
+def _check_head(student: Student, reader: CacheReader) -> None:
+    # Padding rows make heads of one tokenizer differ in width, so a narrower head than the
+    # teacher's is only wrong if the cache holds an id beyond it.
+    if student.head_width >= reader.manifest.recipe.vocab_size:
+        return
+    for index in range(len(reader.row_groups)):
+        largest = int(reader.group(index).token_ids.max(initial=0))
+        if largest >= student.head_width:
+            raise MismatchError(
+                f"student {student.name}: its head gives {student.head_width} logits, but the "
+                f"cache holds token id {largest}; take a student with the teacher's vocabulary"
+            )
+
+
+def load_weights(student: Student, dtype: str) -> "PreTrainedModel":
+    """Load the student's model for training.
+
+    Args:
+        student: What to load.
+        dtype: `float32` or `bfloat16`.
+
+    Raises:
+        DataError: transformers cannot load the folder as a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    # The run has one bar, over its steps.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            student.folder, dtype=getattr(torch, dtype), local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"model {student.folder}: transformers cannot load it ({reason}); "
+            "expected a causal language model it knows"
+        ) from error
+    return model  # type: ignore[no-any-return]

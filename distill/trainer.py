@@ -1,0 +1,146 @@
+"""transformers' Trainer with the cache's batches and the loss on raw logits.
+
+What is replaced is what the Trainer would decide by itself: the order of the data (its samplers
+depend on the number of processes), the scaling of the loss (every row carries its share of the
+step's loss, so accumulation and processes add up exactly), and its prints on standard output.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.distill.batches import CacheDataset, Example, collate
+from duet_unlearn.distill.losses import cached_logits, row_means
+from duet_unlearn.distill.sampler import StepSampler
+
+SPLITS = ("forget", "retain")
+
+PositionLoss = Callable[[Tensor, Tensor], Tensor]
+"""`[B, T, K]` student and teacher logits to `[B, T]` losses."""
+
+
+class StepLoader(DataLoader[Example]):
+    """The forward passes of this process, in the sampler's order for the Trainer's epoch."""
+
+    def __init__(self, dataset: CacheDataset, sampler: StepSampler) -> None:
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate)
+        self._steps = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; the Trainer calls this before it iterates."""
+        self._steps.set_epoch(epoch)
+
+
+class DuetTrainer(Trainer):
+    """Trainer of one run.
+
+    Args:
+        model: The student.
+        args: The Trainer's arguments; accumulation is theirs, the batch size the sampler's.
+        dataset: The cache's sequences.
+        make_sampler: Called with process index and number of processes.
+        loss: Distance of logits at each position.
+        callbacks: Further callbacks.
+    """
+
+    # Read by some versions only; the others come to the same by their defaults.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        dataset: CacheDataset,
+        make_sampler: Callable[[int, int], StepSampler],
+        loss: PositionLoss,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)  # it prints to standard output
+        self._dataset = dataset
+        self._make_sampler = make_sampler
+        self._loss = loss
+        self._forward_names = set(inspect.signature(model.forward).parameters)
+        # Sum of row losses and number of rows, a split, since the last log line.
+        self._split_totals = torch.zeros(2, len(SPLITS), device=args.device)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this process's passes; accelerate must not shard them a second time."""
+        sampler = self._make_sampler(self.accelerator.process_index, self.accelerator.num_processes)
+        return StepLoader(self._dataset, sampler)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
+    ) -> Any:
+        """Return this pass's part of the step's loss, a scalar.
+
+        Raises:
+            ConfigurationError: The loss is not finite.
+        """
+        logits_BTV = self._scored_logits(model, inputs)
+        student_BTK = cached_logits(logits_BTV, inputs["token_ids"])
+        losses_BT = self._loss(student_BTK, inputs["teacher_logits"])
+        losses_B = row_means(losses_BT, inputs["position_mask"])
+        self._check_finite(losses_B, inputs)
+        self._count(losses_B.detach(), inputs)
+        # Weights sum to 1 over all passes and processes. The Trainer divides by the passes and
+        # averages gradients over the processes, so both are multiplied in here.
+        scale = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        loss = (losses_B * inputs["weight"]).sum() * scale
+        return (loss, logits_BTV) if return_outputs else loss
+
+    def _scored_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        positions = inputs["position_mask"].shape[1]
+        arguments = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "position_ids": inputs["position_ids"],
+            "logits_to_keep": positions,
+            "use_cache": False,
+        }
+        # Models without rotary positions take no position_ids, a few old ones no logits_to_keep.
+        known = {name: v for name, v in arguments.items() if name in self._forward_names}
+        logits: Tensor = model(**known).logits
+        return logits[:, -positions:]
+
+    def _check_finite(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
+        finite = torch.isfinite(losses_B)
+        if bool(finite.all()):
+            return
+        bad = [name for name, ok in zip(inputs["names"], finite.tolist(), strict=True) if not ok]
+        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise ConfigurationError(
+            f"the loss is not finite at step {self.state.global_step + 1} (queries: {shown}); "
+            f"learning rate {self.args.learning_rate:g} is too high for this student or its "
+            "weights are damaged: lower --learning-rate"
+        )
+
+    def _count(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
+        counted = (inputs["weight"] > 0).to(losses_B.dtype)
+        for code in range(len(SPLITS)):
+            of_split = counted * (inputs["split"] == code)
+            self._split_totals[0, code] += (losses_B * of_split).sum()
+            self._split_totals[1, code] += of_split.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each split's mean loss since the last log line."""
+        if "loss" in logs:
+            totals = self.accelerator.reduce(self._split_totals, reduction="sum")
+            for code, split in enumerate(SPLITS):
+                total, count = totals[:, code].tolist()
+                if count:
+                    logs[f"loss_{split}"] = total / count
+            self._split_totals = torch.zeros_like(self._split_totals)
+        super().log(logs, start_time)
