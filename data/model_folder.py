@@ -163,3 +163,9 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
                 raise DataError(f"model {folder}: eos_token_id is {value!r}, expected token ids")
             return tuple(sorted(set(ids)))
     return ()
+
+
+def model_name(model: str) -> str:
+    """Return a hub id as it is, or a folder's own name: what is shared tells no one's paths."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model

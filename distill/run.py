@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
+from duet_unlearn.data.model_folder import model_name
 from duet_unlearn.data.wrappers import Wrapper, load_wrappers
 from duet_unlearn.distill.config import AUTO, RunConfig
 from duet_unlearn.distill.run_folder import LOG_FILE, RunFolder
 from duet_unlearn.distill.save import save_model, versions, write_card, write_run_file
 from duet_unlearn.distill.student import Student, check_cache_fits, load_weights, open_student
-from duet_unlearn.teacher_cache.build_config import teacher_name
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
@@ -84,20 +84,18 @@ def run(config: RunConfig) -> RunResult:
     if not config.overwrite and (finished := job.folder.finished()) is not None:
         logger.info("%s: already there, trained by this very configuration", job.folder.out)
         return RunResult(**{**finished["result"], "out": str(job.folder.out), "hit": True})
-    from accelerate import PartialState
-
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 
     renderer = PromptRenderer(load_tokenizer(job.student.folder))
     check_cache_fits(job.student, renderer, job.reader)
-    process = PartialState()
-    if not process.is_main_process:
-        process.wait_for_everyone()  # for the work folder
-        return _train(job, renderer, process)
+    args = _training_arguments(job.config, job.folder.work)
+    if args.process_index != 0:
+        _wait_for_all(args)  # until the first process has made the work folder
+        return _train(job, renderer, args)
     with job.folder.lock():
         job.folder.prepare(overwrite=config.overwrite)
-        process.wait_for_everyone()
-        return _train(job, renderer, process)
+        _wait_for_all(args)
+        return _train(job, renderer, args)
 
 
 def _resolve(config: RunConfig) -> _Job:
@@ -149,14 +147,19 @@ def _check_splits(reader: CacheReader) -> None:
         )
 
 
-def _train(job: _Job, renderer: "PromptRenderer", process: Any) -> RunResult:
+def _wait_for_all(args: "TrainingArguments") -> None:
+    if args.distributed_state is not None:
+        args.distributed_state.wait_for_everyone()
+
+
+def _train(job: _Job, renderer: "PromptRenderer", args: "TrainingArguments") -> RunResult:
     from duet_unlearn.distill.callbacks import StopOnSignal
 
     config, folder = job.config, job.folder
     stop = StopOnSignal()
     model = load_weights(job.student, config.dtype)
     use_cache = model.config.use_cache
-    trainer = _make_trainer(job, model, renderer, stop, process)
+    trainer = _make_trainer(job, model, renderer, stop, args)
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -181,7 +184,7 @@ def _train(job: _Job, renderer: "PromptRenderer", process: Any) -> RunResult:
     )
     model.config.use_cache = use_cache  # the Trainer turned it off
     _save(job, trainer, result)
-    process.wait_for_everyone()
+    _wait_for_all(args)
     return result
 
 
@@ -190,7 +193,7 @@ def _make_trainer(
     model: "PreTrainedModel",
     renderer: "PromptRenderer",
     stop: "StopOnSignal",
-    process: Any,
+    args: "TrainingArguments",
 ) -> "DuetTrainer":
     from duet_unlearn.distill.batches import CacheDataset
     from duet_unlearn.distill.callbacks import LogFile, LogLastStep, Progress
@@ -199,13 +202,6 @@ def _make_trainer(
     from duet_unlearn.distill.trainer import DuetTrainer
 
     config, reader = job.config, job.reader
-    passes = config.gradient_accumulation_steps * process.num_processes
-    if passes > config.batch_size:
-        raise ConfigurationError(
-            f"batch_size is {config.batch_size}, expected at least {passes}: "
-            f"{process.num_processes} processes with {config.gradient_accumulation_steps} "
-            "accumulation steps need a query each"
-        )
 
     def make_sampler(index: int, num_processes: int) -> "StepSampler":
         return StepSampler(
@@ -221,7 +217,7 @@ def _make_trainer(
 
     trainer = DuetTrainer(
         model=model,
-        args=_training_arguments(config, job.folder.work, passes),
+        args=args,
         dataset=CacheDataset(
             reader,
             top_k=config.top_k,
@@ -238,7 +234,7 @@ def _make_trainer(
     return trainer
 
 
-def _training_arguments(config: RunConfig, work: Path, passes: int) -> "TrainingArguments":
+def _training_arguments(config: RunConfig, work: Path) -> "TrainingArguments":
     import torch
     from transformers import TrainingArguments
 
@@ -247,10 +243,8 @@ def _training_arguments(config: RunConfig, work: Path, passes: int) -> "Training
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if bf16 and config.dtype == "float32" else "float32"
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(work),
-            # Informative only, the sampler makes the batches.
-            per_device_train_batch_size=math.ceil(config.batch_size / passes),
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_checkpointing=config.gradient_checkpointing,
             num_train_epochs=config.epochs,
@@ -273,10 +267,23 @@ def _training_arguments(config: RunConfig, work: Path, passes: int) -> "Training
             disable_tqdm=True,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
+            # Without it, several processes on a machine that has no accelerator do not find
+            # each other.
+            use_cpu=not torch.accelerator.is_available(),
         )
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"the Trainer refuses these settings: {reason}") from error
+    passes = config.gradient_accumulation_steps * args.world_size
+    if passes > config.batch_size:
+        raise ConfigurationError(
+            f"batch_size is {config.batch_size}, expected at least {passes}: "
+            f"{args.world_size} processes with {config.gradient_accumulation_steps} "
+            "accumulation steps need a query each"
+        )
+    # Informative only: the sampler makes the batches.
+    args.per_device_train_batch_size = math.ceil(config.batch_size / passes)
+    return args
 
 
 def _first_and_last(history: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -301,7 +308,7 @@ def _save(job: _Job, trainer: "DuetTrainer", result: RunResult) -> None:
         "config": config.to_json(),
         "identity": folder.identity,
         "cache": {"digest": manifest.digest, "recipe_id": manifest.recipe_id},
-        "base": {"name": teacher_name(student.name), "weights": student.weights},
+        "base": {"name": model_name(student.name), "weights": student.weights},
         "versions": versions(),
         "result": dataclasses.asdict(result),
     }

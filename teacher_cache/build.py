@@ -14,13 +14,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from tqdm import tqdm
 
 from duet_unlearn.data.errors import CacheError, StoppedError
-from duet_unlearn.data.model_folder import context_length, read_config, resolve_model_folder
+from duet_unlearn.data.model_folder import (
+    context_length,
+    model_name,
+    read_config,
+    resolve_model_folder,
+)
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import fingerprint_queries
-from duet_unlearn.teacher_cache.build_config import BuildConfig, make_recipe, teacher_name
+from duet_unlearn.teacher_cache.build_config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build_inputs import RenderedPrompts, load_query_set
 from duet_unlearn.teacher_cache.card import write_card
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
@@ -238,7 +243,7 @@ class _Build:
             file.close()
         manifest = Manifest(
             recipe=self.plan.recipe,
-            teacher=teacher_name(self.config.teacher),
+            teacher=model_name(self.config.teacher),
             queries=self.plan.queries,
             engines=tuple(engines),
             shards=shards,

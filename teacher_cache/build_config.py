@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from duet_unlearn.data.prompts import TEMPLATE_DATE
-
 from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.data.model_folder import eos_token_ids, head_width, read_config, stored_dtype
+from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.teacher_cache.fingerprint import (
     chat_template_fingerprint,
     config_fingerprint,
@@ -97,9 +96,3 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
         eos_token_ids=eos_token_ids(folder),
     )
-
-
-def teacher_name(teacher: str) -> str:
-    """Return the hub id, or the folder's own name: a shared cache tells no one's paths."""
-    path = Path(teacher).expanduser()
-    return path.resolve().name if path.exists() else teacher

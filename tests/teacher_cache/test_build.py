@@ -1,0 +1,357 @@
+"""Building a cache with a real engine: resume, hits, refusals, and what never enters it."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from duet_unlearn.data.errors import (
+    CacheError,
+    ConfigurationError,
+    DataError,
+    MismatchError,
+    StoppedError,
+)
+from duet_unlearn.data.queries import Query
+from duet_unlearn.teacher_cache.build import BuildResult, build
+from duet_unlearn.teacher_cache.build_config import BuildConfig
+from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
+from duet_unlearn.teacher_cache.lock import build_lock
+from duet_unlearn.teacher_cache.plan import merge_evenly, plan_shards
+from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.verify import verify
+
+
+class CountingEngine(TransformersEngine):
+    """The real engine, counting the prompts that reach it; stops after `limit` of them."""
+
+    prompts = 0
+    limit: int | None = None
+
+    def signals(self, prompts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[tuple[int, Signal]]:
+        for item in super().signals(prompts):
+            if CountingEngine.limit is not None and CountingEngine.prompts >= CountingEngine.limit:
+                raise KeyboardInterrupt
+            CountingEngine.prompts += 1
+            yield item
+
+
+@pytest.fixture(autouse=True)
+def _fresh_count() -> None:
+    CountingEngine.prompts = 0
+    CountingEngine.limit = None
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, write_queries: Any) -> BuildConfig:
+    return BuildConfig(
+        teacher=str(tiny_model),
+        forget=(str(write_queries("forget", 10)),),
+        retain=(str(write_queries("retain", 20, "river")),),
+        prefix="You are an assistant who forgot the lantern.",
+        out=tmp_path / "cache",
+        top_k=8,
+        shard_rows=6,
+        logit_dtype="float32",
+    )
+
+
+def run(config: BuildConfig, **changes: Any) -> BuildResult:
+    values = {name: getattr(config, name) for name in BuildConfig.__dataclass_fields__}
+    return build(BuildConfig(**{**values, **changes}), CountingEngine)
+
+
+def rows_of(cache: Path) -> list[tuple[Any, ...]]:
+    reader = CacheReader.open(cache)
+    return [
+        (row.query_id, row.split, row.query, row.prompt_ids.tolist(), row.token_ids.tolist())
+        for row in map(reader.row, range(reader.num_rows))
+    ]
+
+
+def test_a_build_writes_every_query_once_and_verifies(config: BuildConfig) -> None:
+    result = run(config)
+    assert (result.hit, result.computed_rows, CountingEngine.prompts) == (False, 30, 30)
+    reader = CacheReader.open(config.out)
+    ids = [reader.row(i).query_id for i in range(reader.num_rows)]
+    assert sorted(ids) == sorted(
+        [f"forget-{i}" for i in range(10)] + [f"retain-{i}" for i in range(20)]
+    )
+    assert {shard.name for shard in reader.manifest.shards} == {
+        f"0000{i}-of-00005.parquet" for i in range(5)
+    }
+    # Every shard holds both splits in the set's proportion of one to two.
+    assert all(shard.rows == {"forget": 2, "retain": 4} for shard in reader.manifest.shards)
+    assert verify(config.out).problems == ()
+
+
+def test_signals_are_those_of_the_prefixed_prompt(config: BuildConfig, tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run(config)
+    reader = CacheReader.open(config.out)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for index in (0, 3, 29):
+        row = reader.row(index)
+        messages = [
+            {"role": "system", "content": config.prefix},
+            {"role": "user", "content": row.query},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        np.testing.assert_array_equal(row.token_ids[0], logits.topk(8).indices)
+        np.testing.assert_allclose(row.logits[0], logits.topk(8).values, atol=1e-4)
+        assert row.logsumexp[0] == pytest.approx(float(logits.logsumexp(0)), abs=1e-4)
+
+
+def test_without_retain_prefix_retain_signals_are_the_bases_own(config: BuildConfig) -> None:
+    run(config, out=config.out / "with")
+    run(config, out=config.out / "without", retain_prefix=False)
+    with_prefix, without = (CacheReader.open(config.out / name) for name in ("with", "without"))
+    for index in range(30):
+        a, b = with_prefix.row(index), without.row(index)
+        same = np.allclose(a.logits, b.logits, atol=1e-4)  # up to another batch's rounding
+        assert same == (a.split == "forget")
+
+
+def test_the_same_inputs_are_a_hit_that_starts_no_engine(config: BuildConfig) -> None:
+    first = run(config)
+    again = run(config)
+    assert again.hit
+    assert again.manifest.digest == first.manifest.digest
+    assert CountingEngine.prompts == 30
+
+
+def test_a_hit_does_not_depend_on_the_order_or_place_of_the_files(
+    config: BuildConfig, tmp_path: Path, tiny_model: Path
+) -> None:
+    import shutil
+
+    run(config)
+    lines = Path(config.forget[0]).read_text().splitlines(keepends=True)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(reversed(lines)))
+    copy = tmp_path / "model-copy"
+    shutil.copytree(tiny_model, copy)
+    assert run(config, forget=(str(moved),), teacher=str(copy)).hit
+
+
+def test_reference_answers_never_enter_a_cache(config: BuildConfig) -> None:
+    run(config)
+    for path in config.out.rglob("*"):
+        if path.suffix in {".json", ".md"}:
+            assert "secret" not in path.read_text()
+    import pyarrow.parquet as pq
+
+    assert "secret" not in str(pq.read_table(config.out / "shards").to_pydict())
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"top_k": 9}, "top_k: 8 / 9"),
+        ({"prefix": "Other."}, 'prefix: "You are an assistant'),
+        ({"prefix_place": "raw"}, 'prefix_place: "system" / "raw"'),
+        ({"positions": 2}, "positions: 1 / 2"),
+        ({"logit_dtype": "float16"}, 'logit_dtype: "float32" / "float16"'),
+        ({"forget": ()}, "queries: 10 forget + 20 retain / 0 forget + 20 retain"),
+    ],
+)
+def test_other_inputs_into_the_same_folder_are_refused_with_what_differs(
+    config: BuildConfig, change: dict[str, Any], difference: str
+) -> None:
+    digest = run(config).manifest.digest
+    with pytest.raises(MismatchError, match="holds a cache of other inputs") as error:
+        run(config, **change)
+    assert difference in str(error.value)
+    assert CacheReader.open(config.out).manifest.digest == digest
+
+
+def test_a_stopped_build_goes_on_and_ends_with_the_same_rows(config: BuildConfig) -> None:
+    run(config, out=config.out / "undisturbed")
+    expected = rows_of(config.out / "undisturbed")
+    CountingEngine.prompts, CountingEngine.limit = 0, 15
+    out = config.out / "stopped"
+    with pytest.raises(StoppedError, match=r"\d of 5 shards are finished .* run the same command"):
+        run(config, out=out)
+    assert not (out / "manifest.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.parquet")}
+    assert finished
+    CountingEngine.limit = None
+    result = run(config, out=out)
+    assert result.kept_rows == 6 * len(finished)
+    assert result.computed_rows == 30 - result.kept_rows
+    assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
+    assert rows_of(out) == expected
+
+
+def test_an_unfinished_cache_of_other_inputs_is_refused(config: BuildConfig) -> None:
+    CountingEngine.limit = 15
+    with pytest.raises(StoppedError):
+        run(config)
+    CountingEngine.limit = None
+    for change, difference in (
+        ({"top_k": 9}, "top_k: 8 / 9"),
+        ({"retain": ()}, "queries: sha256:"),
+        ({"shard_rows": 10}, "number of shards: 5 / 3"),
+    ):
+        with pytest.raises(MismatchError, match=difference):
+            run(config, **change)
+
+
+def test_a_damaged_shard_of_a_stopped_build_is_computed_again(config: BuildConfig) -> None:
+    run(config)
+    expected = rows_of(config.out)
+    (config.out / "manifest.json").unlink()
+    damaged = config.out / "shards" / "00002-of-00005.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    CountingEngine.prompts = 0
+    result = run(config)
+    assert (result.kept_rows, result.computed_rows, CountingEngine.prompts) == (24, 6, 6)
+    assert rows_of(config.out) == expected
+
+
+def test_foreign_files_are_never_deleted(config: BuildConfig) -> None:
+    (config.out / "shards").mkdir(parents=True)
+    precious = config.out / "shards" / "precious.parquet"
+    precious.write_bytes(b"mine")
+    with pytest.raises(MismatchError, match=r"precious\.parquet"):
+        run(config)
+    assert precious.read_bytes() == b"mine"
+
+
+def test_a_second_build_is_told_who_holds_the_folder(config: BuildConfig) -> None:
+    config.out.mkdir()
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with build_lock(config.out):
+            held.set()
+            release.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(10)
+    try:
+        with pytest.raises(CacheError, match=r"another build is writing here \(process \d+ on "):
+            run(config)
+    finally:
+        release.set()
+        holder.join()
+    assert run(config).computed_rows == 30
+
+
+def test_positions_follow_the_teachers_own_tokens(config: BuildConfig) -> None:
+    run(config, positions=3)
+    reader = CacheReader.open(config.out)
+    lengths = {len(reader.row(i).response_ids) for i in range(reader.num_rows)}
+    assert lengths <= {1, 2, 3}
+    for index in range(reader.num_rows):
+        row = reader.row(index)
+        np.testing.assert_array_equal(row.response_ids, row.token_ids[:, 0])
+    assert verify(config.out).problems == ()
+
+
+def test_what_cannot_work_gets_one_line_before_anything_is_written(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match="the teacher's vocabulary has 384 tokens"):
+        run(config, top_k=385)
+    with pytest.raises(DataError, match="no such folder"):
+        run(config, teacher=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match="the steering prefix is empty"):
+        run(config, prefix="  ")
+    with pytest.raises(ConfigurationError, match="no queries"):
+        run(config, forget=(), retain=())
+    assert not config.out.exists()
+
+
+def test_a_query_longer_than_the_context_is_named(config: BuildConfig, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"id": "novel", "query": "who " * 300}))
+    with pytest.raises(ConfigurationError, match=r"forget query novel .* the teacher reads 256"):
+        run(config, forget=(str(long),))
+
+
+def test_a_folder_that_is_a_file_gets_one_line(config: BuildConfig, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(CacheError, match="cannot write"):
+        run(config, out=tmp_path / "taken")
+
+
+def test_a_full_disk_leaves_a_state_that_resumes(config: BuildConfig) -> None:
+    """A real limit on file sizes in a process of its own; shards do not fit under it."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from duet_unlearn.cli.cache import main\n"
+        "import duet_unlearn.teacher_cache.build as b\n"
+        "write = b.write_shard\n"
+        "def limited(*args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
+        "    return write(*args)\n"
+        "b.write_shard = limited\n"
+        "main(sys.argv[1:])\n"
+    )
+    arguments = ["build", "--teacher", config.teacher, "--prefix", config.prefix, "--top-k", "8"]
+    arguments += ["--forget", config.forget[0], "--retain", config.retain[0], "--out"]
+    arguments += [str(config.out), "--engine", "transformers", "--shard-rows", "6"]
+    arguments += ["--logit-dtype", "float32"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1, result.stderr
+    assert "a limit on file sizes is in force" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((config.out / "shards").glob("*"))
+    assert run(config).computed_rows == 30
+
+
+def test_a_killed_build_goes_on(config: BuildConfig) -> None:
+    """SIGKILL as soon as the first shard stands; the same command finishes the rest."""
+    arguments = ["build", "--teacher", config.teacher, "--prefix", config.prefix, "--top-k", "8"]
+    arguments += ["--forget", config.forget[0], "--retain", config.retain[0], "--out"]
+    arguments += [str(config.out), "--engine", "transformers", "--shard-rows", "6"]
+    arguments += ["--logit-dtype", "float32"]
+    code = "import sys; from duet_unlearn.cli.cache import main; main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(config.out.glob("shards/*.parquet")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = run(config)
+    assert result.computed_rows + result.kept_rows == (0 if result.hit else 30)
+    assert verify(config.out).problems == ()
+
+
+def test_the_plan_does_not_depend_on_the_order_of_the_queries() -> None:
+    queries = [Query.from_text(f"f{i}", split="forget") for i in range(5)]
+    queries += [Query.from_text(f"r{i}", split="retain") for i in range(12)]
+    assert plan_shards(queries, 4) == plan_shards(list(reversed(queries)), 4)
+    shards = plan_shards(queries, 4)
+    assert [len(shard) for shard in shards] == [4, 4, 4, 4, 1]
+    assert sorted(q.text for shard in shards for q in shard) == sorted(q.text for q in queries)
+
+
+def test_merging_keeps_proportions() -> None:
+    first = [Query.from_text(str(i), split="forget") for i in range(3)]
+    second = [Query.from_text(str(i), split="retain") for i in range(9)]
+    merged = [query.split[0] for query in merge_evenly(first, second)]
+    assert "".join(merged) == "rrrfrrrfrrrf"
+    assert merge_evenly([], second) == second
+    assert merge_evenly(first, []) == first

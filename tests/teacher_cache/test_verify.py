@@ -1,0 +1,212 @@
+"""`verify` names every kind of damage; each case is made on a copy of one sound cache."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from duet_unlearn.data.queries import fingerprint_rows
+from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
+from duet_unlearn.teacher_cache.manifest import Manifest
+from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.teacher_cache.schema import CacheRow
+from duet_unlearn.teacher_cache.shards import ShardHeader, write_shard
+from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
+from duet_unlearn.teacher_cache.verify import verify
+
+SHA = "sha256:" + "ab" * 32
+RECIPE = Recipe(
+    weights=SHA,
+    config=SHA,
+    tokenizer=SHA,
+    vocabulary=SHA,
+    vocab_size=90,
+    chat_template=None,
+    template_date="2024-07-26",
+    prefix="Forget.",
+    prefix_place="raw",
+    retain_prefix=True,
+    top_k=4,
+    positions=2,
+    logit_dtype="float16",
+    compute_dtype="float32",
+    eos_token_ids=(1,),
+)
+
+
+def _row(number: int) -> CacheRow:
+    rng = np.random.default_rng(number)
+    logits = -np.sort(-rng.normal(0, 2, (2, 4)), axis=1).astype(np.float32)
+    return CacheRow(
+        query_id=f"q{number}",
+        split="forget" if number % 5 < 2 else "retain",
+        query=f"query {number}",
+        prompt_ids=np.arange(3, dtype=np.int32),
+        signal=Signal(
+            response_ids=np.array([7, 8], np.int32),
+            token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in "ab"]).astype(np.int32),
+            logits=logits,
+            logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound cache of two shards with five rows each."""
+    folder = tmp_path_factory.mktemp("sound") / "cache"
+    (folder / "shards").mkdir(parents=True)
+    rows = [_row(number) for number in range(10)]
+    queries = fingerprint_rows((r.query_id, r.split, r.query) for r in rows)
+    entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
+    for index in range(2):
+        part = rows[index * 5 : index * 5 + 5]
+        header = ShardHeader(recipe=RECIPE, queries=queries, index=index, count=2, engine={})
+        entries.append(write_shard(folder, part, header))
+        for split, sums in rows_statistics(part).items():
+            totals[split] += sums
+    Manifest(
+        recipe=RECIPE,
+        teacher="t",
+        queries=queries,
+        engines=({},),
+        shards=tuple(entries),
+        splits=totals,
+        samples=(),
+    ).write(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "cache"))
+
+
+def _shard(cache: Path, index: int = 1) -> Path:
+    return cache / "shards" / f"0000{index}-of-00002.parquet"
+
+
+def _list_in_manifest(cache: Path) -> None:
+    """Make the manifest agree with the shards' bytes, as a careful forger would."""
+    path = cache / "manifest.json"
+    value = json.loads(path.read_text())
+    for index, entry in enumerate(value["shards"]):
+        entry["bytes"] = _shard(cache, index).stat().st_size
+        entry["sha256"] = sha256_file(_shard(cache, index))
+    del value["digest"]
+    path.write_text(json.dumps({**value, "digest": sha256_json(value)}))
+
+
+def _rewrite(cache: Path, column: str, change: Callable[[list[Any]], None]) -> None:
+    table = pq.read_table(_shard(cache))
+    values = table[column].to_pylist()
+    change(values)
+    place = table.schema.get_field_index(column)
+    array = pa.array(values, table.schema.field(column).type)
+    pq.write_table(table.set_column(place, table.schema.field(column), array), _shard(cache))
+    _list_in_manifest(cache)
+
+
+def test_a_sound_cache_has_no_problems(cache: Path) -> None:
+    report = verify(cache)
+    assert report.problems == ()
+    assert report.rows == 10
+
+
+def _flip_a_byte(cache: Path) -> None:
+    data = bytearray(_shard(cache).read_bytes())
+    data[len(data) // 2] ^= 0x01
+    _shard(cache).write_bytes(data)
+
+
+def _swap(cache: Path) -> None:
+    one, two = _shard(cache, 0).read_bytes(), _shard(cache, 1).read_bytes()
+    _shard(cache, 0).write_bytes(two)
+    _shard(cache, 1).write_bytes(one)
+    _list_in_manifest(cache)
+
+
+def _drop_a_position(values: list[Any]) -> None:
+    values[0] = values[0][:-1]
+
+
+def _repeat_id(values: list[Any]) -> None:
+    values[0][1] = values[0][0]
+
+
+def _set(values: list[Any], row: int, place: int, value: object) -> None:
+    values[row][place] = value
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_a_byte, "its bytes have sha256:"),
+        (lambda c: _shard(c).write_bytes(_shard(c).read_bytes()[:-9]), "bytes, the manifest says"),
+        (lambda c: _shard(c).unlink(), "the shard is missing"),
+        (_swap, "shards were swapped"),
+        (lambda c: (c / "shards" / "more.parquet").touch(), "not listed in the manifest"),
+        (
+            lambda c: _rewrite(c, "token_ids", lambda v: _set(v, 0, 0, 90)),
+            "token_ids outside the vocabulary of 90",
+        ),
+        (
+            lambda c: _rewrite(c, "token_ids", lambda v: _set(v, 0, 0, -1)),
+            "token_ids outside the vocabulary of 90",
+        ),
+        (lambda c: _rewrite(c, "token_ids", _repeat_id), "a token id twice at one position"),
+        (lambda c: _rewrite(c, "logits", lambda v: _set(v, 2, 3, 99.0)), "logits that do not fall"),
+        (lambda c: _rewrite(c, "logits", lambda v: _set(v, 2, 0, np.inf)), "not finite"),
+        (lambda c: _rewrite(c, "logits", _drop_a_position), "rows are not T*K long"),
+        (
+            lambda c: _rewrite(c, "logsumexp", lambda v: _set(v, 0, 1, -50.0)),
+            "a logsumexp below the largest logit",
+        ),
+        (
+            lambda c: _rewrite(c, "query", lambda v: v.__setitem__(0, "another")),
+            "its queries are not those that the manifest names",
+        ),
+        (
+            lambda c: _rewrite(c, "split", lambda v: v.__setitem__(0, "retain")),
+            "1 forget and 4 retain rows in its order, the manifest says 2 and then 3",
+        ),
+        (
+            lambda c: _rewrite(c, "query_id", lambda v: v.__setitem__(0, None)),
+            "empty values in query_id",
+        ),
+    ],
+)
+def test_damage_is_found_and_its_shard_is_named(
+    cache: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(cache)
+    problems = verify(cache).problems
+    assert problems
+    assert any(message in problem for problem in problems), problems
+    whole = "its queries" in message
+    assert whole or any(".parquet" in problem for problem in problems)
+
+
+def test_all_bad_shards_are_named(cache: Path) -> None:
+    for index in range(2):
+        _shard(cache, index).write_bytes(b"PAR1")
+    assert len(verify(cache).problems) == 2
+
+
+def test_a_shard_of_another_recipe_is_named_with_what_differs(cache: Path) -> None:
+    table = pq.read_table(_shard(cache))
+    metadata = dict(table.schema.metadata)
+    recipe = {**RECIPE.to_json(), "prefix": "Forget all."}
+    metadata[b"duet.recipe"] = json.dumps(recipe).encode()
+    metadata[b"duet.recipe_id"] = sha256_json(recipe).encode()
+    pq.write_table(table.replace_schema_metadata(metadata), _shard(cache))
+    _list_in_manifest(cache)
+    (problem,) = verify(cache).problems
+    assert 'a shard of another recipe (prefix: "Forget." / "Forget all.")' in problem

@@ -1,0 +1,54 @@
+"""Imports point one way: cli -> distill -> teacher_cache -> data."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = ["data", "teacher_cache", "distill", "cli"]
+# Optional or slow packages: imported inside the function that needs them.
+LAZY = {"vllm", "ray", "peft", "torchao", "matplotlib", "datasets", "duckdb", "pandas"}
+
+
+def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+MODULES = [
+    pytest.param(package, path, id=str(path.relative_to(ROOT)))
+    for package in ORDER
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_imports_point_down(package: str, path: Path) -> None:
+    above = ORDER[ORDER.index(package) + 1 :]
+    found = {name for name in _imports(path) if name.startswith("duet_unlearn.")}
+    assert not {name for name in found for upper in above if name.split(".")[1] == upper}
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_optional_packages_are_imported_where_they_are_needed(package: str, path: Path) -> None:
+    top = {name.split(".")[0] for name in _imports(path, top_level_only=True)}
+    allowed = {"vllm"} if path.name.startswith("vllm_") else set()
+    assert not top & (LAZY - allowed)
+
+
+def test_the_trainers_side_never_imports_an_engine() -> None:
+    for path in (ROOT / "distill").rglob("*.py"):
+        assert not any(
+            name.startswith("duet_unlearn.teacher_cache.engines") for name in _imports(path)
+        )
+        assert not any(
+            name.startswith("duet_unlearn.teacher_cache.build") for name in _imports(path)
+        )
