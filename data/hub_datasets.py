@@ -7,6 +7,7 @@ Code that a dataset brings along is never run.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,8 @@ def hub_rows(source: str, needs_one_of: Sequence[str]) -> Iterator[tuple[int, di
 def _load(source: str) -> "Dataset":
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, config, split = _resolve(source)
 
     def load() -> Any:

@@ -114,7 +114,8 @@ class PromptRenderer:
             return list(student)
         teacher_text = self._teacher_text(messages, student_text)
         teacher = self._tokenize(teacher_text)
-        if not insertion_places(student, teacher):
+        # Unknown characters fuse to one token in some tokenizers, and could swallow the prefix.
+        if teacher == student or not insertion_places(student, teacher):
             teacher = self._insert_between_tokens(student_text, teacher_text)
         return list(teacher)
 
@@ -220,14 +221,14 @@ class PromptRenderer:
             if student[: len(left)] != left:
                 continue
             together = self._tokenize(student_text[:place] + text)
-            if together[: len(left)] == left:
-                run = together[len(left) :]
-            else:
-                run = tuple(self._encode(text))
-            return student[: len(left)] + run + student[len(left) :]
+            run = together[len(left) :] if together[: len(left)] == left else ()
+            return student[: len(left)] + (run or self._encode(text)) + student[len(left) :]
+        border, _ = next(self._candidates(student_text, teacher_text))
         raise DataError(
-            f"prefix place {self._place}: the tokenizer joins the query to the text before it "
-            f"({student_text[-60:]!r}); use --prefix-place {self._other_places()}"
+            f"prefix place {self._place}: the tokenizer joins "
+            f"{student_text[max(0, border - 20) : border]!r} and "
+            f"{student_text[border : border + 20]!r} in one token, so the prefix cannot stand "
+            f"between them; use --prefix-place {self._other_places()}"
         )
 
     def _candidates(self, student_text: str, teacher_text: str) -> Iterator[tuple[int, str]]:
@@ -259,12 +260,12 @@ class PromptRenderer:
         return str(text)
 
     def _tokenize_once(self, text: str) -> tuple[int, ...]:
-        return (*self._opening, *self._encode(text))
+        return self._opening + self._encode(text)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> tuple[int, ...]:
         # A template writes its own BOS, so the tokenizer must not add a second one.
         encoding = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoding["input_ids"])
+        return tuple(encoding["input_ids"])
 
     def _place_error(self, what: str) -> ConfigurationError:
         return ConfigurationError(
