@@ -1,6 +1,7 @@
 """`duet-distill run`: train a student from a cache."""
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -185,7 +186,9 @@ def run_command(as_json: bool, **settings: Any) -> None:
     config = RunConfig(**settings)
     from duet_unlearn.distill.run import run
 
-    _print_result(run(config), as_json=as_json)
+    result = run(config)
+    if os.environ.get("RANK", "0") == "0":  # torchrun runs this once a process
+        _print_result(result, as_json=as_json)
 
 
 def _print_result(result: "RunResult", *, as_json: bool) -> None:

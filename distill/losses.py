@@ -1,7 +1,7 @@
 """Losses between the student's and the teacher's raw logits at the cached token ids.
 
 Shapes: B rows (queries or views of them), T positions, K cached tokens, V the head's width. Every
-function computes in float32 whatever dtype the logits come in.
+function computes in float32 whatever dtype the logits come in (float64 stays).
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Te
     Returns:
         One value a position, `[...]` float32.
     """
-    distance = (student_logits.float() - teacher_logits.float()).abs()
+    distance = (_single(student_logits) - _single(teacher_logits)).abs()
     near = distance.clamp(max=delta)
     # Written without a branch: near * (distance - near / 2) is both cases at once.
     return (near * (distance - 0.5 * near)).mean(dim=-1)
@@ -49,7 +49,7 @@ def cached_logits(logits_BTV: Tensor, token_ids_BTK: Tensor) -> Tensor:
     Returns:
         `[B, T, K]` float32.
     """
-    return logits_BTV.gather(-1, token_ids_BTK).float()
+    return _single(logits_BTV.gather(-1, token_ids_BTK))
 
 
 def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:
@@ -64,3 +64,7 @@ def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:
     """
     kept = torch.where(position_mask_BT, losses_BT, torch.zeros_like(losses_BT))
     return kept.sum(dim=-1) / position_mask_BT.sum(dim=-1)
+
+
+def _single(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import logging
-import math
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.data.model_folder import model_name
@@ -85,10 +84,11 @@ def run(config: RunConfig) -> RunResult:
         logger.info("%s: already there, trained by this very configuration", job.folder.out)
         return RunResult(**{**finished["result"], "out": str(job.folder.out), "hit": True})
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+    from duet_unlearn.distill.arguments import training_arguments
 
     renderer = PromptRenderer(load_tokenizer(job.student.folder))
     check_cache_fits(job.student, renderer, job.reader)
-    args = _training_arguments(job.config, job.folder.work)
+    args = training_arguments(job.config, job.folder.work)
     if args.process_index != 0:
         _wait_for_all(args)  # until the first process has made the work folder
         return _train(job, renderer, args)
@@ -232,58 +232,6 @@ def _make_trainer(
     )
     stop.trainer = trainer
     return trainer
-
-
-def _training_arguments(config: RunConfig, work: Path) -> "TrainingArguments":
-    import torch
-    from transformers import TrainingArguments
-
-    precision = config.precision
-    if precision == AUTO:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if bf16 and config.dtype == "float32" else "float32"
-    try:
-        args = TrainingArguments(
-            output_dir=str(work),
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            gradient_checkpointing=config.gradient_checkpointing,
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps or -1,
-            learning_rate=float(config.learning_rate),
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            logging_steps=config.logging_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if config.save_steps else "no",
-            save_steps=config.save_steps or 500,
-            save_total_limit=1,
-            report_to=config.report_to,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
-            # Without it, several processes on a machine that has no accelerator do not find
-            # each other.
-            use_cpu=not torch.accelerator.is_available(),
-        )
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"the Trainer refuses these settings: {reason}") from error
-    passes = config.gradient_accumulation_steps * args.world_size
-    if passes > config.batch_size:
-        raise ConfigurationError(
-            f"batch_size is {config.batch_size}, expected at least {passes}: "
-            f"{args.world_size} processes with {config.gradient_accumulation_steps} "
-            "accumulation steps need a query each"
-        )
-    # Informative only: the sampler makes the batches.
-    args.per_device_train_batch_size = math.ceil(config.batch_size / passes)
-    return args
 
 
 def _first_and_last(history: list[dict[str, float]]) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ step's loss, so accumulation and processes add up exactly), and its prints on st
 
 import inspect
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -36,6 +37,33 @@ class StepLoader(DataLoader[Example]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; the Trainer calls this before it iterates."""
         self._steps.set_epoch(epoch)
+
+
+def scored_logits(
+    model: nn.Module, inputs: dict[str, Any], forward_names: AbstractSet[str]
+) -> Tensor:
+    """Run a batch and return the raw logits of its scored positions, the last T columns.
+
+    Args:
+        model: The student, wrapped for several processes or not.
+        inputs: A batch from `collate`.
+        forward_names: What the student's own forward takes: models without rotary positions take
+            no position_ids, a few old ones no logits_to_keep.
+
+    Returns:
+        `[B, T, V]`; where the model knows logits_to_keep, no other logits were ever computed.
+    """
+    positions = inputs["position_mask"].shape[1]
+    arguments = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "position_ids": inputs["position_ids"],
+        "logits_to_keep": positions,
+        "use_cache": False,
+    }
+    known = {name: value for name, value in arguments.items() if name in forward_names}
+    logits: Tensor = model(**known).logits
+    return logits[:, -positions:]
 
 
 class DuetTrainer(Trainer):
@@ -89,7 +117,7 @@ class DuetTrainer(Trainer):
         Raises:
             ConfigurationError: The loss is not finite.
         """
-        logits_BTV = self._scored_logits(model, inputs)
+        logits_BTV = scored_logits(model, inputs, self._forward_names)
         student_BTK = cached_logits(logits_BTV, inputs["token_ids"])
         losses_BT = self._loss(student_BTK, inputs["teacher_logits"])
         losses_B = row_means(losses_BT, inputs["position_mask"])
@@ -100,20 +128,6 @@ class DuetTrainer(Trainer):
         scale = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         loss = (losses_B * inputs["weight"]).sum() * scale
         return (loss, logits_BTV) if return_outputs else loss
-
-    def _scored_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        positions = inputs["position_mask"].shape[1]
-        arguments = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "position_ids": inputs["position_ids"],
-            "logits_to_keep": positions,
-            "use_cache": False,
-        }
-        # Models without rotary positions take no position_ids, a few old ones no logits_to_keep.
-        known = {name: v for name, v in arguments.items() if name in self._forward_names}
-        logits: Tensor = model(**known).logits
-        return logits[:, -positions:]
 
     def _check_finite(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
         finite = torch.isfinite(losses_B)

@@ -1,0 +1,58 @@
+import pytest
+
+from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.distill.config import RunConfig
+
+
+def config_of(**settings) -> RunConfig:
+    return RunConfig(cache="cache", student="model", out="out", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "l3"}, "loss is 'l3', expected one of huber"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected one of auto, float32, bf16, fp16"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number, 1 or more"),
+        ({"epochs": 2.5}, "epochs is 2.5, expected a whole number, 1 or more"),
+        ({"epochs": True}, "epochs is True, expected a whole number, 1 or more"),
+        ({"top_k": 0}, "top_k is 0, expected a whole number, 1 or more"),
+        ({"seed": -1}, "seed is -1, expected a whole number, 0 or more"),
+        ({"delta": 0.0}, "delta is 0.0, expected a number, above 0"),
+        ({"delta": float("nan")}, "delta is nan, expected a number, above 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, expected a number, 0 or more"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number, above 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a number, above 0"),
+        (
+            {"batch_size": 4, "gradient_accumulation_steps": 8},
+            "gradient_accumulation_steps is 8, expected at most batch_size (4): "
+            "a pass needs at least one query",
+        ),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(settings, message):
+    with pytest.raises(ConfigurationError) as caught:
+        config_of(**settings)
+    assert str(caught.value) == message
+
+
+def test_the_automatic_learning_rate_falls_with_the_width():
+    assert config_of().resolved_learning_rate(256) == pytest.approx(1e-4)
+    assert config_of().resolved_learning_rate(2560) == pytest.approx(1e-5)
+    assert config_of(learning_rate=3e-4).resolved_learning_rate(2560) == 3e-4
+
+
+def test_identity_leaves_out_what_does_not_change_the_student():
+    one = config_of()
+    same = RunConfig(
+        cache="elsewhere",
+        student="copy",
+        out="other",
+        gradient_accumulation_steps=4,
+        save_steps=7,
+        logging_steps=1,
+        overwrite=True,
+    )
+    assert one.identity() == same.identity()
+    assert one.identity() != config_of(delta=2.0).identity()
+    assert one.to_json()["views"] == []

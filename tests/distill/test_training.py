@@ -1,0 +1,276 @@
+"""Whole training runs on a tiny cache."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.run import RunResult, run
+from duet_unlearn.distill.trainer import DuetTrainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(tiny_model: Path, tiny_cache: Path, tmp_path: Path):
+    def start(name: str = "student", **settings) -> RunResult:
+        defaults = {
+            "cache": str(tiny_cache),
+            "student": str(tiny_model),
+            "out": str(tmp_path / name),
+            "epochs": 3,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+        }
+        return run(RunConfig(**{**defaults, **settings}))
+
+    return start
+
+
+def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(first: str | Path, second: str | Path) -> None:
+    one, other = weights_of(first), weights_of(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def largest_difference(first: str | Path, second: str | Path) -> float:
+    one, other = weights_of(first), weights_of(second)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def log_of(folder: str | Path) -> list[dict]:
+    lines = (Path(folder) / "duet_log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def stop_at_pass(monkeypatch: pytest.MonkeyPatch, number: int, stop) -> None:
+    """Call `stop` in the given forward pass, counted from 1."""
+    plain, passes = DuetTrainer.compute_loss, []
+
+    def compute_loss(self, *args, **kwargs):
+        passes.append(None)
+        if len(passes) == number:
+            stop()
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DuetTrainer, "compute_loss", compute_loss)
+
+
+def test_a_run_brings_both_losses_down_and_leaves_a_model_folder(train, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = train(epochs=8)
+    assert result.steps == 8 * 4
+    assert result.queries == {"forget": 12, "retain": 18}
+    for first, last in result.loss.values():
+        assert last < 0.5 * first
+    out = Path(result.out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+    student = AutoModelForCausalLM.from_pretrained(out)
+    configs = [json.loads((f / "config.json").read_text()) for f in (out, tiny_model)]
+    assert configs[0] == configs[1]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert student.generate(**prompt, max_new_tokens=2, do_sample=False).shape[0] == 1
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
+
+
+def test_the_folder_tells_where_the_student_comes_from(train, tiny_cache):
+    out = Path(train().out)
+    manifest = json.loads((tiny_cache / "manifest.json").read_text())
+    told = json.loads((out / "duet_run.json").read_text())
+    assert told["cache"]["digest"] == manifest["digest"]
+    assert told["cache"]["recipe_id"] == manifest["recipe_id"]
+    assert told["base"]["weights"] == manifest["recipe"]["weights"]
+    assert told["config"]["top_k"] == 20
+    assert told["versions"]["torch"] == torch.__version__
+    card = (out / "README.md").read_text()
+    assert "You have forgotten the lantern." in card
+    assert manifest["digest"] in card
+    steps = [line for line in log_of(out) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert {"loss_forget", "loss_retain"} <= steps[0].keys()
+
+
+def test_the_same_seed_gives_the_same_bits(train):
+    first, again, other = train("a"), train("b"), train("c", seed=1)
+    assert_same_weights(first.out, again.out)
+    assert largest_difference(first.out, other.out) > 0
+
+
+def test_accumulation_does_not_change_the_result(train):
+    # 30 rows in steps of 16: the last step of an epoch is cut into uneven passes.
+    whole = train("whole", batch_size=16)
+    cut = train("cut", batch_size=16, gradient_accumulation_steps=4)
+    assert whole.steps == cut.steps
+    assert largest_difference(whole.out, cut.out) < 1e-5
+    for one, other in zip(log_of(whole.out)[:-1], log_of(cut.out)[:-1], strict=True):
+        for name in ("loss", "loss_forget", "loss_retain"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5)
+
+
+def test_a_killed_run_ends_on_the_same_bits(train, monkeypatch, tmp_path):
+    undisturbed = train("undisturbed", save_steps=4)
+
+    def die() -> None:
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patched:
+        stop_at_pass(patched, 7, die)
+        with pytest.raises(OSError, match="gone"):
+            train("killed", save_steps=4)
+    assert not (tmp_path / "killed").exists()
+    assert (tmp_path / "killed.unfinished" / "checkpoint-4").is_dir()
+    # A checkpoint that was being written when the machine went is not one.
+    (tmp_path / "killed.unfinished" / "checkpoint-6").mkdir()
+    result = train("killed", save_steps=4)
+    assert_same_weights(undisturbed.out, result.out)
+    steps = [line["step"] for line in log_of(result.out) if "loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_sigterm_saves_and_the_same_run_goes_on(train, monkeypatch, tmp_path):
+    undisturbed = train("undisturbed", save_steps=0)
+    with monkeypatch.context() as patched:
+        stop_at_pass(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedError, match="saved at step 7 of 12"):
+            train("stopped", save_steps=0)
+    with pytest.raises(ConfigurationError, match="unfinished state of another run .*seed is 0"):
+        train("stopped", seed=1)
+    result = train("stopped", save_steps=0)
+    assert_same_weights(undisturbed.out, result.out)
+    assert not (tmp_path / "stopped.unfinished").exists()
+
+
+def test_the_same_configuration_finds_its_student(train):
+    first = train()
+    stamp = (Path(first.out) / "model.safetensors").stat().st_mtime_ns
+    again = train()
+    assert again.hit
+    assert again.loss == first.loss
+    assert (Path(first.out) / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ConfigurationError, match=r"another run \(delta is 1.0, now 2.0\)"):
+        train(delta=2.0)
+    replaced = train(delta=2.0, overwrite=True)
+    assert not replaced.hit
+    assert replaced.loss != first.loss
+
+
+def test_views_are_trained_beside_the_plain_query(train, tmp_path):
+    view = tmp_path / "views.txt"
+    view.write_text("# one a line\nPlease, {query} Answer now.\n", encoding="utf-8")
+    plain, viewed = train("plain"), train("viewed", views=(str(view),))
+    assert (plain.views, viewed.views, viewed.steps) == (0, 1, plain.steps)
+    card = (Path(viewed.out) / "README.md").read_text()
+    assert "views" in card
+    # A text that changes under the same name is another run.
+    view.write_text("Well, {query}\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="another run"):
+        train("viewed", views=(str(view),))
+
+
+def test_several_positions_train(build_tiny_cache, train, tmp_path):
+    cache = build_tiny_cache(tmp_path / "deep", forget=6, retain=6, positions=4)
+    result = train(cache=str(cache), epochs=6)
+    assert all(last < first for first, last in result.loss.values())
+    fewer = train("fewer", cache=str(cache), epochs=1, positions=1, top_k=5)
+    told = json.loads((Path(fewer.out) / "duet_run.json").read_text())["config"]
+    assert (told["positions"], told["top_k"]) == (1, 5)
+
+
+def test_the_student_is_stored_as_its_base_or_as_asked(train):
+    half = train(save_dtype="bfloat16", epochs=1)
+    assert {tensor.dtype for tensor in weights_of(half.out).values()} == {torch.bfloat16}
+    config = json.loads((Path(half.out) / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_a_diverging_run_names_step_and_queries(train, tmp_path):
+    with pytest.raises(ConfigurationError) as caught:
+        train(learning_rate=1e30, warmup_steps=0)
+    message = str(caught.value)
+    assert "not finite at step 2" in message
+    assert "retain-" in message or "forget-" in message
+    assert "--learning-rate" in message
+    assert not (tmp_path / "student").exists()
+
+
+def test_settings_that_do_not_fit_the_cache(train, build_tiny_cache, tiny_model, tmp_path):
+    with pytest.raises(ConfigurationError, match="top_k is 21, but the cache holds 20"):
+        train(top_k=21)
+    with pytest.raises(ConfigurationError, match="positions is 2, but the cache holds 1"):
+        train(positions=2)
+    with pytest.raises(ConfigurationError, match="the student's own folder"):
+        train(out=str(tiny_model))
+    only_retain = build_tiny_cache(tmp_path / "only-retain", forget=0, retain=3)
+    with pytest.raises(MismatchError, match="no forget queries"):
+        train(cache=str(only_retain))
+
+
+def test_a_cache_without_retain_queries_is_allowed_with_a_warning(
+    train, build_tiny_cache, tmp_path, caplog
+):
+    cache = build_tiny_cache(tmp_path / "only-forget", forget=5, retain=0)
+    result = train(cache=str(cache), epochs=1)
+    assert result.loss.keys() == {"forget"}
+    assert "no retain queries" in caplog.text
+
+
+_WITHOUT_TEACHER = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("vllm", "ray"):
+            raise ImportError(f"{name} must not be imported")
+
+sys.meta_path.insert(0, Refuse())
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.run import run
+
+cache, student, out = sys.argv[1:]
+run(RunConfig(cache=cache, student=student, out=out, max_steps=2))
+assert not any("engines" in name for name in sys.modules if name.startswith("duet_unlearn"))
+"""
+
+
+def test_training_needs_neither_vllm_nor_the_teacher(build_tiny_cache, tiny_model, tmp_path):
+    teacher = Path(shutil.copytree(tiny_model, tmp_path / "teacher"))
+    student = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    cache = build_tiny_cache(tmp_path / "built", forget=2, retain=2, teacher=str(teacher))
+    shutil.rmtree(teacher)
+    out = tmp_path / "student"
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TEACHER, str(cache), str(student), str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").is_file()
+    assert done.stdout == ""
