@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 MAX_BATCH_TOKENS = 32_768
 """Bound on rows x (longest prompt + new tokens) of a batch, which bounds the KV cache."""
 
