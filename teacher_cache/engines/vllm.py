@@ -22,8 +22,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 import duet_unlearn
 from duet_unlearn.data.errors import ConfigurationError, DuetError
 from duet_unlearn.data.model_folder import context_length, read_config
@@ -82,13 +80,14 @@ class VllmEngine:
         self._feed(source, waiting, _WINDOW)
         try:
             while waiting:
-                _, finished = self._receive()
-                known = [item for item in finished if item[0] in waiting]
-                indices = [waiting.pop(item[0]) for item in known]
+                _, (rows, lengths, *arrays) = self._receive()
+                indices = [waiting.pop(row, None) for row in rows]
                 # Feed before yielding: the consumer may take its time.
                 self._feed(source, waiting, _WINDOW - len(waiting))
-                for index, (_, *arrays) in zip(indices, known, strict=True):
-                    yield index, self._signal(arrays)
+                ends = itertools.accumulate(lengths)
+                for index, length, end in zip(indices, lengths, ends, strict=True):
+                    if index is not None:
+                        yield index, self._signal([part[end - length : end] for part in arrays])
         finally:
             if waiting and self._end.alive:
                 self._connection.send(("abort",))
@@ -107,7 +106,7 @@ class VllmEngine:
         for index, ids in itertools.islice(source, count):
             row = next(self._rows)
             waiting[row] = index
-            batch.append((row, np.asarray(ids, dtype=np.int32)))
+            batch.append((row, list(map(int, ids))))
         if batch:
             self._send(("prompts", batch))
 

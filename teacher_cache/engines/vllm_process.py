@@ -5,8 +5,8 @@ start is slow because every process it spawns imports it anew. Here it gets one 
 own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
 
 Speaks over one socket. In: the configuration, then `("prompts", [(row, ids), ...])`,
-`("abort",)` and `("stop",)`. Out: `("ready", description)`, `("signals", [(row, response ids,
-ids, logits, logsumexp), ...])` and `("failed", kind, reason)`.
+`("abort",)` and `("stop",)`. Out: `("ready", description)`, `("signals", Finished)` and
+`("failed", kind, reason)`.
 """
 
 import os
@@ -32,6 +32,10 @@ _CAPTURE = "duet_unlearn.teacher_cache.engines.vllm_capture"
 _TAKE_EVERY = 8
 """Steps after which captured rows are fetched even if no request finished."""
 
+Finished = tuple[list[int], list[int], Any, Any, Any, Any]
+"""Rows, their lengths T, and over all their N positions: response `[N]` int32, ids `[N, K]` int32,
+logits `[N, K]` float32, logsumexp `[N]` float32. One message a step costs far less than one a row.
+"""
 Position = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], np.float32]
 
 
@@ -61,29 +65,35 @@ class Capture:
                 if row in self._open:  # else finished or aborted while vLLM ran one step ahead
                     self._open[row][position] = (ids[at], logits[at], logsumexps[at])
 
-    def close(self, row: int, response_ids: list[int]) -> tuple[Any, ...]:
-        """Return the arrays of a finished row: response `[T]`, ids and logits `[T, K]`, `[T]`.
+    def close(self, responses: dict[int, list[int]]) -> Finished:
+        """Return the signals of finished rows, by the tokens each decoded.
 
         Raises:
             RuntimeError: A position is missing, or its strongest token is not the decoded one:
                 captured rows and requests do not belong together.
         """
-        captured = self._open.pop(row)
-        missing = [t for t in range(len(response_ids)) if t not in captured]
-        if missing or not response_ids:
-            raise RuntimeError(f"no logits were captured at position {(missing or [0])[0]}")
-        positions = [captured[t] for t in range(len(response_ids))]
-        for token, (ids, logits, _) in zip(response_ids, positions, strict=True):
-            # A greedy token has the largest logit; only ties may stand before it.
-            best = ids[logits == logits[0]]
-            if token not in best and len(best) < self._top_k and np.isfinite(logits[0]):
-                raise RuntimeError(f"captured logits rank {ids[0]} first where {token} was decoded")
-        return (
-            np.array(response_ids, dtype=np.int32),
-            np.stack([ids for ids, _, _ in positions]),
-            np.stack([logits for _, logits, _ in positions]),
-            np.array([logsumexp for _, _, logsumexp in positions], dtype=np.float32),
-        )
+        positions: list[Position] = []
+        for row, response_ids in responses.items():
+            captured = self._open.pop(row)
+            for position in range(len(response_ids)):
+                if position not in captured:
+                    raise RuntimeError(f"no logits were captured at position {position}")
+                positions.append(captured[position])
+        response_N = np.array([token for ids in responses.values() for token in ids], np.int32)
+        ids_NK = np.stack([ids for ids, _, _ in positions])
+        logits_NK = np.stack([logits for _, logits, _ in positions])
+        logsumexp_N = np.array([logsumexp for _, _, logsumexp in positions], np.float32)
+        # A greedy token has the largest logit: one of those tied with the first, if more than
+        # one is. Where all K are tied, it may be one that did not fit.
+        tied_NK = logits_NK == logits_NK[:, :1]
+        found_N = (tied_NK & (ids_NK == response_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
+        if not (found_N | ~np.isfinite(logsumexp_N)).all():
+            at = int(np.argmin(found_N))
+            raise RuntimeError(
+                f"captured logits rank {ids_NK[at, 0]} first where {response_N[at]} was decoded"
+            )
+        lengths = [len(ids) for ids in responses.values()]
+        return list(responses), lengths, response_N, ids_NK, logits_NK, logsumexp_N
 
     def drop(self) -> list[int]:
         """Forget all open rows and return them."""
@@ -102,10 +112,10 @@ class Host:
         self._capture = Capture(self.engine, config["top_k"])
         self._check_capture()
 
-    def add(self, prompts: list[tuple[int, npt.NDArray[np.int32]]]) -> None:
+    def add(self, prompts: list[tuple[int, list[int]]]) -> None:
         """Queue prompts."""
         for row, ids in prompts:
-            self._add(row, ids.tolist(), self._config["positions"])
+            self._add(row, ids, self._config["positions"])
 
     def _add(self, row: int, ids: list[int], positions: int, **options: Any) -> None:
         from vllm import SamplingParams
@@ -150,11 +160,12 @@ class Host:
             if finished or steps % _TAKE_EVERY == 0:
                 self._capture.fetch()
             if finished:
-                self._answers.put(("signals", [self._answer(output) for output in finished]))
+                self._answers.put(("signals", self._finish(finished)))
 
-    def _answer(self, output: Any) -> tuple[Any, ...]:
-        row = int(output.request_id)
-        return (row, *self._capture.close(row, list(output.outputs[0].token_ids)))
+    def _finish(self, outputs: list[Any]) -> Finished:
+        return self._capture.close(
+            {int(output.request_id): list(output.outputs[0].token_ids) for output in outputs}
+        )
 
     def _check_capture(self) -> None:
         """Run one prompt both ways: what we capture must be vLLM's own raw logits.
@@ -168,7 +179,7 @@ class Host:
         while not outputs:
             outputs = [output for output in self.engine.step() if output.finished]
         self._capture.fetch()
-        _, _, ids, logits, logsumexp = self._answer(outputs[0])
+        *_, ids, logits, logsumexp = self._finish(outputs)
         flat = outputs[0].outputs[0].logprobs
         raw = dict(zip(flat.token_ids, flat.logprobs, strict=True))
         ours = dict(zip(ids[0].tolist(), logits[0].tolist(), strict=True))
