@@ -53,6 +53,12 @@ class VllmEngine:
     def __init__(self, config: EngineConfig) -> None:
         if find_spec("vllm") is None:
             raise VllmImportError(MISSING)
+        width = read_config(config.model).get("vocab_size")
+        if isinstance(width, int) and config.top_k > width:
+            raise ConfigurationError(
+                f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
+                "lower --top-k"
+            )
         self._config = config
         self._rows = itertools.count()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
@@ -90,7 +96,8 @@ class VllmEngine:
                         yield index, self._signal([part[end - length : end] for part in arrays])
         finally:
             if waiting and self._end.alive:
-                self._connection.send(("abort",))
+                with contextlib.suppress(OSError):  # the process may be what ended the stream
+                    self._connection.send(("abort",))
 
     def _signal(self, arrays: list[Any]) -> Signal:
         response_ids, token_ids, logits, logsumexp = arrays

@@ -287,7 +287,7 @@ def _listen(connection: Connection, messages: "queue.SimpleQueue[Any]", owner: i
                 if os.getppid() != owner:
                     raise EOFError
             message = connection.recv()
-        except (EOFError, OSError):
+        except Exception:  # the owner's end of the socket is closed, or broke off half-way
             message = ("stop",)
         messages.put(message)
     time.sleep(_EXIT_SECONDS)

@@ -1,0 +1,202 @@
+"""The vLLM engine against the transformers engine, on the real vLLM."""
+
+import importlib.util
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from duet_unlearn.data.errors import DuetError
+from duet_unlearn.teacher_cache.engines import open_engine
+from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
+from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
+from duet_unlearn.teacher_cache.engines.vllm import VllmEngine
+from duet_unlearn.teacher_cache.signals import Signal
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+PREFIX = np.random.default_rng(1).integers(3, 384, 40).tolist()
+"""Longer than a KV block, in front of most prompts."""
+
+
+def random_prompts(count: int, *, seed: int = 0) -> list[tuple[int, list[int]]]:
+    """Prompts of 1 to 70 tokens, three in four behind the shared prefix."""
+    rng = np.random.default_rng(seed)
+    return [
+        (i, (PREFIX if i % 4 else []) + rng.integers(3, 384, length).tolist())
+        for i, length in enumerate(rng.integers(1, 30, count))
+    ]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path) -> EngineConfig:
+    """Four positions, with tokens that end responses at different lengths."""
+    config = EngineConfig(
+        model=tiny_model,
+        top_k=50,
+        positions=4,
+        eos_token_ids=(),
+        compute_dtype="float32",
+        max_prompt_tokens=70,
+    )
+    free = TransformersEngine(config)
+    decoded = [signal.response_ids for _, signal in free.signals(random_prompts(20))]
+    return replace(config, eos_token_ids=(int(decoded[0][1]), int(decoded[7][2])))
+
+
+@pytest.fixture(scope="module")
+def engine(config: EngineConfig) -> Iterator[Engine]:
+    engine = open_engine("auto", config)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def cramped(config: EngineConfig) -> Iterator[Engine]:
+    """The whole vocabulary, prompts read in pieces, and memory that makes vLLM preempt."""
+    block = 2 * 2 * 32 * 2 * 32 * 4  # key, value; layers; width; heads; tokens; float32
+    options = {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 12 * block,
+    }
+    engine = VllmEngine(replace(config, top_k=384, eos_token_ids=(), engine_args=options))
+    yield engine
+    engine.close()
+
+
+def assert_same(signal: Signal, expected: Signal) -> None:
+    assert signal.response_ids.tolist() == expected.response_ids.tolist()
+    assert signal.token_ids.shape == expected.token_ids.shape
+    np.testing.assert_allclose(signal.logits, expected.logits, atol=1e-3)
+    np.testing.assert_allclose(signal.logsumexp, expected.logsumexp, atol=1e-4)
+    for ids, logits, others in zip(
+        signal.token_ids, signal.logits, expected.token_ids, strict=True
+    ):
+        # Only tokens within float noise of the last one may differ.
+        differ = set(ids.tolist()) ^ set(others.tolist())
+        edge = {int(i) for i, value in zip(ids, logits, strict=True) if value < logits[-1] + 1e-3}
+        assert len(differ - edge) <= len(edge) if differ else True
+
+
+def test_engines_agree(engine: Engine, config: EngineConfig) -> None:
+    prompts = random_prompts(150)
+    expected = dict(TransformersEngine(config).signals(prompts))
+
+    signals = dict(engine.signals(prompts))
+
+    assert engine.name == "vllm"
+    assert sorted(signals) == list(range(150))
+    assert {len(signal.response_ids) for signal in signals.values()} >= {2, 4}
+    for index, _ in prompts:
+        assert_same(signals[index], expected[index])
+
+
+def test_signals_are_sorted_typed_and_end_with_the_end_token(
+    engine: Engine, config: EngineConfig
+) -> None:
+    for _, signal in engine.signals(random_prompts(30, seed=3)):
+        assert signal.response_ids.dtype == signal.token_ids.dtype == np.int32
+        assert signal.logits.dtype == signal.logsumexp.dtype == np.float32
+        falling = np.diff(signal.logits, axis=1) <= 0
+        assert falling.all()
+        length = len(signal.response_ids)
+        ended = np.isin(signal.response_ids, config.eos_token_ids)
+        assert not ended[:-1].any()
+        assert length == config.positions or ended[-1]
+
+
+def test_streams_more_prompts_than_are_under_way_at_once(engine: Engine) -> None:
+    taken = 0
+
+    def source() -> Iterator[tuple[int, list[int]]]:
+        nonlocal taken
+        for index, prompt in random_prompts(1500, seed=4):
+            taken += 1
+            yield index * 10, prompt[-5:]
+
+    stream = engine.signals(source())
+    first = next(stream)
+    assert taken < 1000, "reads a bounded number of prompts ahead"
+    indices = sorted([first[0], *(index for index, _ in stream)])
+    assert indices == [index * 10 for index in range(1500)]
+
+
+def test_an_abandoned_stream_leaves_the_engine_usable(engine: Engine, config: EngineConfig) -> None:
+    stream = engine.signals(random_prompts(400, seed=5))
+    list(itertools.islice(stream, 3))
+    stream.close()
+
+    prompts = random_prompts(20, seed=6)
+    expected = dict(TransformersEngine(config).signals(prompts))
+    signals = dict(engine.signals(prompts))
+
+    assert sorted(signals) == sorted(expected)
+    for index in expected:
+        assert_same(signals[index], expected[index])
+
+
+def test_whole_vocabulary_in_pieces_and_under_preemption(
+    cramped: Engine, config: EngineConfig
+) -> None:
+    prompts = random_prompts(60, seed=7)
+    whole = replace(config, top_k=384, eos_token_ids=())
+    expected = dict(TransformersEngine(whole).signals(prompts))
+
+    signals = dict(cramped.signals(prompts))
+
+    for index, _ in prompts:
+        signal = signals[index]
+        assert_same(signal, expected[index])
+        totals = np.logaddexp.reduce(signal.logits.astype(np.float64), axis=1)
+        np.testing.assert_allclose(totals, signal.logsumexp, atol=1e-4)
+        assert (np.abs(totals) > 0.1).all(), "normalised log-probabilities sum to one"
+
+
+def test_describes_what_moves_the_last_bits(engine: Engine) -> None:
+    described = engine.describe()
+    assert described["engine"] == "vllm"
+    assert set(described["versions"]) == {"vllm", "torch", "transformers"}
+    assert described["settings"]["dtype"] == "float32"
+    assert described["settings"]["prefix_caching"] is True
+
+
+def test_the_environment_stays_as_it_was(engine: Engine) -> None:
+    assert not [name for name in os.environ if name.startswith("VLLM_")]
+
+
+def test_unusable_options_and_models_are_one_line(config: EngineConfig) -> None:
+    with pytest.raises(DuetError, match="no_such_option") as caught:
+        VllmEngine(replace(config, engine_args={"no_such_option": 1}))
+    assert "\n" not in str(caught.value)
+
+
+def test_top_k_beyond_the_vocabulary_is_refused(config: EngineConfig) -> None:
+    with pytest.raises(DuetError, match=r"top_k is 385, .* vocabulary of 384"):
+        VllmEngine(replace(config, top_k=385))
+
+
+def test_a_killed_process_is_reported_and_nothing_is_left(cramped: VllmEngine) -> None:
+    process = cramped._process
+    stream = cramped.signals(random_prompts(500, seed=8))
+    next(stream)
+    process.kill()
+
+    with pytest.raises(DuetError, match="its process ended \\(killed by SIGKILL\\)"):
+        list(stream)
+
+    cramped.close()
+    cramped.close()
+    for _ in range(50):
+        if not Path(f"/proc/{process.pid}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the process is still there")
