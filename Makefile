@@ -1,0 +1,48 @@
+# Two commands: `make demo` and `make test`. Each first sets up what it needs in .venv.
+#
+#   PYTHON=...       the interpreter to build .venv with (default: python3, else a newer one)
+#   MACHINE=...      cpu, nvidia or plain (default: found out)
+#   DEMO_OUT=...     where the demo writes (default: demo-out)
+#   PYTEST_ARGS=...  more arguments for pytest
+
+PYTHON ?=
+MACHINE ?=
+DEMO_OUT ?= demo-out
+PYTEST_ARGS ?=
+
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+BOOT := $(or $(PYTHON),$(shell command -v python3 || command -v python))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean clean-all
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+setup: ## set up .venv; nothing to do when it is up to date
+	@test -n "$(BOOT)" || { echo "error: no python3 on the PATH: install Python 3.11 or newer" >&2; exit 1; }
+	@"$(BOOT)" tools/setup_env.py $(if $(PYTHON),--python-chosen) $(if $(MACHINE),--machine $(MACHINE))
+
+demo: setup ## cache a teacher, distill a student, measure what it forgot
+	@$(BIN)/duet-distill demo --out "$(DEMO_OUT)"
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: setup ## ruff (lint and format) and mypy strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/mypy tools
+
+bench: setup ## run every measurement of benchmarks/
+	@for script in benchmarks/bench_*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
+	done
+
+clean: ## remove the demo's output, caches and build leftovers
+	@rm -rf demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean ## clean, and remove .venv too
+	@rm -rf .venv
