@@ -87,6 +87,9 @@ def _notes(report: EvalReport) -> str:
         "refused: responses with a refusal phrase (English, a heuristic), in points.",
         f"shift: Performance Shift against {base}: drops on forget sets + changes on all others.",
     ]
+    kinds = [kind for s in report.sets_of("forget") for kind in s.kinds]
+    if kinds:
+        notes.insert(1, f"{', '.join(dict.fromkeys(kinds))}: kinds of forget queries.")
     if report.attacks:
         notes.append("worst: highest forget and lowest retain recall under any attack that counts.")
     if any(report.breaks_prefix(a.name) is False for a in report.attacks):
@@ -116,7 +119,7 @@ def _render(title: str, labels: Sequence[str], columns: Sequence[Column]) -> lis
 def _render_block(labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
     """Headings of several lines, set at the bottom, above right-aligned cells."""
     label_width = _label_width(labels)
-    headings = [_heading_lines(heading) for heading, _ in columns]
+    headings = [_heading_lines(column) for column in columns]
     widths = [_column_width(column) for column in columns]
     height = max(len(lines) for lines in headings)
     rows = [[""] * (height - len(lines)) + lines for lines in headings]
@@ -140,16 +143,14 @@ def _label_width(labels: Sequence[str]) -> int:
 
 
 def _column_width(column: Column) -> int:
+    return max(len(text) for text in (*_heading_lines(column), *column[1]))
+
+
+def _heading_lines(column: Column) -> list[str]:
+    """The heading in lines no wider than the column needs anyway."""
     heading, cells = column
-    return max(len(text) for text in (*_heading_lines(heading), *cells))
-
-
-def _heading_lines(heading: str) -> list[str]:
-    # A word a line makes columns narrow; a name without spaces is cut to the column instead.
-    words = heading.split()
-    if len(words) <= 3:
-        return [_shorten(word, _HEADING_WIDTH) for word in words]
-    return textwrap.wrap(heading, _HEADING_WIDTH)
+    words = [_shorten(word, _HEADING_WIDTH) for word in heading.split()]
+    return textwrap.wrap(" ".join(words), max(len(text) for text in (*words, *cells)))
 
 
 def _shorten(text: str, width: int) -> str:

@@ -5,8 +5,9 @@ An answer is a function of the model and the prompt alone: not of the batch it w
 model folder brings along.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, else as stored.
 
     Raises:
+        ConfigurationError: the GPU's memory does not hold the model.
         DataError: transformers cannot load the folder, or weights of the model are missing in it.
     """
     import torch
@@ -39,15 +41,19 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
     if dtype == "auto":
         dtype = stored_dtype(read_config(folder)) if on_gpu else "float32"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            device_map="auto" if on_gpu else None,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
+        with _no_loading_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                device_map="auto" if on_gpu else None,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            f"model {folder}: does not fit into the memory of the GPU as {dtype}; "
+            "free some of it or use --dtype bfloat16"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -157,6 +163,21 @@ def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[i
         if token_id in ends:
             return list(token_ids[:position])
     return list(token_ids)
+
+
+@contextlib.contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Keep transformers' own bar off: it would break the caller's, and fill log files."""
+    from transformers.utils import logging as transformers_logging
+
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _generation_config(**settings: object) -> Any:

@@ -1,0 +1,81 @@
+"""`duet-distill eval` as a user types it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from duet_unlearn.cli.distill import main
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture
+def files(write_queries: Callable[..., Path]) -> list[object]:
+    return [
+        *("--forget", write_queries("forget", 4), "--retain", write_queries("retain", 3, "river")),
+        *("--max-new-tokens", 6),
+    ]
+
+
+def test_table_on_standard_output_and_json_in_a_file(
+    tiny_model: Path, files: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "eval.json"
+    result = invoke(
+        *(f"base={tiny_model}", f"again={tiny_model}", *files, "--general", files[1]),
+        *("--prefix", "@explicit", "--topic", "lanterns", "--attacks", "@role-play"),
+        *("--json", out),
+    )
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[1].split() == ["forget", "retain", "general", "forget", "retain", "shift"]
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["base", "base + prefix", "again"]
+    assert "Under attack: forget / retain" in lines
+    assert result.stderr == ""  # no progress where no terminal is
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["prefix"].startswith("You are an assistant who has forgotten lanterns.")
+    assert len(document["queries"]) == (4 + 3 + 4) + (4 + 3)
+    rows = document["queries"][0]["responses"]
+    assert rows["base"] == rows["again"]
+    assert rows["base"]["text"]
+    assert list(tmp_path.glob(".eval*")) == []
+
+
+def test_json_on_standard_output_is_one_document(tiny_model: Path, files: list[object]) -> None:
+    result = invoke(tiny_model, *files, "--json", "-", "--limit", 2)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [s["queries"] for s in document["sets"]] == [2, 2]
+    assert document["models"][0]["label"] == tiny_model.name
+    assert "Mean ROUGE-L recall" in result.stderr
+
+
+def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: Path) -> None:
+    cases = [
+        ([tmp_path / "gone", *files], "no such folder"),
+        ([tiny_model, *files, "--max-new-tokens", 250], "lower --max-new-tokens"),
+        ([tiny_model, *files, "--prefix", "@explicit"], "--topic"),
+        ([tiny_model, *files, "--attacks", "@gone"], "no such built-in wrapper"),
+        ([tiny_model, *files, "--json", tmp_path / "no" / "x.json"], "make it first"),
+        ([tiny_model, *files, "--json", tmp_path], "a folder"),
+        ([tiny_model, tiny_model, *files], "NAME=MODEL"),
+    ]
+    for arguments, expected in cases:
+        result = invoke(*arguments)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert expected in result.stderr
+
+
+def test_wrong_usage_and_help() -> None:
+    assert invoke("model", "--retain", "r.jsonl").exit_code == 2
+    help_text = invoke("--help").stdout
+    assert "[default: 64" in help_text
+    assert "--attacks" in help_text
