@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from duet_unlearn.data.errors import CacheError, ConfigurationError
+from duet_unlearn.data.errors import CacheError, ConfigurationError, StoppedError
 from duet_unlearn.distill.eval_config import DTYPES, EvalConfig, ModelSpec
 
 _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_fields__.items()}
@@ -96,10 +96,13 @@ def eval_command(models: tuple[str, ...], json_out: str | None, **settings: Any)
     target = None if json_out in (None, "-") else Path(str(json_out)).expanduser()
     if target is not None:
         _check_target(target)
-    from duet_unlearn.distill.eval_table import format_report
-    from duet_unlearn.distill.evaluate import evaluate
+    try:
+        from duet_unlearn.distill.eval_table import format_report
+        from duet_unlearn.distill.evaluate import evaluate
 
-    report = evaluate(config)
+        report = evaluate(config)
+    except KeyboardInterrupt as error:
+        raise StoppedError("stopped; an evaluation keeps no parts, so start it again") from error
     # The table first: it is not lost when the file cannot be written.
     click.echo(format_report(report), err=json_out == "-")
     if json_out is None:

@@ -1,6 +1,8 @@
 """`duet-distill eval` as a user types it."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,21 @@ import pytest
 from click.testing import CliRunner, Result
 
 from duet_unlearn.cli.distill import main
+
+# The signal comes while the modules load or the model answers: both are part of the work.
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from duet_unlearn.cli.distill import main
+
+def stop():
+    while "duet_unlearn.distill.evaluate" not in sys.modules:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=stop, daemon=True).start()
+main()
+"""
 
 
 def invoke(*arguments: object) -> Result:
@@ -79,3 +96,22 @@ def test_wrong_usage_and_help() -> None:
     help_text = invoke("--help").stdout
     assert "[default: 64" in help_text
     assert "--attacks" in help_text
+
+
+def test_a_stopped_evaluation_says_so_and_writes_nothing(
+    tiny_model: Path, files: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "eval.json"
+    many = ["--attacks", "@all", "--batch-size", "1", "--json", str(out)]
+    arguments = [str(part) for part in (tiny_model, *files, *many)]
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "eval", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == (
+        "stopped; an evaluation keeps no parts, so start it again"
+    )
+    assert not out.exists()
