@@ -225,7 +225,7 @@ class _Build:
             queries=self.plan.queries,
             index=index,
             count=len(self.plan.shards),
-            engine=self.engine,
+            engines=(self.engine,),
         )
         self.entries[index] = write_shard(self.plan.folder, rows, header)
 
@@ -238,8 +238,7 @@ class _Build:
             file = ShardFile(self.plan.shard_path(index))
             for split in SPLITS:
                 totals[split] += file.statistics[split]
-            if file.header.engine not in engines:
-                engines.append(file.header.engine)
+            engines.extend(engine for engine in file.header.engines if engine not in engines)
             file.close()
         manifest = Manifest(
             recipe=self.plan.recipe,

@@ -16,10 +16,15 @@ from duet_unlearn.teacher_cache.schema import (
     MANIFEST_NAME,
     SHARD_FOLDER,
     SPLITS,
+    rows_per_group,
 )
 from duet_unlearn.teacher_cache.statistics import SplitStatistics
+from duet_unlearn.teacher_cache.strict_json import parse_json
 
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
+# A row takes at least a byte of its shard, and a row group describes its eight columns in the
+# footer: counts beyond that are lies, and would only cost memory.
+_LEAST_GROUP_BYTES = 256
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(\d{5,9})-of-(\d{5,9})\.parquet")
 _ENTRIES = {
@@ -139,13 +144,15 @@ def read_manifest(cache: Path) -> Manifest:
     if not path.is_file():
         raise _absent(cache)
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(data) > MAX_MANIFEST_BYTES:
             raise CorruptCacheError(
-                f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}"
+                f"{path}: more than {MAX_MANIFEST_BYTES} bytes; get the cache again"
             )
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        value = parse_json(data)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160]
         raise CorruptCacheError(
             f"{path}: not readable as JSON ({reason}); get the cache again"
         ) from error
@@ -201,9 +208,9 @@ def parse_manifest(value: object) -> Manifest:
         teacher=_text(value, "teacher"),
         queries=_sha256(value["queries"], "queries"),
         engines=_objects(value, "engines"),
-        shards=_shards(value["shards"]),
+        shards=_shards(value["shards"], rows_per_group(recipe.top_k, recipe.positions)),
         splits=_splits(value["splits"]),
-        samples=_objects(value, "samples"),
+        samples=_samples(value),
         digest=found,
     )
     for split in SPLITS:
@@ -215,16 +222,15 @@ def parse_manifest(value: object) -> Manifest:
     return manifest
 
 
-def _shards(value: object) -> tuple[ShardEntry, ...]:
-    if not isinstance(value, list):
-        raise CorruptCacheError("shards: expected a list")
-    entries = tuple(_shard(entry, index, len(value)) for index, entry in enumerate(value))
-    if sum(entry.num_rows for entry in entries) >= 1 << 40:
-        raise CorruptCacheError("shards: more rows than a cache can hold")
-    return entries
+def _shards(value: object, most_group_rows: int) -> tuple[ShardEntry, ...]:
+    if not isinstance(value, list) or not value:
+        raise CorruptCacheError("shards: expected a list of at least one")
+    return tuple(
+        _shard(entry, index, len(value), most_group_rows) for index, entry in enumerate(value)
+    )
 
 
-def _shard(value: object, index: int, count: int) -> ShardEntry:
+def _shard(value: object, index: int, count: int, most_group_rows: int) -> ShardEntry:
     where = f"shards[{index}]"
     if not isinstance(value, dict) or set(value) != {
         "name",
@@ -245,9 +251,13 @@ def _shard(value: object, index: int, count: int) -> ShardEntry:
     for number in (*rows.values(), value["row_group_rows"], value["bytes"]):
         if type(number) is not int or not 0 <= number < 1 << 50:
             raise CorruptCacheError(f"{where}: {str(number)[:40]} is not a count")
-    if value["row_group_rows"] < 1 or not 1 <= sum(rows.values()) < 1 << 31:
+    total, group = sum(rows.values()), value["row_group_rows"]
+    if not 1 <= total <= min(value["bytes"], (1 << 31) - 1):
+        raise CorruptCacheError(f"{where}: {total} rows in {value['bytes']} bytes")
+    if not 1 <= group <= most_group_rows or total // group > value["bytes"] // _LEAST_GROUP_BYTES:
         raise CorruptCacheError(
-            f"{where}: expected 1 to 2**31 - 1 rows, in row groups of 1 or more"
+            f"{where}: {total} rows in row groups of {group} and {value['bytes']} bytes, expected "
+            f"groups of at most {most_group_rows} rows and at least {_LEAST_GROUP_BYTES} bytes"
         )
     return ShardEntry(
         name=value["name"],
@@ -275,6 +285,35 @@ def _objects(value: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise CorruptCacheError(f"{name}: expected a list of objects")
     return tuple(entries)
+
+
+def _samples(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Check the shape of the samples, so that whoever shows them need not."""
+    samples = _objects(value, "samples")
+    for sample in samples:
+        texts = [sample.get(name) for name in ("query_id", "split", "query")]
+        response, strongest = sample.get("response"), sample.get("strongest")
+        if (
+            not all(isinstance(text, str) for text in texts)
+            or not isinstance(response, list)
+            or not isinstance(strongest, list)
+            or not all(isinstance(text, str) for text in response)
+            or not all(map(_is_strongest, strongest))
+        ):
+            raise CorruptCacheError(
+                "samples: expected query_id, split, query, response, and id, text, logit and "
+                "probability of each strongest token"
+            )
+    return samples
+
+
+def _is_strongest(token: object) -> bool:
+    if not isinstance(token, dict) or set(token) != {"id", "text", "logit", "probability"}:
+        return False
+    numbers = (token["id"], token["logit"], token["probability"])
+    return isinstance(token["text"], str) and all(
+        type(number) in (int, float) and abs(number) < 1 << 53 for number in numbers
+    )
 
 
 def _sha256(value: object, where: str) -> str:

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from duet_unlearn.data.errors import CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
+from duet_unlearn.teacher_cache.row_group import RowGroup
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
-from duet_unlearn.teacher_cache.shards import RowGroup, ShardFile
+from duet_unlearn.teacher_cache.shards import ShardFile
 
 # Enough for a sampler that mixes rows of a window of groups.
 RECENT_ROW_GROUPS = 16
@@ -70,6 +72,7 @@ class CacheReader:
         self._starts = np.array([group.start for group in groups])
         self._recent: OrderedDict[int, RowGroup] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._checked: set[int] = set()
 
     @classmethod
     def open(cls, cache: str | Path) -> "CacheReader":
@@ -143,7 +146,7 @@ class CacheReader:
             raise CorruptCacheError(
                 f"{path}: {group.num_rows} rows in a row group, the manifest says {len(rows)}"
             )
-        if group.splits() != [SPLITS[code] for code in self.splits[rows.start : rows.stop]]:
+        if not np.array_equal(group.split_codes, self.splits[rows.start : rows.stop]):
             raise CorruptCacheError(f"{path}: the splits of its rows are not the manifest's")
         width = self.manifest.recipe.vocab_size
         for ids in (group.token_ids, group.prompt_ids, group.response_ids):
@@ -157,6 +160,9 @@ class CacheReader:
             self._files.move_to_end(shard)
             return self._files[shard]
         entry = self.manifest.shards[shard]
+        if shard not in self._checked:
+            check_bytes(self.folder, entry)
+            self._checked.add(shard)
         file = open_shard(self.folder, entry, self.manifest)
         self._files[shard] = file
         if len(self._files) > _RECENT_FILES:
@@ -200,12 +206,33 @@ def check_size(folder: Path, shard: ShardEntry) -> None:
     """
     path = folder / SHARD_FOLDER / shard.name
     try:
+        if not path.is_file():  # a pipe or a device would hang or never end
+            raise FileNotFoundError
         found = path.stat().st_size
     except OSError:
         raise CorruptCacheError(f"{path}: the shard is missing; get the cache again") from None
     if found != shard.bytes:
         raise CorruptCacheError(
             f"{path}: {found} bytes, the manifest says {shard.bytes}; get the cache again"
+        )
+
+
+def check_bytes(folder: Path, shard: ShardEntry) -> None:
+    """Check that a shard's bytes are those that its manifest names.
+
+    Raises:
+        CorruptCacheError: They are not, or the shard cannot be read.
+    """
+    check_size(folder, shard)
+    path = folder / SHARD_FOLDER / shard.name
+    try:
+        digest = sha256_file(path)
+    except OSError as error:
+        raise CorruptCacheError(f"{path}: cannot be read ({error.strerror})") from error
+    if digest != shard.sha256:
+        raise CorruptCacheError(
+            f"{path}: its bytes have {digest[:19]}, the manifest says {shard.sha256[:19]}; "
+            "get the shard again"
         )
 
 

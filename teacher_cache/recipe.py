@@ -11,6 +11,7 @@ LOGIT_DTYPES = ("float16", "float32")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_TOP_K = 1 << 20
 MAX_POSITIONS = 1 << 16
+MAX_ROW_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,11 @@ class Recipe:
                 f"top_k is {self.top_k}, but the teacher's vocabulary has {self.vocab_size} tokens;"
                 f" give --top-k between 1 and {min(self.vocab_size, MAX_TOP_K)}"
             )
+        if self.top_k * self.positions > MAX_ROW_LOGITS:
+            raise ConfigurationError(
+                f"top_k * positions is {self.top_k * self.positions}, but a row holds at most "
+                f"{MAX_ROW_LOGITS} logits; lower --top-k or --positions"
+            )
 
     @property
     def recipe_id(self) -> str:
@@ -99,7 +105,7 @@ class Recipe:
         for name in expected:
             if not _has_type(name, value[name]):
                 raise CorruptCacheError(
-                    f"recipe: {name} has the wrong type ({type(value[name]).__name__})"
+                    f"recipe: {name} has the wrong type ({type(value[name]).__name__}) or range"
                 )
         try:
             return cls(**{**value, "eos_token_ids": tuple(value["eos_token_ids"])})
@@ -118,12 +124,16 @@ class Recipe:
 
 def _has_type(name: str, value: object) -> bool:
     if name == "eos_token_ids":
-        return isinstance(value, list) and all(type(item) is int for item in value)
+        return isinstance(value, list) and len(value) < 1024 and all(map(_is_id, value))
     if name in ("vocab_size", "top_k", "positions"):
-        return type(value) is int
+        return _is_id(value)
     if name == "retain_prefix":
         return isinstance(value, bool)
     return isinstance(value, str) or (name == "chat_template" and value is None)
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,7 @@ from duet_unlearn.data.errors import CorruptCacheError, MismatchError
 from duet_unlearn.data.queries import Query
 from duet_unlearn.teacher_cache.manifest import ShardEntry
 from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS, rows_per_group
+from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.shards import ShardFile, ShardHeader, entry_of, shard_path
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _checked_entry(plan: PlannedCache, file: ShardFile) -> ShardEntry | None:
         found = [
             pair
             for group in map(file.read_row_group, range(len(file.row_group_sizes)))
-            for pair in zip(group.splits(), group.query_ids(), strict=True)
+            for pair in ((split, query_id) for query_id, split, _ in group.identities())
         ]
     except CorruptCacheError as error:
         logger.warning("%s; computing it again", error)
@@ -87,8 +87,7 @@ def _checked_entry(plan: PlannedCache, file: ShardFile) -> ShardEntry | None:
     if found != [(query.split, query.query_id) for query in rows]:
         logger.warning("%s: other rows than planned; computing it again", file.path)
         return None
-    group_rows = rows_per_group(plan.recipe.top_k, plan.recipe.positions)
-    return entry_of(file.path, rows_a_split(rows), group_rows)
+    return entry_of(file.path, rows_a_split(rows), max(file.row_group_sizes))
 
 
 def rows_a_split(rows: Sequence[Query]) -> dict[str, int]:

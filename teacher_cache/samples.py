@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.teacher_cache.manifest import ShardEntry
+from duet_unlearn.teacher_cache.row_group import RowGroup
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
-from duet_unlearn.teacher_cache.shards import RowGroup, ShardFile
+from duet_unlearn.teacher_cache.shards import ShardFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,6 +20,27 @@ SHARD_FOLDER = "shards"
 # Row groups are what a reader decodes at once: about 2**20 logits keep one at a few megabytes
 # whatever T and K are.
 ROW_GROUP_LOGITS = 1 << 20
+ROW_GROUP_ROWS = 1 << 14
+ROW_GROUP_PROMPT_TOKENS = 1 << 22
+ROW_GROUP_TEXT_BYTES = 1 << 24
+
+# Limits of one row. A group may hold a single row of any size within them, so none of them is
+# larger than what a reader can afford to decode at once.
+MAX_QUERY_ID_BYTES = 1 << 12
+MAX_QUERY_BYTES = ROW_GROUP_TEXT_BYTES
+MAX_PROMPT_TOKENS = 1 << 20
+
+SHARD_COLUMNS = (
+    "query_id",
+    "split",
+    "query",
+    "prompt_ids",
+    "response_ids",
+    "token_ids",
+    "logits",
+    "logsumexp",
+)
+IDENTITY_COLUMNS = SHARD_COLUMNS[:3]
 
 # Keys of a shard's Parquet metadata; values are UTF-8 text.
 META_VERSION = b"duet.format_version"
@@ -28,7 +49,7 @@ META_RECIPE_ID = b"duet.recipe_id"
 META_QUERIES = b"duet.queries"
 META_INDEX = b"duet.shard_index"
 META_COUNT = b"duet.shard_count"
-META_ENGINE = b"duet.engine"
+META_ENGINES = b"duet.engines"
 META_STATISTICS = b"duet.statistics"
 
 
@@ -98,5 +119,13 @@ def _list_column(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa
 
 
 def rows_per_group(top_k: int, positions: int) -> int:
-    """Return how many rows a row group holds so that it decodes to a few megabytes."""
-    return max(1, ROW_GROUP_LOGITS // (top_k * positions))
+    """Return the most rows a row group may hold, so that it decodes to a few megabytes."""
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_LOGITS // (top_k * positions)))
+
+
+def row_group_rows(rows: Sequence[CacheRow], top_k: int, positions: int) -> int:
+    """Return how many of these rows a row group holds: fewer where prompts or texts are long."""
+    prompt = max(len(row.prompt_ids) for row in rows)
+    text = max(len(row.query.encode()) for row in rows)
+    fitting = min(ROW_GROUP_PROMPT_TOKENS // max(1, prompt), ROW_GROUP_TEXT_BYTES // max(1, text))
+    return max(1, min(rows_per_group(top_k, positions), fitting))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,24 +15,36 @@ from duet_unlearn.teacher_cache.files import atomic_path
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.manifest import ShardEntry, shard_name
 from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.teacher_cache.row_group import (
+    Identities,
+    Identity,
+    RowGroup,
+    check_row_group,
+)
 from duet_unlearn.teacher_cache.schema import (
     FORMAT_VERSION,
+    IDENTITY_COLUMNS,
+    MAX_PROMPT_TOKENS,
+    MAX_QUERY_BYTES,
+    MAX_QUERY_ID_BYTES,
     META_COUNT,
-    META_ENGINE,
+    META_ENGINES,
     META_INDEX,
     META_QUERIES,
     META_RECIPE,
     META_RECIPE_ID,
     META_STATISTICS,
     META_VERSION,
+    SHARD_COLUMNS,
     SHARD_FOLDER,
     SPLITS,
     CacheRow,
-    rows_per_group,
+    row_group_rows,
     rows_to_table,
     shard_schema,
 )
 from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
+from duet_unlearn.teacher_cache.strict_json import parse_json
 
 # Footers of honest shards are a few kilobytes; the limits keep a hostile one from claiming
 # gigabytes before anything is checked.
@@ -52,8 +63,9 @@ class ShardHeader:
     index: int
     count: int
     """Position of the shard and number of shards."""
-    engine: dict[str, Any]
-    """The engine that computed the rows, with versions and settings."""
+    engines: tuple[dict[str, Any], ...]
+    """The engines that computed the rows, with versions and settings; several where rows were
+    taken over from other caches."""
 
 
 def shard_path(cache: Path, index: int, count: int) -> Path:
@@ -69,7 +81,16 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
             logits too large for float16.
     """
     signal = row.signal
-    where = f"query {row.query_id}"
+    where = f"query {row.query_id[:80]}"
+    for what, size, limit in (
+        ("an id of {} bytes", len(row.query_id.encode()), MAX_QUERY_ID_BYTES),
+        ("a text of {} bytes", len(row.query.encode()), MAX_QUERY_BYTES),
+        ("a prompt of {} tokens", len(row.prompt_ids), MAX_PROMPT_TOKENS),
+    ):
+        if size > limit:
+            raise CacheError(
+                f"{where}: {what.format(size)}, the format takes {limit}; shorten or remove it"
+            )
     positions = len(signal.response_ids)
     expected = (positions, recipe.top_k)
     if not 1 <= positions <= recipe.positions or signal.logsumexp.shape != (positions,):
@@ -92,11 +113,10 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
         raise CacheError(
             f"{where}: the teacher gave logits that are not finite; try --teacher-dtype float32"
         )
-    limit = float(np.finfo(np.float16).max)
-    if recipe.logit_dtype == "float16" and float(np.abs(signal.logits).max()) > limit:
+    largest = float(np.abs(signal.logits).max())
+    if recipe.logit_dtype == "float16" and largest > float(np.finfo(np.float16).max):
         raise CacheError(
-            f"{where}: a logit of {float(np.abs(signal.logits).max()):.0f} does not fit float16; "
-            "give --logit-dtype float32"
+            f"{where}: a logit of {largest:.0f} does not fit float16; give --logit-dtype float32"
         )
 
 
@@ -117,7 +137,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
     table = rows_to_table(rows, header.recipe.logit_dtype)
     table = table.replace_schema_metadata(_metadata(header, statistics))
     path = shard_path(cache, header.index, header.count)
-    group_rows = rows_per_group(header.recipe.top_k, header.recipe.positions)
+    group_rows = row_group_rows(rows, header.recipe.top_k, header.recipe.positions)
     with atomic_path(path) as temporary:
         pq.write_table(
             table,
@@ -155,13 +175,15 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
         META_QUERIES: header.queries.encode(),
         META_INDEX: str(header.index).encode(),
         META_COUNT: str(header.count).encode(),
-        META_ENGINE: pack(header.engine),
+        META_ENGINES: pack(list(header.engines)),
         META_STATISTICS: pack({split: statistics[split].to_json() for split in SPLITS}),
     }
 
 
 class ShardFile:
     """An open shard: its header, the sums over its rows a split, and its row groups.
+
+    Nothing is decoded before its size is known to keep to the format's limits.
 
     Raises:
         CorruptCacheError: The file is not a shard of format version 1.
@@ -170,27 +192,29 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not path.is_file():
+                raise CorruptCacheError(f"{path}: the shard is missing; get the cache again")
+            self._bytes = pa.OSFile(str(path))
             self._file = pq.ParquetFile(
-                path,
+                self._bytes,
+                # Texts stay as they are packed: unpacking may multiply their size.
+                read_dictionary=["query_id", "split", "query"],
                 page_checksum_verification=True,
                 thrift_string_size_limit=_THRIFT_LIMIT,
                 thrift_container_size_limit=1 << 20,
                 pre_buffer=False,
             )
-            metadata = self._file.schema_arrow.metadata or {}
             schema = self._file.schema_arrow
-        except FileNotFoundError:
-            raise CorruptCacheError(f"{path}: the shard is missing; get the cache again") from None
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _unreadable(path, error) from error
-        self.header, self.statistics = _read_metadata(path, metadata)
+        self.header, self.statistics = _read_metadata(path, schema.metadata or {})
         expected = shard_schema(self.header.recipe.logit_dtype)
         # Other writers may name list items or dictionary indices differently; names and
         # value types are what the format fixes.
         if [_plain(f) for f in schema] != [_plain(f) for f in expected]:
             raise CorruptCacheError(
-                f"{path}: columns {', '.join(schema.names)[:120]} or their types are not those of "
-                f"format version {FORMAT_VERSION}; get the cache again"
+                f"{path}: columns {', '.join(schema.names)[:120]!r} or their types are not those "
+                f"of format version {FORMAT_VERSION}; get the cache again"
             )
 
     @property
@@ -204,25 +228,47 @@ class ShardFile:
         metadata = self._file.metadata
         return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
-    def read_row_group(self, index: int) -> "RowGroup":
+    def read_row_group(self, index: int) -> RowGroup:
         """Decode one row group.
 
         Raises:
-            CorruptCacheError: Its bytes are damaged or its rows are not T*K long.
+            CorruptCacheError: Its bytes are damaged, it is larger than the format allows, or its
+                rows are not T*K long.
         """
+        table = self._read(index, list(range(len(SHARD_COLUMNS))))
+        return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
+
+    def read_identities(self, index: int) -> list[Identity]:
+        """Return `(query_id, split, query)` of a row group's rows; decodes no signals.
+
+        Raises:
+            CorruptCacheError: As in `read_row_group`.
+        """
+        table = self._read(index, list(range(len(IDENTITY_COLUMNS))))
+        return Identities(table, f"{self.path}: row group {index}").identities()
+
+    def _read(self, index: int, columns: list[int]) -> pa.Table:
         try:
-            table = self._file.read_row_group(index, use_threads=False).combine_chunks()
+            check_row_group(self._bytes, self._file.metadata, index, columns, self.header.recipe)
+            table = self._file.read_row_group(
+                index, columns=[SHARD_COLUMNS[i] for i in columns], use_threads=False
+            ).combine_chunks()
+            # Texts that are not UTF-8, offsets and dictionary indices that point nowhere.
+            table.validate(full=True)
+            if table.num_rows != self.row_group_sizes[index]:
+                raise ValueError(f"{table.num_rows} rows where the footer says otherwise")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _unreadable(self.path, error) from error
-        return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
+        return table
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._bytes.close()
 
 
 def _unreadable(path: Path, error: Exception) -> CorruptCacheError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+    reason = ((str(error) or type(error).__name__).splitlines() or ["unknown"])[0][:160]
     return CorruptCacheError(f"{path}: damaged shard ({reason}); get the cache again")
 
 
@@ -244,19 +290,23 @@ def _read_metadata(
             raise CorruptCacheError(
                 f"{path}: format version {version[:20]}, expected {FORMAT_VERSION}"
             )
-        recipe = Recipe.from_json(json.loads(metadata[META_RECIPE]))
+        recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
         if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
             raise CorruptCacheError(f"{path}: recipe id is not that of its recipe")
-        engine = json.loads(metadata[META_ENGINE])
-        sums = json.loads(metadata[META_STATISTICS])
-        if not isinstance(engine, dict) or not isinstance(sums, dict):
+        engines = parse_json(metadata[META_ENGINES])
+        sums = parse_json(metadata[META_STATISTICS])
+        if not (
+            isinstance(engines, list)
+            and all(isinstance(engine, dict) for engine in engines)
+            and isinstance(sums, dict)
+        ):
             raise CorruptCacheError(f"{path}: metadata of the wrong type")
         header = ShardHeader(
             recipe=recipe,
             queries=metadata[META_QUERIES].decode(),
             index=int(metadata[META_INDEX]),
             count=int(metadata[META_COUNT]),
-            engine=engine,
+            engines=tuple(engines),
         )
         return header, {split: SplitStatistics.from_json(sums.get(split)) for split in SPLITS}
     except CorruptCacheError as error:
@@ -269,72 +319,3 @@ def _read_metadata(
         ) from None
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{path}: metadata is not readable ({error})") from error
-
-
-class RowGroup:
-    """Decoded columns of consecutive rows; the arrays are views of Arrow's memory."""
-
-    def __init__(self, table: pa.Table, recipe: Recipe, where: str) -> None:
-        self._where = where
-        self._top_k = recipe.top_k
-        self.num_rows: int = table.num_rows
-        for name in table.column_names:
-            if table[name].null_count:
-                raise CorruptCacheError(f"{where}: empty values in {name}; get the cache again")
-        self._ids = table["query_id"]
-        self._splits = table["split"]
-        self._queries = table["query"]
-        self.prompt_ids, self.prompt_offsets = _flatten(table["prompt_ids"])
-        self.response_ids, self.response_offsets = _flatten(table["response_ids"])
-        token_ids, token_offsets = _flatten(table["token_ids"])
-        logits, logit_offsets = _flatten(table["logits"])
-        self.logsumexp, lse_offsets = _flatten(table["logsumexp"])
-        lengths = np.diff(self.response_offsets)
-        scaled = self.response_offsets * recipe.top_k
-        if (
-            (lengths < 1).any()
-            or (lengths > recipe.positions).any()
-            or not np.array_equal(lse_offsets, self.response_offsets)
-            or not np.array_equal(token_offsets, scaled)
-            or not np.array_equal(logit_offsets, scaled)
-        ):
-            raise CorruptCacheError(
-                f"{where}: rows are not T*K long (T up to {recipe.positions}, K {recipe.top_k}); "
-                "get the cache again"
-            )
-        self.token_ids = token_ids.reshape(-1, recipe.top_k)
-        self.logits = logits.reshape(-1, recipe.top_k)
-
-    def query_id(self, row: int) -> str:
-        """Return a row's query id."""
-        return str(self._ids[row])
-
-    def query(self, row: int) -> str:
-        """Return a row's query text."""
-        return str(self._queries[row])
-
-    def split(self, row: int) -> str:
-        """Return a row's split."""
-        return str(self._splits[row])
-
-    def query_ids(self) -> list[str]:
-        """Return all query ids."""
-        return list(self._ids.to_pylist())
-
-    def queries(self) -> list[str]:
-        """Return all query texts."""
-        return list(self._queries.to_pylist())
-
-    def splits(self) -> list[str]:
-        """Return the split of all rows."""
-        return list(self._splits.to_pylist())
-
-
-def _flatten(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Return the values and the row offsets, starting at 0, of a list column."""
-    if column.num_chunks == 0:
-        return np.empty(0, column.type.value_type.to_pandas_dtype()), np.zeros(1, np.int64)
-    array = column.chunk(0)
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    values = array.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
-    return values.to_numpy(zero_copy_only=values.null_count == 0), offsets - offsets[0]

@@ -71,7 +71,7 @@ def make_row(
 def write_cache(folder: Path, rows: list[CacheRow], recipe: Recipe) -> Manifest:
     """Write a one-shard cache without an engine, to test the format alone."""
     (folder / "shards").mkdir(parents=True)
-    header = ShardHeader(recipe=recipe, queries=SHA, index=0, count=1, engine={"name": "test"})
+    header = ShardHeader(recipe=recipe, queries=SHA, index=0, count=1, engines=({"name": "test"},))
     entry = write_shard(folder, rows, header)
     return Manifest(
         recipe=recipe,

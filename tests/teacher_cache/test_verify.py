@@ -68,7 +68,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
     for index in range(2):
         part = rows[index * 5 : index * 5 + 5]
-        header = ShardHeader(recipe=RECIPE, queries=queries, index=index, count=2, engine={})
+        header = ShardHeader(recipe=RECIPE, queries=queries, index=index, count=2, engines=({},))
         entries.append(write_shard(folder, part, header))
         for split, sums in rows_statistics(part).items():
             totals[split] += sums

@@ -1,0 +1,46 @@
+"""JSON of untrusted caches: one meaning only, and nothing that a later step cannot handle."""
+
+import json
+import math
+from typing import Any
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON that has exactly one reading.
+
+    Raises:
+        ValueError: It is not UTF-8 JSON, or has an object that names a key twice, a number that is
+            not finite, half a surrogate pair in a text, or nesting too deep to read.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        if "\\u" in text:
+            # Only an escape can bring half a pair into text that was UTF-8.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object names a key twice")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large")
+    return value
