@@ -25,6 +25,10 @@ def training_arguments(config: RunConfig, work: Path) -> TrainingArguments:
     if precision == AUTO:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if bf16 and config.dtype == "float32" else "float32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "precision is 'fp16', but there is no CUDA GPU; expected auto, float32 or bf16"
+        )
     try:
         args = TrainingArguments(
             output_dir=str(work),

@@ -165,13 +165,25 @@ def load_weights(student: Student, dtype: str) -> "PreTrainedModel":
     # The run has one bar, over its steps.
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            student.folder, dtype=getattr(torch, dtype), local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            student.folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"model {student.folder}: transformers cannot load it ({reason}); "
             "expected a causal language model it knows"
         ) from error
+    model, info = loaded
+    # transformers fills what is missing with random numbers, and a loss would still go down.
+    if info["missing_keys"]:
+        raise DataError(
+            f"model {student.folder}: {len(info['missing_keys'])} weights are missing in its "
+            f"files, the first is {min(info['missing_keys'])}; copy or save the model again"
+        )
     return model  # type: ignore[no-any-return]

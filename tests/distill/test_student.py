@@ -99,3 +99,13 @@ def test_a_folder_that_is_no_language_model_is_one_line(copy):
     edit_json(copy / "config.json", lambda content: content.update(model_type="no-such-model"))
     with pytest.raises(DataError, match="transformers cannot load it"):
         load_weights(open_student(str(copy)), "float32")
+
+
+def test_missing_weights_are_named(copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
+        load_weights(open_student(str(copy)), "float32")
