@@ -56,11 +56,11 @@ def render_summary(summary: dict[str, Any]) -> str:
     """Return the summary as text for a terminal of 80 columns or more."""
     recipe = summary["recipe"]
     retain = "forget and retain" if recipe["retain_prefix"] else "forget"
-    engines = ", ".join(f"{e.get('name', '?')} {e.get('version', '')}" for e in summary["engines"])
+    engines = ", ".join(_engine(engine) for engine in summary["engines"])
     lines = [
         f"cache     {summary['cache']}",
         f"digest    {summary['digest']}",
-        f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines.strip()}",
+        f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or "an unknown engine"}",
         f'prefix    "{recipe["prefix"]}"',
         f"          at {recipe['prefix_place']}, in front of {retain} queries",
         f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
@@ -80,6 +80,13 @@ def render_summary(summary: dict[str, Any]) -> str:
         if sample is not None:
             lines += ["", *_render_sample(sample)]
     return "\n".join(_printable(line) for line in lines)
+
+
+def _engine(description: dict[str, Any]) -> str:
+    """Return an engine's name and its own version."""
+    name, versions = str(description.get("engine", "?")), description.get("versions")
+    version = versions.get(name, "") if isinstance(versions, dict) else ""
+    return f"{name} {version}".strip()
 
 
 def _render_sample(sample: dict[str, Any]) -> list[str]:
