@@ -33,7 +33,7 @@ class Progress(TrainerCallback):
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="distilling",
-                unit="step",
+                unit=" steps",
                 disable=not sys.stderr.isatty(),
             )
 

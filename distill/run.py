@@ -258,7 +258,8 @@ def _save(job: _Job, trainer: "DuetTrainer", result: RunResult) -> None:
         "cache": {"digest": manifest.digest, "recipe_id": manifest.recipe_id},
         "base": {"name": model_name(student.name), "weights": student.weights},
         "versions": versions(),
-        "result": dataclasses.asdict(result),
+        # Where it was made is no one's business; the other paths are as the user gave them.
+        "result": {**dataclasses.asdict(result), "out": ""},
     }
     write_run_file(staged, run_file)
     write_card(staged, run_file, manifest.recipe)

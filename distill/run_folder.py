@@ -108,7 +108,8 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.work}: holds files that are no unfinished run; move them away"
             )
-        if not empty and found != self.identity and not overwrite:
+        # Without a checkpoint there is nothing to lose: a run that failed early, say.
+        if found != self.identity and self.last_checkpoint() is not None and not overwrite:
             raise ConfigurationError(
                 f"{self.work}: is the unfinished state of another run{_differences(found, self)}; "
                 "run that one to its end, or discard it with --overwrite"

@@ -50,14 +50,23 @@ def test_files_of_others_are_never_touched(tmp_path, overwrite):
 
 def test_another_run_is_refused_with_what_differs(tmp_path):
     folder_of(tmp_path).prepare(overwrite=False)
+    checkpoint = folder_of(tmp_path).work / "checkpoint-5"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
     other = folder_of(tmp_path, cache="sha256:c", settings={"delta": 2.0})
     with pytest.raises(ConfigurationError) as caught:
         other.prepare(overwrite=False)
     assert "cache is 'sha256:a', now 'sha256:c'; delta is 1.0, now 2.0" in str(caught.value)
-    (other.work / "checkpoint-5").mkdir()
     other.prepare(overwrite=True)
-    assert other.last_checkpoint() is None
-    assert not (other.work / "checkpoint-5").exists()
+    assert not checkpoint.exists()
+
+
+def test_another_run_that_never_saved_is_given_up(tmp_path):
+    folder_of(tmp_path).prepare(overwrite=False)
+    (folder_of(tmp_path).work / "duet_log.jsonl").write_text("{}\n")
+    other = folder_of(tmp_path, cache="sha256:c")
+    other.prepare(overwrite=False)
+    assert [path.name for path in other.work.iterdir()] == ["identity.json"]
 
 
 def test_only_complete_checkpoints_count_and_the_newest_wins(tmp_path):
