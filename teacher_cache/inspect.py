@@ -60,7 +60,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     lines = [
         f"cache     {summary['cache']}",
         f"digest    {summary['digest']}",
-        f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or "an unknown engine"}",
+        f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or 'unknown'}",
         f'prefix    "{recipe["prefix"]}"',
         f"          at {recipe['prefix_place']}, in front of {retain} queries",
         f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
