@@ -207,6 +207,11 @@ def _remembered(kind: str, files: tuple[Path, ...], compute: Callable[[], str]) 
 
 
 def _memory_folder() -> Path:
+    return user_folder() / "fingerprints"
+
+
+def user_folder() -> Path:
+    """Return the folder for what this project keeps for a user between runs."""
     home = os.environ.get("DUET_CACHE_HOME") or os.environ.get("XDG_CACHE_HOME")
     root = Path(home) if home else Path.home() / ".cache"
-    return root / "duet-unlearn" / "fingerprints"
+    return root / "duet-unlearn"

@@ -146,20 +146,34 @@ def read_manifest(cache: Path) -> Manifest:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise CorruptCacheError(
-                f"{path}: more than {MAX_MANIFEST_BYTES} bytes; get the cache again"
-            )
-        value = parse_json(data)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CorruptCacheError(f"{path}: cannot be read ({error.strerror})") from error
+    return decode_manifest(data, str(path))
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Check the untrusted bytes of a manifest and return what they hold.
+
+    Args:
+        data: The file's bytes; a caller reads at most `MAX_MANIFEST_BYTES` and one more.
+        where: Path or URL of the file, for messages.
+
+    Raises:
+        CorruptCacheError: The manifest is damaged, edited, too large or of another version.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise CorruptCacheError(
+            f"{where}: more than {MAX_MANIFEST_BYTES} bytes; get the cache again"
+        )
+    try:
+        return parse_manifest(parse_json(data))
+    except CorruptCacheError as error:
+        raise CorruptCacheError(f"{where}: {error}") from None
+    except ValueError as error:
         reason = str(error).splitlines()[0][:160]
         raise CorruptCacheError(
-            f"{path}: not readable as JSON ({reason}); get the cache again"
+            f"{where}: not readable as JSON ({reason}); get the cache again"
         ) from error
-    try:
-        return parse_manifest(value)
-    except CorruptCacheError as error:
-        raise CorruptCacheError(f"{path}: {error}") from None
 
 
 def _absent(cache: Path) -> CacheError:

@@ -7,16 +7,21 @@ recent rows reads every byte once. Values come back as numpy arrays.
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from duet_unlearn.data.errors import CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
+from duet_unlearn.teacher_cache.location import is_url
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
 from duet_unlearn.teacher_cache.row_group import RowGroup
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.shards import ShardFile
+
+if TYPE_CHECKING:
+    from duet_unlearn.teacher_cache.remote_shards import RemoteShards
 
 # Enough for a sampler that mixes rows of a window of groups.
 RECENT_ROW_GROUPS = 16
@@ -50,10 +55,19 @@ class _Location:
 
 
 class CacheReader:
-    """Random access to the rows of a finished cache in bounded memory."""
+    """Random access to the rows of a finished cache in bounded memory.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    Args:
+        folder: Where the shards are.
+        manifest: Of this cache.
+        remote: Fetches the shards of a remote cache into `folder`; None for a local one.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, remote: "RemoteShards | None" = None
+    ) -> None:
         self.folder = folder
+        self._remote = remote
         self.manifest = manifest
         self.num_rows = manifest.num_rows
         self.splits = np.concatenate([_split_codes(shard) for shard in manifest.shards])
@@ -76,13 +90,19 @@ class CacheReader:
 
     @classmethod
     def open(cls, cache: str | Path) -> "CacheReader":
-        """Open `PATH` or `PATH@sha256:DIGEST` and check the manifest.
+        """Open `PATH`, `URL` or one of them with `@sha256:DIGEST`, and check the manifest.
+
+        The shards of a URL are fetched when they are needed, and kept for the next time.
 
         Raises:
             CacheError: There is no finished cache there.
             CorruptCacheError: The manifest is damaged, or a shard is missing or of another size.
             MismatchError: The cache has another digest than the one given.
         """
+        if isinstance(cache, str) and is_url(cache):
+            from duet_unlearn.teacher_cache.remote_cache import open_remote
+
+            return open_remote(cache)
         folder, pin = split_pin(cache)
         manifest = read_manifest(folder)
         if pin is not None and manifest.digest != pin:
@@ -127,6 +147,19 @@ class CacheReader:
         """
         return self._group(index)
 
+    def prefetch(self, rows: npt.NDArray[np.int64]) -> None:
+        """Fetch the shards of a remote cache in the background, in the order rows need them.
+
+        Args:
+            rows: Row indices in the order of their use.
+        """
+        if self._remote is not None:
+            groups = np.searchsorted(self._starts, rows, side="right") - 1
+            shards = np.array([location.shard for location in self._locations])[groups]
+            # The first use of each shard, in order of use.
+            first_uses = np.sort(np.unique(shards, return_index=True)[1])
+            self._remote.prefetch(shards[first_uses].tolist())
+
     def _group(self, index: int) -> RowGroup:
         if index in self._recent:
             self._recent.move_to_end(index)
@@ -161,7 +194,10 @@ class CacheReader:
             return self._files[shard]
         entry = self.manifest.shards[shard]
         if shard not in self._checked:
-            check_bytes(self.folder, entry)
+            if self._remote is not None:
+                self._remote.fetch(shard)  # checks the bytes as well
+            else:
+                check_bytes(self.folder, entry)
             self._checked.add(shard)
         file = open_shard(self.folder, entry, self.manifest)
         self._files[shard] = file
