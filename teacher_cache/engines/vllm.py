@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -200,8 +201,14 @@ def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> 
     connection.close()
     try:
         process.wait(timeout=_EXIT_SECONDS)
+        # Its helpers tidy up shared memory once it is gone; they need a moment.
+        for _ in range(20):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
     except subprocess.TimeoutExpired:
         logger.debug("the vllm process did not end by itself")
+    except ProcessLookupError:
+        return
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -223,6 +230,8 @@ def _environment(*, verbose: bool) -> dict[str, str]:
     if not on_gpu:
         # One process in place of three, each of which would import vLLM for itself.
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Binding wants a NUMA node a worker, and would pile the engines of one machine up.
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Nothing is compiled on a CPU (see vllm_process), so nothing needs the compiler's start.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -66,7 +66,7 @@ def cramped(config: EngineConfig) -> Iterator[Engine]:
     options = {
         "max_num_batched_tokens": 48,
         "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 12 * block,
+        "kv_cache_memory_bytes": 6 * block,
     }
     engine = VllmEngine(replace(config, top_k=384, eos_token_ids=(), engine_args=options))
     yield engine
@@ -147,7 +147,10 @@ def test_an_abandoned_stream_leaves_the_engine_usable(engine: Engine, config: En
 def test_whole_vocabulary_in_pieces_and_under_preemption(
     cramped: Engine, config: EngineConfig
 ) -> None:
-    prompts = random_prompts(60, seed=7)
+    rng = np.random.default_rng(7)
+    # Thirty tokens and four positions: every one of these outgrows its block while decoding.
+    outgrowing = [(100 + i, rng.integers(3, 384, 30).tolist()) for i in range(30)]
+    prompts = random_prompts(60, seed=7) + outgrowing
     whole = replace(config, top_k=384, eos_token_ids=())
     expected = dict(TransformersEngine(whole).signals(prompts))
 
