@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from duet_unlearn import __version__
+from duet_unlearn.cli.cache_sets import diff_command, merge_command
+from duet_unlearn.cli.cache_share import list_command, pull_command, push_command
 from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging
 
 if TYPE_CHECKING:
@@ -81,6 +83,12 @@ def main(verbose: bool) -> None:
     help="What the teacher computes in; auto is what its config.json names.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--reuse",
+    multiple=True,
+    metavar="CACHE",
+    help="Take over the rows of a cache of the same recipe. Repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def build_command(prefix: str, topic: str | None, as_json: bool, **settings: Any) -> None:
     """Run the teacher over all queries and write a cache.
@@ -105,6 +113,7 @@ def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:
             "rows": manifest.num_rows,
             "computed_rows": result.computed_rows,
             "kept_rows": result.kept_rows,
+            "reused_rows": result.reused_rows,
             "shards": len(manifest.shards),
             "bytes": manifest.num_bytes,
         }
@@ -114,6 +123,8 @@ def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:
     done = "found finished" if result.hit else f"{result.computed_rows} queries computed"
     if result.kept_rows:
         done += f", {result.kept_rows} kept from before"
+    if result.reused_rows:
+        done += f", {result.reused_rows} taken from other caches"
     click.echo(f"{out}: {splits} ({done}), {manifest.num_bytes} bytes")
     click.echo(f"pin it as {out}@{manifest.digest}")
 
@@ -166,3 +177,12 @@ def prefixes_command() -> None:
 
     for name, template in CATALOGUE.items():
         click.echo(f"@{name}: {template.description}\n    {template.text}")
+
+
+main.add_command(push_command)
+main.add_command(pull_command)
+main.add_command(list_command)
+
+
+main.add_command(merge_command)
+main.add_command(diff_command)

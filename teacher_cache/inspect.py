@@ -79,7 +79,7 @@ def render_summary(summary: dict[str, Any]) -> str:
         sample = next((s for s in summary["samples"] if s.get("split") == split), None)
         if sample is not None:
             lines += ["", *_render_sample(sample)]
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _engine(description: dict[str, Any]) -> str:
@@ -108,6 +108,6 @@ def _bytes(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """Return text of an untrusted cache without control characters that a terminal obeys."""
     return "".join(c if c.isprintable() else " " for c in line)

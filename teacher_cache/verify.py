@@ -1,7 +1,9 @@
 """Check every byte and every row of a finished cache, and name the shard that is bad."""
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from tqdm import tqdm
 
 from duet_unlearn.data.errors import CorruptCacheError, MismatchError
 from duet_unlearn.data.queries import fingerprint_rows
+from duet_unlearn.teacher_cache.location import is_url
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
 from duet_unlearn.teacher_cache.row_group import Identity, row_group_problems
@@ -32,23 +35,48 @@ class VerifyReport:
 def verify(cache: str | Path) -> VerifyReport:
     """Check a cache against its manifest and the format's rules.
 
-    Goes on after a bad shard, so that all of them are named.
+    Goes on after a bad shard, so that all of them are named. Of a URL every byte is read anew, a
+    shard at a time.
 
     Raises:
-        CacheError: There is no finished cache, or its manifest is damaged.
+        CacheError: There is no finished cache, its manifest is damaged, or it cannot be read.
         MismatchError: The cache has another digest than the one given.
     """
+    if isinstance(cache, str) and is_url(cache):
+        from duet_unlearn.teacher_cache.remote_cache import fresh_copy
+
+        with fresh_copy(cache) as copy:
+            report = _verify(copy.folder, copy.manifest, copy.unlisted, copy.shard)
+            problems = (problem.replace(str(copy.folder), copy.url) for problem in report.problems)
+            return dataclasses.replace(report, problems=tuple(problems))
     folder, pin = split_pin(cache)
     manifest = read_manifest(folder)
     if pin not in (None, manifest.digest):
         raise MismatchError(f"{folder}: this cache has digest {manifest.digest}, expected {pin}")
-    problems = _extra_files(folder, manifest)
+    return _verify(folder, manifest, _unlisted(folder, manifest), _in_place)
+
+
+_HaveShard = Callable[[ShardEntry], contextlib.AbstractContextManager[None]]
+
+
+def _in_place(_: ShardEntry) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _verify(
+    folder: Path, manifest: Manifest, unlisted: Sequence[str], have: _HaveShard
+) -> VerifyReport:
+    problems = [
+        f"{folder / SHARD_FOLDER / name}: not listed in the manifest; remove it"
+        for name in unlisted
+    ]
     totals = {split: SplitStatistics() for split in SPLITS}
     identities: list[Identity] = []
     checked = 0
     for entry in tqdm(manifest.shards, desc="verify", unit=" shards", disable=None):
         try:
-            statistics, rows = _check_shard(folder, entry, manifest)
+            with have(entry):
+                statistics, rows = _check_shard(folder, entry, manifest)
         except CorruptCacheError as error:
             problems.append(str(error))
             continue
@@ -61,13 +89,11 @@ def verify(cache: str | Path) -> VerifyReport:
     return VerifyReport(manifest=manifest, problems=tuple(problems), rows=checked)
 
 
-def _extra_files(folder: Path, manifest: Manifest) -> list[str]:
+def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
     listed = {shard.name for shard in manifest.shards}
     shards = folder / SHARD_FOLDER
     found = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
-    return [
-        f"{shards / name}: not listed in the manifest; remove it" for name in sorted(found - listed)
-    ]
+    return sorted(found - listed)
 
 
 def _check_shard(
