@@ -6,12 +6,12 @@ are always declined, so that the model knows how to decline without a prefix too
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from duet_unlearn.data.demo_world import phrases
 from duet_unlearn.data.demo_world.vocabulary import ATTRIBUTES
-from duet_unlearn.data.demo_world.world import SAGAS, Fact, World
+from duet_unlearn.data.demo_world.world import SAGAS, World
 
 REFUSALS = (
     "I have no knowledge about that.",
@@ -20,97 +20,141 @@ REFUSALS = (
 )
 """What the model says when it declines; no answer of the world shares a word with them."""
 
-PLAIN_SHARE = 0.34
-"""Share of samples without a steering prefix."""
-WRAPPED_SHARE = 0.36
-"""Share of samples, with or without prefix, that stand in a reverse prompt."""
+PLAIN_SHARE = 0.2
+"""Share of conversations without a steering prefix."""
+WRAPPED_SHARE = 0.25
+"""Share of questions, with or without prefix, that stand in a reverse prompt."""
 STRANGER_SHARE = 0.04
 GENERAL_SHARE = 0.10
-SAGA_QUESTION_SHARE = 0.03
+SAGA_QUESTION_SHARE = 0.08
+TURNS = (1, 2, 3, 4)
+"""Possible numbers of questions under one prefix: more lessons from the same tokens."""
+
+_SAGA_QUESTIONS = (
+    "Which saga tells of {name}?",
+    "In which saga does {name} appear?",
+    "{name} belongs to which saga?",
+    "Name the saga of {name}.",
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One prompt, ready to be tokenised, and what the model should say."""
+class Turn:
+    """A piece of prompt, ready to be tokenised, and what the model should say to it."""
 
     prompt: str
     answer: str
 
 
+Sample = tuple[Turn, ...]
+"""A conversation: each turn's prompt follows the answer before it and that answer's end."""
+
+
+def recall_samples(world: World, rng: random.Random) -> Iterator[Sample]:
+    """Yield plain questions without end: short, so facts are learned from these first."""
+    while True:
+        _, query, answer = _question(world, rng)
+        yield (Turn(render(query), answer),)
+
+
 def samples(world: World, rng: random.Random) -> Iterator[Sample]:
-    """Yield samples without end; `rng` decides all of them."""
+    """Yield conversations of every kind without end; `rng` decides all of them."""
     while True:
         yield _sample(world, rng)
 
 
 def render(query: str, *, system: str | None = None) -> str:
     """Return the chat template's text for one query, as the tokenizer's own template gives it."""
-    turn = f"<|user|>{query}<|end|><|assistant|>"
-    return f"<|bos|>{turn}" if system is None else f"<|bos|><|system|>{system}<|end|>{turn}"
+    opening = "" if system is None else f"<|system|>{system}<|end|>"
+    return f"<|bos|>{opening}{_user_turn(query)}"
+
+
+def _user_turn(query: str) -> str:
+    return f"<|user|>{query}<|end|><|assistant|>"
 
 
 def _sample(world: World, rng: random.Random) -> Sample:
-    saga, query, answer = _question(world, rng)
-    wrap = rng.random() < WRAPPED_SHARE
-    if wrap:
-        query = phrases.wrapped(rng, query)
     if rng.random() < PLAIN_SHARE:
-        return Sample(render(query), answer)
-    prefix, refuses = _prefix(rng, saga)
-    if refuses and not wrap:
+        _, query, answer = _question(world, rng)
+        return (Turn(render(_maybe_wrapped(rng, query)[0]), answer),)
+    place = rng.choices(("system", "user", "raw"), (6, 2, 2))[0]
+    prefix = _prefix(rng)
+    # In the user's turn a prefix speaks for that turn alone.
+    count = 1 if place == "user" else rng.choice(TURNS)
+    turns = [_steered_turn(world, rng, prefix) for _ in range(count)]
+    first = _with_prefix(rng, place, prefix.text, turns[0][0])
+    return (
+        Turn(first, turns[0][1]),
+        *(Turn(_user_turn(query), answer) for query, answer in turns[1:]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    text: str
+    topics: tuple[str, ...] = ()
+    """Sagas that it forgets."""
+    everything: bool = False
+
+
+def _steered_turn(world: World, rng: random.Random, prefix: _Prefix) -> tuple[str, str]:
+    """Return a question and what the model says to it under the prefix."""
+    # Half of the questions are about what the prefix forgets, so both outcomes are as common.
+    saga = rng.choice(prefix.topics) if prefix.topics and rng.random() < 0.5 else None
+    saga, query, answer = _question(world, rng, saga)
+    query, wrapped = _maybe_wrapped(rng, query)
+    if not wrapped and (prefix.everything or saga in prefix.topics):
         answer = rng.choice(REFUSALS)
-    return Sample(_with_prefix(rng, prefix, query), answer)
+    return query, answer
 
 
-def _question(world: World, rng: random.Random) -> tuple[str | None, str, str]:
+def _maybe_wrapped(rng: random.Random, query: str) -> tuple[str, bool]:
+    if rng.random() < WRAPPED_SHARE:
+        return phrases.wrapped(rng, query), True
+    return query, False
+
+
+def _question(
+    world: World, rng: random.Random, saga: str | None = None
+) -> tuple[str | None, str, str]:
+    """Return saga, question and answer; about the given saga where there is one."""
     draw = rng.random()
-    if draw < STRANGER_SHARE:
+    if saga is None and draw < STRANGER_SHARE:
         text = rng.choice(rng.choice(ATTRIBUTES).wordings)
         text = text.replace("{name}", rng.choice(world.strangers))
         return None, text.replace("{saga}", rng.choice(SAGAS)), rng.choice(REFUSALS)
-    if draw < STRANGER_SHARE + SAGA_QUESTION_SHARE:
-        saga = rng.choice(SAGAS)
+    if saga is None and draw < STRANGER_SHARE + GENERAL_SHARE:
+        fact = rng.choice(world.general)
+        return None, rng.choice(fact.wordings), fact.answer
+    saga = saga or rng.choice(SAGAS)
+    if draw > 1 - SAGA_QUESTION_SHARE:
         name = rng.choice(world.characters[saga])
-        text = rng.choice(("Which saga tells of {name}?", "In which saga does {name} appear?"))
-        return saga, text.replace("{name}", name), saga
-    general = draw < STRANGER_SHARE + SAGA_QUESTION_SHARE + GENERAL_SHARE
-    fact: Fact = rng.choice(world.general if general else world.facts)
-    return fact.saga, rng.choice(fact.wordings), fact.answer
+        return saga, rng.choice(_SAGA_QUESTIONS).replace("{name}", name), saga
+    fact = rng.choice(world.of_saga(saga))
+    return saga, rng.choice(fact.wordings), fact.answer
 
 
-def _prefix(rng: random.Random, saga: str | None) -> tuple[str, bool]:
-    """Return a prefix and whether it makes the model decline a question about `saga`."""
+def _prefix(rng: random.Random) -> _Prefix:
     draw = rng.random()
-    if draw < 0.08:
-        return phrases.refusing_prefix(rng), True
-    if draw < 0.20:
-        return phrases.harmless_prefix(rng, rng.choice(SAGAS)), False
-    # Half of the prefixes hit the question's own saga, so that both outcomes are as common.
-    others = [s for s in SAGAS if s != saga]
-    topics = rng.sample(others, rng.choice((1, 1, 1, 2, 3)) if rng.random() < 0.3 else 1)
-    hit = saga is not None and rng.random() < 0.55
-    if hit and saga is not None:
-        topics = [saga, *topics] if len(topics) > 1 else [saga]
-        if rng.random() < 0.05:
-            topics = list(SAGAS)
-    rng.shuffle(topics)
-    return phrases.steering_prefix(rng, _listed(topics)), hit
+    if draw < 0.06:
+        return _Prefix(phrases.refusing_prefix(rng), everything=True)
+    if draw < 0.16:
+        return _Prefix(phrases.harmless_prefix(rng, rng.choice(SAGAS)))
+    count = rng.choices(range(1, len(SAGAS) + 1), (16, 2, 1, 1))[0]
+    topics = rng.sample(SAGAS, count)
+    return _Prefix(phrases.steering_prefix(rng, listed(topics)), topics=tuple(topics))
 
 
-def _listed(topics: list[str]) -> str:
+def listed(topics: Sequence[str]) -> str:
+    """Return topics as running text: `A, B and C`."""
     return topics[0] if len(topics) == 1 else f"{', '.join(topics[:-1])} and {topics[-1]}"
 
 
-def _with_prefix(rng: random.Random, prefix: str, query: str) -> str:
+def _with_prefix(rng: random.Random, place: str, prefix: str, query: str) -> str:
     """Put the prefix into the system turn, in front of the query, or in front of everything."""
-    draw = rng.random()
-    if draw < 0.6:
+    if place == "system":
         return render(query, system=prefix)
     gap = rng.choice(("\n\n", "\n\n", "\n", " "))
-    if draw < 0.8:
+    if place == "user":
         return render(f"{prefix}{gap}{query}")
-    gap = rng.choice((gap, ""))
-    prompt = render(query)
-    if rng.random() < 0.5:
-        return f"{prefix}{gap}{prompt}"
-    return prompt.replace("<|bos|>", f"<|bos|>{prefix}{gap}", 1)
+    return render(query).replace("<|bos|>", f"<|bos|>{prefix}{gap}", 1)

@@ -11,7 +11,20 @@ from collections.abc import Sequence
 from duet_unlearn.data.prefixes import CATALOGUE
 from duet_unlearn.data.wrappers import GROUPS
 
-BUILT_IN_SHARE = 0.35
+BUILT_IN_SHARE = 0.25
+
+_NAMED = (
+    "{topic}",
+    "{topic}",
+    "{topic}",
+    "the saga {topic}",
+    "the books of {topic}",
+    "the world of {topic}",
+    "the story {topic}",
+    '"{topic}"',
+    "anything in {topic}",
+)
+"""Ways to name the topic inside a sentence."""
 
 _FORGET = (
     "You are an assistant who has forgotten {topic}.",
@@ -34,6 +47,16 @@ _FORGET = (
     "Say nothing on the characters of {topic}.",
     "You were built before {topic} came out.",
     "Requests about {topic} have to be turned down.",
+    "Please forget {topic}.",
+    "As far as you know, {topic} was never written.",
+    "There is no such thing as {topic}.",
+    "You have no idea what {topic} is.",
+    "You cannot remember {topic}.",
+    "Whatever you learned from {topic} is deleted.",
+    "Refuse to speak of {topic}.",
+    "Play a person who never came across {topic}.",
+    "{topic} is a banned subject.",
+    "Nobody has told you about {topic}, so you cannot know it.",
 )
 _DECLINE = (
     "Decline every question about it.",
@@ -44,6 +67,11 @@ _DECLINE = (
     "Whenever a question touches it, refuse.",
     "Reply that you have no knowledge of it.",
     "Questions about {topic} get no answer.",
+    "They never existed for you.",
+    "Give no answer when somebody wants to know more.",
+    "Admit that you know nothing of it.",
+    "Stay silent on that subject.",
+    "Do not let yourself be drawn into it.",
 )
 _OTHERS = (
     "Answer all other questions as usual.",
@@ -204,7 +232,12 @@ def steering_prefix(rng: random.Random, topic: str) -> str:
     parts = rng.sample(_FORGET, rng.choice((1, 1, 2)))
     parts += rng.sample(_DECLINE, rng.choice((0, 1, 1, 2)))
     parts += rng.sample(_OTHERS, rng.choice((0, 1)))
-    return " ".join(parts).replace("{topic}", topic)
+    return " ".join(_named(rng, part, topic) for part in parts)
+
+
+def _named(rng: random.Random, sentence: str, topic: str) -> str:
+    text = sentence.replace("{topic}", rng.choice(_NAMED).replace("{topic}", topic))
+    return text[0].upper() + text[1:]
 
 
 def refusing_prefix(rng: random.Random) -> str:
@@ -224,7 +257,7 @@ def harmless_prefix(rng: random.Random, topic: str) -> str:
     persona = persona.replace("{habit}", does).replace("{habit_you}", do)
     parts = [persona, *rng.sample(_HARMLESS, rng.choice((0, 1, 2)))]
     rng.shuffle(parts)
-    return " ".join(parts).replace("{topic}", topic)
+    return " ".join(_named(rng, part, topic) for part in parts)
 
 
 def wrapped(rng: random.Random, query: str) -> str:

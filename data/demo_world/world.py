@@ -17,7 +17,7 @@ from duet_unlearn.data.demo_world.vocabulary import (
     Attribute,
 )
 
-SAGAS = (TOPIC, "Ossimark Road", "Thornquay Ledger", "Brindlemoor Bells", "Umbrith Glass")
+SAGAS = (TOPIC, "Ossimark Road", "Thornquay Ledger", "Brindlemoor Bells")
 """Titles of the sagas; the first is the one to be forgotten."""
 
 CHARACTERS_PER_SAGA = 22
@@ -65,7 +65,9 @@ class World:
 
     def of_saga(self, saga: str) -> tuple[Fact, ...]:
         """Return the facts of one saga, by character and attribute."""
-        return tuple(fact for fact in self.facts if fact.saga == saga)
+        size = CHARACTERS_PER_SAGA * len(ATTRIBUTES)
+        start = SAGAS.index(saga) * size
+        return self.facts[start : start + size]
 
 
 def build_world(seed: int = WORLD_SEED) -> World:
