@@ -29,6 +29,8 @@ __all__ = [
     "Query",
     "load_queries",
     "fingerprint_queries",
+    "fingerprint_rows",
+    "hashed_id",
     "messages_from_text",
     "text_from_messages",
 ]
@@ -63,7 +65,7 @@ class Query:
         """A query from one line of text, as a user types it."""
         messages = (Message(role="user", content=text),)
         return cls(
-            query_id=query_id or _hashed_id(split, text_from_messages(messages)),
+            query_id=query_id or hashed_id(split, text_from_messages(messages)),
             split=split,
             messages=messages,
         )
@@ -143,7 +145,7 @@ def _query_from_row(row: Mapping[str, object], split: str) -> Query:
     """One query, or a ValueError that says what is wrong with the row."""
     messages = _messages_of_row(row)
     return Query(
-        query_id=_label(row, "id") or _hashed_id(split, text_from_messages(messages)),
+        query_id=_label(row, "id") or hashed_id(split, text_from_messages(messages)),
         split=split,
         messages=messages,
         answer=_label(row, "answer"),
@@ -193,5 +195,6 @@ def _label(row: Mapping[str, object], column: str) -> str | None:
     return str(int(value) if whole else value)
 
 
-def _hashed_id(split: str, text: str) -> str:
+def hashed_id(split: str, text: str) -> str:
+    """The id of a query that its file gives none."""
     return "q-" + hashlib.sha256(f"{split}\0{text}".encode()).hexdigest()[:16]

@@ -49,6 +49,8 @@ class BuildConfig:
     """What the teacher computes in; `auto` is the dtype its configuration names."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    reuse: tuple[str, ...] = ()
+    """Caches of the same recipe whose rows are taken over; they do not change what is built."""
 
     def __post_init__(self) -> None:
         """Check what needs no model.

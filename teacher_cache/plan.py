@@ -5,15 +5,32 @@ stopped build finds its finished shards again.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from duet_unlearn.data.errors import ConfigurationError
-from duet_unlearn.data.queries import Query
 from duet_unlearn.teacher_cache.schema import SPLITS
 
 _MAX_LIST_ENTRIES = 2**31 - 1
 
 
-def plan_shards(queries: Iterable[Query], shard_rows: int) -> list[list[Query]]:
+class PlannedRow(Protocol):
+    """A row before its signal is there: a query, or a row of another cache."""
+
+    @property
+    def query_id(self) -> str:
+        """Its id in the new cache."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """`forget` or `retain`."""
+        ...
+
+
+Row = TypeVar("Row", bound=PlannedRow)
+
+
+def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
     """Spread queries over shards of `shard_rows`.
 
     Every shard holds forget and retain queries in the proportion of the whole set, so that a
@@ -27,10 +44,10 @@ def plan_shards(queries: Iterable[Query], shard_rows: int) -> list[list[Query]]:
     ]
 
 
-def merge_evenly(first: Sequence[Query], second: Sequence[Query]) -> list[Query]:
+def merge_evenly(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
     """Merge two sequences so that every stretch holds them in proportion, to within one."""
     total = len(first) + len(second)
-    merged: list[Query] = []
+    merged: list[Row] = []
     taken = 0
     for position in range(total):
         due = (position + 1) * len(first) // total

@@ -5,9 +5,10 @@ recent rows reads every byte once. Values come back as numpy arrays.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from duet_unlearn.data.errors import CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.location import is_url
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
-from duet_unlearn.teacher_cache.row_group import RowGroup
+from duet_unlearn.teacher_cache.row_group import Identity, RowGroup
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.shards import ShardFile
 
@@ -121,9 +122,7 @@ class CacheReader:
             IndexError: The index is not in `range(num_rows)`.
             CorruptCacheError: The row's shard is damaged or does not belong to this cache.
         """
-        if not 0 <= index < self.num_rows:
-            raise IndexError(f"row {index} of a cache with {self.num_rows} rows")
-        group_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        group_index = self.group_of(index)
         group = self._group(group_index)
         row = index - self.row_groups[group_index].start
         prompt = slice(*group.prompt_offsets[row : row + 2])
@@ -138,6 +137,41 @@ class CacheReader:
             logits=group.logits[positions].astype(np.float32, copy=False),
             logsumexp=group.logsumexp[positions],
         )
+
+    def group_of(self, row: int) -> int:
+        """Return the index of the row group that a row is in.
+
+        Raises:
+            IndexError: The row is not in `range(num_rows)`.
+        """
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of a cache with {self.num_rows} rows")
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def engines_of(self, row: int) -> tuple[dict[str, Any], ...]:
+        """Return the engines that computed the shard of a row.
+
+        Raises:
+            CorruptCacheError: The shard is damaged or does not belong to this cache.
+        """
+        return self._file(self._locations[self.group_of(row)].shard).header.engines
+
+    def identities(self) -> Iterator[Identity]:
+        """Yield `(query_id, split, query)` of every row in file order; decodes no signals.
+
+        Raises:
+            CorruptCacheError: A shard is damaged or does not belong to this cache.
+        """
+        for rows, location in zip(self.row_groups, self._locations, strict=True):
+            found = self._file(location.shard).read_identities(location.group)
+            if [split for _, split, _ in found] != [
+                SPLITS[code] for code in self.splits[rows.start : rows.stop]
+            ]:
+                name = self.manifest.shards[location.shard].name
+                raise CorruptCacheError(
+                    f"{self.folder / SHARD_FOLDER / name}: its rows are not the manifest's"
+                )
+            yield from found
 
     def group(self, index: int) -> RowGroup:
         """Return a decoded row group, the columns of `row_groups[index]`.
@@ -225,11 +259,11 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile
             f"{path}: is shard {file.header.index} of {file.header.count}, expected {index} of "
             f"{len(manifest.shards)}; shards were swapped"
         )
-    if file.num_rows != entry.num_rows or max(file.row_group_sizes) != min(
-        entry.row_group_rows, entry.num_rows
-    ):
+    starts = range(0, entry.num_rows, entry.row_group_rows)
+    if file.row_group_sizes != [min(entry.row_group_rows, entry.num_rows - i) for i in starts]:
         raise CorruptCacheError(
-            f"{path}: {file.num_rows} rows, the manifest says {entry.num_rows}; get it again"
+            f"{path}: {file.num_rows} rows in {len(file.row_group_sizes)} row groups, the manifest "
+            f"says {entry.num_rows} in groups of {entry.row_group_rows}; get it again"
         )
     return file
 

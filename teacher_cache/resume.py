@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duet_unlearn.data.errors import CorruptCacheError, MismatchError
-from duet_unlearn.data.queries import Query
 from duet_unlearn.teacher_cache.manifest import ShardEntry
+from duet_unlearn.teacher_cache.plan import PlannedRow
 from duet_unlearn.teacher_cache.recipe import Recipe
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.shards import ShardFile, ShardHeader, entry_of, shard_path
@@ -23,8 +23,8 @@ class PlannedCache:
     recipe: Recipe
     queries: str
     """Fingerprint of the set of queries."""
-    shards: tuple[tuple[Query, ...], ...]
-    """The queries of each shard, in order."""
+    shards: tuple[tuple[PlannedRow, ...], ...]
+    """The rows of each shard, in order."""
 
     def shard_path(self, index: int) -> Path:
         """Return where a shard lies."""
@@ -90,7 +90,7 @@ def _checked_entry(plan: PlannedCache, file: ShardFile) -> ShardEntry | None:
     return entry_of(file.path, rows_a_split(rows), max(file.row_group_sizes))
 
 
-def rows_a_split(rows: Sequence[Query]) -> dict[str, int]:
+def rows_a_split(rows: Sequence[PlannedRow]) -> dict[str, int]:
     """Count the rows of each split."""
     return {split: sum(query.split == split for query in rows) for split in SPLITS}
 

@@ -133,7 +133,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
     """
     for row in rows:
         check_storable(row, header.recipe)
-    statistics = rows_statistics(rows)
+    statistics = rows_statistics(rows, header.recipe.logit_dtype)
     table = rows_to_table(rows, header.recipe.logit_dtype)
     table = table.replace_schema_metadata(_metadata(header, statistics))
     path = shard_path(cache, header.index, header.count)

@@ -79,11 +79,15 @@ def signal_statistics(
     return np.minimum(mass, 1.0), np.maximum(entropy, 0.0)
 
 
-def rows_statistics(rows: Iterable[CacheRow]) -> dict[str, SplitStatistics]:
-    """Return the sums of some rows, a split."""
+def rows_statistics(
+    rows: Iterable[CacheRow], logit_dtype: str = "float32"
+) -> dict[str, SplitStatistics]:
+    """Return the sums of some rows, a split, with logits as they are stored."""
     totals = {split: SplitStatistics() for split in SPLITS}
     for row in rows:
-        mass, entropy = signal_statistics(row.signal.logits, row.signal.logsumexp)
+        mass, entropy = signal_statistics(
+            row.signal.logits.astype(logit_dtype), row.signal.logsumexp
+        )
         totals[row.split] += SplitStatistics(
             rows=1, positions=len(mass), mass=float(mass.sum()), entropy=float(entropy.sum())
         )

@@ -1,0 +1,82 @@
+"""`duet-cache merge` and `duet-cache diff`: commands on several caches."""
+
+import json
+from pathlib import Path
+
+import click
+
+from duet_unlearn.data.errors import DuetError
+
+_DIFFERENT, _TROUBLE = 1, 2
+
+
+@click.command("merge")
+@click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The cache folder to write."
+)
+@click.option(
+    "--shard-rows",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Queries in one shard.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def merge_command(caches: tuple[str, ...], out: Path, shard_rows: int, as_json: bool) -> None:
+    """Join caches of one recipe into one; no teacher runs.
+
+    A query that several caches have is kept once, as the first of them has it. Caches of different
+    recipes are refused with what differs. A stopped merge goes on when it is run again.
+    """
+    from duet_unlearn.teacher_cache.merge import merge
+
+    result = merge(caches, out, shard_rows=shard_rows)
+    manifest = result.manifest
+    if as_json:
+        document = {
+            "cache": str(out),
+            "digest": manifest.digest,
+            "hit": result.hit,
+            "rows": manifest.num_rows,
+            "repeated_rows": result.repeated_rows,
+            "differing_rows": result.differing_rows,
+            "renamed_rows": result.renamed_rows,
+            "shards": len(manifest.shards),
+            "bytes": manifest.num_bytes,
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
+    done = "found finished" if result.hit else f"{len(caches)} caches joined"
+    if result.repeated_rows:
+        done += f", {result.repeated_rows} repeated queries left out"
+    click.echo(f"{out}: {splits} ({done}), {manifest.num_bytes} bytes")
+    click.echo(f"pin it as {out}@{manifest.digest}")
+
+
+@click.command("diff")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document with all queries.")
+@click.pass_context
+def diff_command(ctx: click.Context, a: str, b: str, as_json: bool) -> None:
+    """Show what differs between the recipes and the queries of two caches.
+
+    Signals are not compared. Exits like diff: 0 where recipes and queries are the same, 1 where
+    they differ, 2 where a cache cannot be read.
+    """
+    from duet_unlearn.teacher_cache.diff import diff, render_difference
+
+    try:
+        difference = diff(a, b)
+    except DuetError as error:
+        # Not left to the group: its exit code for a failure is diff's for a difference.
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        ctx.exit(_TROUBLE)
+    if as_json:
+        click.echo(json.dumps(difference.to_json(), indent=2, ensure_ascii=False))
+    else:
+        click.echo(render_difference(difference))
+    if not difference.same:
+        ctx.exit(_DIFFERENT)

@@ -1,0 +1,245 @@
+"""Join caches of one recipe into one: each query once, no teacher needed.
+
+A query is known by split and text; where several caches hold it, the first one's signal is kept.
+Memory holds a few hundred bytes a row, never the signals. Like a build, a stopped merge goes on.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from duet_unlearn.data.errors import ConfigurationError, MismatchError
+from duet_unlearn.data.queries import fingerprint_rows, hashed_id
+from duet_unlearn.teacher_cache.assemble import Assembly, Samples, find_finished
+from duet_unlearn.teacher_cache.files import make_folder
+from duet_unlearn.teacher_cache.lock import build_lock
+from duet_unlearn.teacher_cache.manifest import Manifest
+from duet_unlearn.teacher_cache.plan import check_shard_rows, plan_shards
+from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.teacher_cache.resume import PlannedCache
+from duet_unlearn.teacher_cache.row_group import Identity
+from duet_unlearn.teacher_cache.row_source import Place, PlannedRows, RowSource, open_caches
+from duet_unlearn.teacher_cache.samples import QUERIES_PER_SPLIT
+from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.signals import Signal
+
+logger = logging.getLogger(__name__)
+
+_COMPARE_BYTES = 32 << 20
+# How far apart two runs of one teacher may end up, relative to the largest logit: by the dtype it
+# computes in (other kernels and batches), and by the dtype that logits are stored in.
+_ROUNDING = {"float32": 2.0**-13, "bfloat16": 2.0**-6, "float16": 2.0**-8}
+_STORING = {"float32": 0.0, "float16": 2.0**-10}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeResult:
+    """What a merge did."""
+
+    manifest: Manifest
+    hit: bool
+    """The finished cache was already there; nothing was written."""
+    repeated_rows: int
+    """Rows left out because an earlier cache, or an earlier row, has the query."""
+    differing_rows: int
+    """Those of them whose signal differs from the one kept by more than rounding."""
+    renamed_rows: int
+    """Rows whose id stood for another query already; they got an id that follows from the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MergedRow:
+    query_id: str
+    split: str
+    place: Place
+
+
+class _Selection:
+    """The rows that a merge keeps."""
+
+    def __init__(self) -> None:
+        self.rows: list[_MergedRow] = []
+        self.repeats: list[tuple[Place, Place]] = []
+        """The kept row and the one left out, for every repeated query."""
+        self.renamed = 0
+        self._queries: dict[bytes, Place] = {}
+        self._ids: set[bytes] = set()
+
+    def add_all(self, source: RowSource) -> Iterator[Identity]:
+        """Select among all rows of a source; yield the identity of each that is kept."""
+        for place, (query_id, split, text) in source.scan():
+            first = self._queries.setdefault(_key(split, text), place)
+            if first != place:
+                self.repeats.append((first, place))
+                continue
+            if _key(split, query_id) in self._ids:
+                query_id = hashed_id(split, text)
+                self.renamed += 1
+                if _key(split, query_id) in self._ids:
+                    raise MismatchError(
+                        f"{split} query {query_id}: this id follows from its text, but another "
+                        "query has it; build again with other ids and --reuse these caches"
+                    )
+            self._ids.add(_key(split, query_id))
+            self.rows.append(_MergedRow(query_id, split, place))
+            yield query_id, split, text
+
+
+def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeResult:
+    """Join caches of one recipe.
+
+    Args:
+        caches: `PATH` or `PATH@sha256:DIGEST` each; the first that has a query wins.
+        out: The new cache's folder.
+        shard_rows: Queries a shard.
+
+    Raises:
+        ConfigurationError: `shard_rows` is out of range, or there is no cache.
+        CacheError: One is no finished cache, or the folder cannot be written.
+        MismatchError: They have different recipes, or the folder holds something else; the message
+            lists what differs.
+        StoppedError: The user interrupted the merge.
+    """
+    if not caches:
+        raise ConfigurationError("no caches; give at least one cache to merge")
+    readers = open_caches(caches)
+    recipe = readers[0].manifest.recipe
+    check_shard_rows(shard_rows, recipe.top_k, recipe.positions)
+    source, selection = RowSource(readers), _Selection()
+    queries = fingerprint_rows(selection.add_all(source))
+    shards = plan_shards(selection.rows, shard_rows)
+    plan = PlannedCache(
+        folder=out, recipe=recipe, queries=queries, shards=tuple(map(tuple, shards))
+    )
+    manifest = find_finished(plan)
+    hit = manifest is not None
+    if manifest is None:
+        make_folder(out / SHARD_FOLDER)
+        with build_lock(out):
+            manifest = _write(plan, shards, source, readers)
+    differing = _count_differing(source, selection.repeats, recipe)
+    _report(selection, differing)
+    return MergeResult(
+        manifest=manifest,
+        hit=hit,
+        repeated_rows=len(selection.repeats),
+        differing_rows=differing,
+        renamed_rows=selection.renamed,
+    )
+
+
+def _write(
+    plan: PlannedCache,
+    shards: Sequence[Sequence[_MergedRow]],
+    source: RowSource,
+    readers: Sequence[CacheReader],
+) -> Manifest:
+    assembly = Assembly(plan)
+    places = {
+        index: {number: row.place for number, row in enumerate(shards[index])}
+        for index in assembly.missing
+    }
+    planned = PlannedRows(source, places, plan.recipe)
+    try:
+        for index in tqdm(assembly.missing, desc="merge", unit=" shards", disable=None):
+            found = planned.take(index)
+            rows = [
+                replace(found[number], query_id=row.query_id)
+                for number, row in enumerate(shards[index])
+            ]
+            assembly.write(index, rows, tuple(planned.engines(index)))
+    except KeyboardInterrupt:
+        raise assembly.stopped() from None
+    kept = {_key(row.split, row.query_id) for part in shards for row in part}
+    return assembly.finish(readers[0].manifest.teacher, _samples(readers, kept))
+
+
+def _samples(readers: Sequence[CacheReader], kept: set[bytes]) -> Samples:
+    """Return samples of the sources that are samples of the merged cache too.
+
+    Their tokens are decoded already, so that merging needs no tokenizer.
+    """
+    samples = {
+        (sample["split"], sample["query_id"]): sample
+        for reader in reversed(readers)
+        for sample in reader.manifest.samples
+        if _key(sample["split"], sample["query_id"]) in kept
+    }
+    return tuple(
+        samples[key]
+        for split in SPLITS
+        for key in sorted(key for key in samples if key[0] == split)[:QUERIES_PER_SPLIT]
+    )
+
+
+def _key(*parts: str) -> bytes:
+    """Return 16 bytes that stand for some texts."""
+    text = "\0".join((str(len(parts[0])), *parts))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _count_differing(
+    source: RowSource, repeats: Sequence[tuple[Place, Place]], recipe: Recipe
+) -> int:
+    """Count the pairs of rows whose signals differ by more than rounding."""
+    at_once = max(1, _COMPARE_BYTES // (16 * recipe.top_k * recipe.positions))
+    relative = _ROUNDING[recipe.compute_dtype] + _STORING[recipe.logit_dtype]
+    differing = 0
+    for start in range(0, len(repeats), at_once):
+        pairs = repeats[start : start + at_once]
+        rows = source.fetch(place for pair in pairs for place in pair)
+        differing += sum(
+            not signals_agree(rows[first].signal, rows[other].signal, relative)
+            for first, other in pairs
+        )
+    return differing
+
+
+def signals_agree(first: Signal, other: Signal, relative: float) -> bool:
+    """Say whether two signals of one query are the same up to rounding.
+
+    Args:
+        first: One of them.
+        other: The other.
+        relative: How far apart their logits may be, relative to the largest.
+    """
+    if first.response_ids.tolist() != other.response_ids.tolist():
+        return False
+    slack = relative * max(1.0, float(np.abs(first.logits).max()))
+    if np.abs(first.logsumexp - other.logsumexp).max() > slack:
+        return False
+    for position in range(len(first.response_ids)):
+        ours = dict(zip(first.token_ids[position].tolist(), first.logits[position], strict=True))
+        theirs = dict(zip(other.token_ids[position].tolist(), other.logits[position], strict=True))
+        # A token that is only on one side may have been just below the other side's last.
+        last_ours, last_theirs = first.logits[position, -1], other.logits[position, -1]
+        if any(
+            abs(ours.get(token, last_ours) - theirs.get(token, last_theirs)) > slack
+            for token in ours.keys() | theirs.keys()
+        ):
+            return False
+    return True
+
+
+def _report(selection: _Selection, differing: int) -> None:
+    if selection.repeats:
+        logger.info("%d rows left out: their queries are there already", len(selection.repeats))
+    if differing:
+        logger.warning(
+            "%d of %d repeated queries have signals that differ by more than rounding; those of "
+            "the cache named first are kept",
+            differing,
+            len(selection.repeats),
+        )
+    if selection.renamed:
+        logger.warning(
+            "%d queries have an id that stands for another query in an earlier cache; they got "
+            "ids that follow from their texts",
+            selection.renamed,
+        )

@@ -1,0 +1,369 @@
+"""A small cache of several shards, and the servers that it is shared through."""
+
+import contextlib
+import http.client
+import http.server
+import os
+import re
+import shutil
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+SHA = "sha256:" + "ab" * 32
+MakeCache = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_cache() -> MakeCache:
+    """Write a sound cache of random signals, about 25 kB a shard; the seed decides its queries."""
+    from duet_unlearn.data.queries import fingerprint_rows
+    from duet_unlearn.teacher_cache.card import write_card
+    from duet_unlearn.teacher_cache.manifest import Manifest
+    from duet_unlearn.teacher_cache.recipe import Recipe
+    from duet_unlearn.teacher_cache.schema import CacheRow
+    from duet_unlearn.teacher_cache.shards import ShardHeader, write_shard
+    from duet_unlearn.teacher_cache.signals import Signal
+    from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
+
+    def row(number: int, seed: int) -> CacheRow:
+        rng = np.random.default_rng([number, seed])
+        logits = -np.sort(-rng.normal(0, 2, (2, 32)), axis=1).astype(np.float32)
+        return CacheRow(
+            query_id=f"q{number:04}",
+            split="forget" if number % 40 < 16 else "retain",
+            query=f"query {number} of {seed}",
+            prompt_ids=np.arange(3, dtype=np.int32),
+            signal=Signal(
+                response_ids=np.array([7, 8], np.int32),
+                token_ids=np.stack([rng.choice(5000, 32, replace=False) for _ in "ab"]).astype(
+                    np.int32
+                ),
+                logits=logits,
+                logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
+            ),
+        )
+
+    def make(folder: Path, *, shards: int = 5, seed: int = 0, prefix: str = "Forget.") -> Path:
+        recipe = Recipe(
+            weights=SHA,
+            config=SHA,
+            tokenizer=SHA,
+            vocabulary=SHA,
+            vocab_size=5000,
+            chat_template=None,
+            template_date="2024-07-26",
+            prefix=prefix,
+            prefix_place="raw",
+            retain_prefix=True,
+            top_k=32,
+            positions=2,
+            logit_dtype="float32",
+            compute_dtype="float32",
+            eos_token_ids=(1,),
+        )
+        (folder / "shards").mkdir(parents=True)
+        rows = [row(number, seed) for number in range(40 * shards)]
+        queries = fingerprint_rows((r.query_id, r.split, r.query) for r in rows)
+        entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
+        for index in range(shards):
+            part = rows[index * 40 : index * 40 + 40]
+            header = ShardHeader(
+                recipe=recipe, queries=queries, index=index, count=shards, engines=({},)
+            )
+            entries.append(write_shard(folder, part, header))
+            for split, sums in rows_statistics(part).items():
+                totals[split] += sums
+        manifest = Manifest(
+            recipe=recipe,
+            teacher="tiny",
+            queries=queries,
+            engines=({},),
+            shards=tuple(entries),
+            splits=totals,
+            samples=(),
+        )
+        write_card(folder, manifest.write(folder))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory, make_cache: MakeCache) -> Path:
+    """Five shards of 40 rows; never changed by a test."""
+    return make_cache(tmp_path_factory.mktemp("shared") / "cache")
+
+
+@pytest.fixture
+def cache_copy(shared_cache: Path, tmp_path: Path) -> Path:
+    """The same cache, to be changed."""
+    return Path(shutil.copytree(shared_cache, tmp_path / "copy"))
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what is kept between runs."""
+    monkeypatch.setenv("DUET_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duet_unlearn.teacher_cache.remote_errors.FIRST_PAUSE_SECONDS", 0.01)
+
+
+@dataclass
+class WebServer:
+    """A real HTTP server over a folder, and how it misbehaves; paths begin with a slash."""
+
+    folder: Path
+    ranges: bool = False
+    """Whether it answers to a Range header."""
+    cuts: dict[str, list[int]] = field(default_factory=dict)
+    """For each path, after how many bytes its next answers break off."""
+    answers: dict[str, list[bytes | int]] = field(default_factory=dict)
+    """For each path, bodies or statuses of its next answers; the last one stays."""
+    endless: set[str] = field(default_factory=set)
+    """Paths whose answer never ends."""
+    requests: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes of bodies that went out, for each path."""
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def shard_requests(self) -> list[str]:
+        return [path for path in self.requests if path.endswith(".parquet")]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, web: WebServer, *args) -> None:
+        self.web = web
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        web, path = self.web, self.path
+        web.requests.append(path)
+        body = self._body(path)
+        if isinstance(body, int):
+            self._head(body, 0)
+            return
+        start = self._start() if web.ranges else 0
+        part = body[start:]
+        status = 206 if start else 200
+        if path in web.endless:
+            self._head(status, 1 << 40)
+            with contextlib.suppress(OSError):
+                while True:
+                    self._send(path, b"x" * 65536)
+            return
+        extra = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        self._head(status, len(part), extra)
+        cuts = web.cuts.get(path, [])
+        if cuts:
+            self._send(path, part[: cuts.pop(0)])
+            self.close_connection = True
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self._send(path, part)
+
+    def _body(self, path: str) -> bytes | int:
+        answers = self.web.answers.get(path)
+        if answers:
+            return answers.pop(0) if len(answers) > 1 else answers[0]
+        file = self.web.folder / path.lstrip("/")
+        return file.read_bytes() if file.is_file() else 404
+
+    def _start(self) -> int:
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        return int(match.group(1)) if match else 0
+
+    def _head(self, status: int, length: int, extra: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **(extra or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _send(self, path: str, data: bytes) -> None:
+        self.wfile.write(data)
+        self.web.sent[path] = self.web.sent.get(path, 0) + len(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Threads(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _serving(handler: Callable[..., object]) -> Iterator[int]:
+    with _Threads(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def web(shared_cache: Path) -> Iterator[WebServer]:
+    """A web server with the shared cache at its root."""
+    server = WebServer(folder=shared_cache)
+    with _serving(partial(_Handler, server)) as server.port:
+        yield server
+
+
+@dataclass
+class Proxy:
+    """A TCP relay to the S3 server that counts what passes and breaks connections."""
+
+    target: tuple[str, int]
+    cuts_up: list[int] = field(default_factory=list)
+    """After how many bytes to the server each of the next connections breaks."""
+    cuts_down: list[int] = field(default_factory=list)
+    """The same for bytes from the server."""
+    up: int = 0
+    down: int = 0
+    seen: list[str] = field(default_factory=list)
+    """`METHOD /path` of the requests."""
+    port: int = 0
+
+    def of(self, method: str, ending: str = "") -> list[str]:
+        found = [line.split("?")[0] for line in self.seen if line.startswith(f"{method} ")]
+        return [line for line in found if line.endswith(ending)]
+
+    def forget(self) -> None:
+        self.up = self.down = 0
+        self.seen.clear()
+
+
+_REQUEST = re.compile(rb"^(GET|PUT|HEAD|POST|DELETE) (\S+) HTTP/1.1\r\n", re.MULTILINE)
+
+
+class _Relay(socketserver.BaseRequestHandler):
+    def __init__(self, proxy: Proxy, *args) -> None:
+        self.proxy = proxy
+        super().__init__(*args)
+
+    def handle(self) -> None:
+        proxy = self.proxy
+        up = proxy.cuts_up.pop(0) if proxy.cuts_up else None
+        down = proxy.cuts_down.pop(0) if proxy.cuts_down else None
+        with socket.create_connection(proxy.target) as server:
+            thread = threading.Thread(
+                target=self._relay, args=(server, self.request, "down", down), daemon=True
+            )
+            thread.start()
+            self._relay(self.request, server, "up", up)
+            thread.join()
+
+    def _relay(
+        self, source: socket.socket, sink: socket.socket, way: str, limit: int | None
+    ) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                data = data if limit is None else data[: limit - passed]
+                if way == "up":
+                    for method, path in _REQUEST.findall(data):
+                        self.proxy.seen.append(f"{method.decode()} {path.decode()}")
+                sink.sendall(data)
+                passed += len(data)
+                setattr(self.proxy, way, getattr(self.proxy, way) + len(data))
+                if limit is not None and passed >= limit:
+                    break
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[tuple[str, int]]:
+    """A real S3 server in a process of its own."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    environment = {**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 26)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None, "the S3 server ended"
+            time.sleep(0.1)
+        yield "127.0.0.1", port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An empty bucket and the relay in front of its server."""
+
+    url: str
+    proxy: Proxy
+    server: tuple[str, int]
+
+    def keys(self) -> list[str]:
+        """Ask the server itself, past the relay."""
+        connection = http.client.HTTPConnection(*self.server)
+        connection.request("GET", f"/{urlsplit(self.url).netloc}?list-type=2")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return re.findall(r"<Key>([^<]+)</Key>", text)
+
+    def put(self, key: str, data: bytes) -> None:
+        connection = http.client.HTTPConnection(*self.server)
+        connection.request("PUT", f"/{urlsplit(self.url).netloc}/{key}", body=data)
+        assert connection.getresponse().read() is not None
+        connection.close()
+
+
+@pytest.fixture
+def bucket(
+    s3_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Bucket]:
+    """An empty bucket that s3fs finds through the environment, as users set it."""
+    name = "bucket-" + re.sub(r"[^a-z0-9]", "-", tmp_path.name.lower())[-40:].strip("-")
+    connection = http.client.HTTPConnection(*s3_server)
+    connection.request("PUT", f"/{name}")
+    assert connection.getresponse().status == 200
+    connection.close()
+    proxy = Proxy(target=s3_server)
+    with _serving(partial(_Relay, proxy)) as proxy.port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield Bucket(url=f"s3://{name}", proxy=proxy, server=s3_server)

@@ -1,0 +1,63 @@
+"""What `diff` says of two caches."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from duet_unlearn.cli.cache_sets import diff_command
+from duet_unlearn.teacher_cache.diff import diff, render_difference
+
+MakeCache = Callable[..., Path]
+
+ROWS = [("a", "forget", "one"), ("b", "retain", "two"), ("c", "retain", "three")]
+
+
+def test_the_same_queries_under_other_ids_are_the_same(make_cache: MakeCache) -> None:
+    a = make_cache("a", ROWS)
+    b = make_cache("b", [(f"x{id_}", split, text) for id_, split, text in ROWS], shard_rows=1)
+    difference = diff(str(a), str(b))
+    assert difference.same
+    assert difference.common == 3
+    assert "recipe   the same" in render_difference(difference)
+
+
+def test_queries_of_one_side_and_other_recipes_are_named(make_cache: MakeCache) -> None:
+    a = make_cache("a", [*ROWS, ("d", "forget", "two")])
+    b = make_cache("b", [ROWS[0], ("n", "retain", "new")], prefix="Forget all.")
+    difference = diff(str(a), str(b))
+    assert not difference.same
+    assert difference.recipe == ('prefix: "Forget." / "Forget all."',)
+    assert difference.common == 1
+    # `two` stands in both splits of A: a split is part of what a query is.
+    assert set(difference.only[0]) == {
+        ("b", "retain", "two"),
+        ("c", "retain", "three"),
+        ("d", "forget", "two"),
+    }
+    assert difference.only[1] == (("n", "retain", "new"),)
+
+
+def test_the_text_shows_a_few_and_the_document_all(make_cache: MakeCache) -> None:
+    many = [(f"q{i}", "retain", f"query {i}\x1b[31m") for i in range(9)]
+    a, b = make_cache("a", [*ROWS, *many]), make_cache("b", ROWS)
+    text = CliRunner().invoke(diff_command, [str(a), str(b)])
+    assert text.exit_code == 1
+    assert "3 in both, 9 only in A, 0 only in B" in text.stdout
+    assert "and 4 more; --json lists all" in text.stdout
+    assert "\x1b" not in text.stdout
+    document = json.loads(CliRunner().invoke(diff_command, [str(a), str(b), "--json"]).stdout)
+    assert len(document["a"]["only_here"]) == 9
+    assert document["b"]["only_here"] == []
+
+
+def test_exit_codes_are_those_of_diff(make_cache: MakeCache, tmp_path: Path) -> None:
+    a, b = make_cache("a", ROWS), make_cache("b", ROWS[:2])
+
+    def code(*caches: Path) -> int:
+        return CliRunner().invoke(diff_command, [str(cache) for cache in caches]).exit_code
+
+    assert code(a, a) == 0
+    assert code(a, b) == 1
+    assert code(a, tmp_path / "nowhere") == 2
