@@ -8,26 +8,24 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import IO, Any
 
-import duet_unlearn
 from duet_unlearn.data.errors import ConfigurationError, DuetError
 from duet_unlearn.data.model_folder import context_length, read_config
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
+from duet_unlearn.teacher_cache.engines.vllm_launch import (
+    end_process,
+    environment_for,
+    start_process,
+)
 from duet_unlearn.teacher_cache.signals import Signal
 
 logger = logging.getLogger(__name__)
@@ -50,9 +48,6 @@ _RESERVED = {
 """Options of vLLM that decide what a signal is, or whether it can be captured."""
 _WINDOW = 512
 """Prompts under way: twice what vLLM runs at a time, so that it never waits for us."""
-_EXIT_SECONDS = 12.0
-"""Wait for an orderly end of the process before it is killed."""
-_PROCESS = "duet_unlearn.teacher_cache.engines.vllm_process"
 
 
 class VllmImportError(ConfigurationError):
@@ -72,9 +67,9 @@ class VllmEngine:
         self._rows = itertools.count()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._connection, theirs = Pipe()
-        self._process = _start_process(theirs, self._log, config)
+        self._process = start_process(theirs, self._log, environment_for(_options(config)))
         # Runs at the latest when the interpreter exits, so that no process is left behind.
-        self._end = weakref.finalize(self, _end_process, self._process, self._connection)
+        self._end = weakref.finalize(self, end_process, self._process, self._connection)
         try:
             self._send(_process_config(config))
             self._description = self._receive()[1]
@@ -200,83 +195,6 @@ def _check_config(config: EngineConfig) -> None:
         )
 
 
-def _start_process(
-    theirs: Connection, log: IO[bytes], config: EngineConfig
-) -> "subprocess.Popen[bytes]":
-    verbose = logger.isEnabledFor(logging.DEBUG)
-    command = [sys.executable, "-P", "-m", _PROCESS, str(theirs.fileno())]
-    with theirs:
-        return subprocess.Popen(  # noqa: S603 - our own module, no shell
-            command,
-            env=_environment(config, verbose=verbose),
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno() if verbose else log,
-            stderr=sys.stderr.fileno() if verbose else log,
-            pass_fds=[theirs.fileno()],
-            # Its own session: Ctrl-C reaches only us, and we can end it with all its children.
-            start_new_session=True,
-        )
-
-
-def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
-    with contextlib.suppress(OSError):
-        connection.send(("stop",))
-    connection.close()
-    try:
-        process.wait(timeout=_EXIT_SECONDS)
-        # Its helpers tidy up shared memory once it is gone; they need a moment.
-        for _ in range(20):
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-    except subprocess.TimeoutExpired:
-        logger.debug("the vllm process did not end by itself")
-    except ProcessLookupError:
-        return
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _environment(config: EngineConfig, *, verbose: bool) -> dict[str, str]:
-    """Return the process's environment; whatever the user has set stays."""
-    package = str(Path(duet_unlearn.__file__).parent.parent)
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    on_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "DEBUG" if verbose else "WARNING",
-        "OMP_NUM_THREADS": str(_physical_cores()),
-        # Custom logits processors in the form we use belong to the first of its model runners.
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
-    if not on_gpu:
-        # One process in place of three, each of which would import vLLM for itself.
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Binding wants a NUMA node a worker, and would pile the engines of one machine up.
-        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if _option(config.engine_args.get("enforce_eager", True)) is True:
-            # What little vLLM compiles in eager mode costs seconds and is not used here.
-            defaults["TORCHDYNAMO_DISABLE"] = "1"
-    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def _physical_cores() -> int:
-    """Return the physical cores this process may use: two threads of one core share its maths."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    siblings = set()
-    for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.is_file() else str(cpu))
-    cores = len(siblings) or os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no control groups, or no limit
-        pass
-    return max(1, cores)
-
-
 def _process_config(config: EngineConfig) -> dict[str, Any]:
     needed = config.max_prompt_tokens + config.positions
     context = context_length(read_config(config.model))
@@ -290,13 +208,15 @@ def _process_config(config: EngineConfig) -> dict[str, Any]:
         "compute_dtype": config.compute_dtype,
         "trust_remote_code": config.trust_remote_code,
         "max_model_len": rounded if context is None else max(needed, min(rounded, context)),
-        "engine_args": {name: _option(value) for name, value in config.engine_args.items()},
+        "engine_args": _options(config),
     }
 
 
-def _option(value: Any) -> Any:
-    """Read an option given as text: JSON where it is, such as `2` and `true`, else a word."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
-    return value
+def _options(config: EngineConfig) -> dict[str, Any]:
+    """Read options given as text: JSON where they are, such as `2` and `true`, else a word."""
+    options = dict(config.engine_args)
+    for name, value in options.items():
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                options[name] = json.loads(value)
+    return options
