@@ -135,6 +135,8 @@ class WebServer:
     """For each path, after how many bytes its next answers break off."""
     answers: dict[str, list[bytes | int]] = field(default_factory=dict)
     """For each path, bodies or statuses of its next answers; the last one stays."""
+    hold: threading.Event | None = None
+    """An answer that is to be cut waits for it, so that what was sent has been read."""
     endless: set[str] = field(default_factory=set)
     """Paths whose answer never ends."""
     requests: list[str] = field(default_factory=list)
@@ -179,7 +181,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if cuts:
             self._send(path, part[: cuts.pop(0)])
             self.close_connection = True
-            self.wfile.flush()
+            if web.hold is not None:
+                web.hold.wait(30)
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         self._send(path, part)
@@ -243,62 +246,67 @@ class Proxy:
 
     target: tuple[str, int]
     cuts_up: list[int] = field(default_factory=list)
-    """After how many bytes to the server each of the next connections breaks."""
+    """After how many bytes to the server the next connections that send a shard break."""
     cuts_down: list[int] = field(default_factory=list)
-    """The same for bytes from the server."""
+    """After how many bytes from the server the next connections that fetch a shard break."""
+    most_shards: int | None = None
+    """How many shards may be sent before every further connection with one is refused."""
     up: int = 0
-    down: int = 0
     seen: list[str] = field(default_factory=list)
     """`METHOD /path` of the requests."""
     port: int = 0
 
     def of(self, method: str, ending: str = "") -> list[str]:
-        found = [line.split("?")[0] for line in self.seen if line.startswith(f"{method} ")]
-        return [line for line in found if line.endswith(ending)]
+        return [line for line in self.seen if line.startswith(method) and line.endswith(ending)]
 
     def forget(self) -> None:
-        self.up = self.down = 0
+        self.up = 0
         self.seen.clear()
 
 
-_REQUEST = re.compile(rb"^(GET|PUT|HEAD|POST|DELETE) (\S+) HTTP/1.1\r\n", re.MULTILINE)
-
-
 class _Relay(socketserver.BaseRequestHandler):
+    """One connection; the server closes it after each answer."""
+
     def __init__(self, proxy: Proxy, *args) -> None:
         self.proxy = proxy
         super().__init__(*args)
 
     def handle(self) -> None:
         proxy = self.proxy
-        up = proxy.cuts_up.pop(0) if proxy.cuts_up else None
-        down = proxy.cuts_down.pop(0) if proxy.cuts_down else None
+        first = self.request.recv(65536)
+        request = first.partition(b" HTTP/1.1")[0].decode().split("?")[0]
+        proxy.seen.append(request)
+        up = down = None
+        if request.startswith("PUT") and request.endswith(".parquet"):
+            sent = len(proxy.of("PUT", ".parquet"))
+            if proxy.most_shards is not None and sent > proxy.most_shards:
+                return
+            up = proxy.cuts_up.pop(0) if proxy.cuts_up else None
+        elif request.startswith("GET") and request.endswith(".parquet"):
+            down = proxy.cuts_down.pop(0) if proxy.cuts_down else None
         with socket.create_connection(proxy.target) as server:
-            thread = threading.Thread(
-                target=self._relay, args=(server, self.request, "down", down), daemon=True
+            back = threading.Thread(
+                target=self._relay, args=(server, self.request, b"", down), daemon=True
             )
-            thread.start()
-            self._relay(self.request, server, "up", up)
-            thread.join()
+            back.start()
+            proxy.up += self._relay(self.request, server, first, up)
+            back.join()
 
-    def _relay(
-        self, source: socket.socket, sink: socket.socket, way: str, limit: int | None
-    ) -> None:
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket, data: bytes, limit: int | None) -> int:
         passed = 0
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
+            while data := data or source.recv(65536):
                 data = data if limit is None else data[: limit - passed]
-                if way == "up":
-                    for method, path in _REQUEST.findall(data):
-                        self.proxy.seen.append(f"{method.decode()} {path.decode()}")
                 sink.sendall(data)
                 passed += len(data)
-                setattr(self.proxy, way, getattr(self.proxy, way) + len(data))
-                if limit is not None and passed >= limit:
+                if passed == limit:
                     break
+                data = b""
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        return passed
 
 
 @pytest.fixture(scope="session")
@@ -344,8 +352,12 @@ class Bucket:
 
     def put(self, key: str, data: bytes) -> None:
         connection = http.client.HTTPConnection(*self.server)
-        connection.request("PUT", f"/{urlsplit(self.url).netloc}/{key}", body=data)
-        assert connection.getresponse().read() is not None
+        # The server asks for a signature and does not check it.
+        signed = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request"
+        path = f"/{urlsplit(self.url).netloc}/{key}"
+        connection.request("PUT", path, body=data, headers={"Authorization": signed})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
         connection.close()
 
 
@@ -359,6 +371,8 @@ def bucket(
     connection.request("PUT", f"/{name}")
     assert connection.getresponse().status == 200
     connection.close()
+    # s3fs tries again by itself, each time it is asked again.
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)
     proxy = Proxy(target=s3_server)
     with _serving(partial(_Relay, proxy)) as proxy.port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")

@@ -1,0 +1,246 @@
+"""Push, pull and list over folders: order, resume, refusals."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from duet_unlearn.data.errors import (
+    CacheError,
+    ConfigurationError,
+    CorruptCacheError,
+    MismatchError,
+)
+from duet_unlearn.teacher_cache.listing import list_caches
+from duet_unlearn.teacher_cache.location import hide_credentials, is_url, parse_location
+from duet_unlearn.teacher_cache.manifest import read_manifest
+from duet_unlearn.teacher_cache.share import pull, push
+from duet_unlearn.teacher_cache.verify import verify
+
+SHARD = "shards/00001-of-00005.parquet"
+DIGEST = "sha256:" + "0" * 64
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def test_a_cache_goes_to_a_folder_and_back_unchanged(shared_cache: Path, tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    sent = push(shared_cache, str(there))
+    assert (sent.moved_shards, sent.moved_bytes) == (5, sent.manifest.num_bytes)
+    assert files(there) == files(shared_cache)
+    pull(str(there), here)
+    assert files(here) == files(shared_cache)
+    assert verify(str(here)).problems == ()
+
+
+def test_a_second_push_and_a_second_pull_move_nothing(shared_cache: Path, tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    push(shared_cache, f"file://{there}")
+    pull(str(there), here)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert push(shared_cache, str(there)).hit
+    assert pull(str(there), here).hit
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_a_push_goes_on_and_replaces_what_is_not_the_shard(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    push(shared_cache, str(there))
+    (there / "manifest.json").unlink()
+    (there / SHARD).unlink()
+    damaged = bytearray((there / "shards/00003-of-00005.parquet").read_bytes())
+    damaged[1000] ^= 1  # the same size: only the content tells
+    (there / "shards/00003-of-00005.parquet").write_bytes(damaged)
+    again = push(shared_cache, str(there))
+    assert again.moved_shards == 2
+    assert files(there) == files(shared_cache)
+
+
+def test_a_shard_that_vanished_beside_its_manifest_is_sent_again(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    push(shared_cache, str(there))
+    (there / SHARD).unlink()
+    assert push(shared_cache, str(there)).moved_shards == 1
+    assert files(there) == files(shared_cache)
+
+
+def test_another_cache_is_never_replaced(shared_cache: Path, make_cache, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", prefix="Forget all.", seed=1)
+    there = tmp_path / "there"
+    push(other, str(there))
+    before = files(there)
+    with pytest.raises(MismatchError) as error:
+        push(shared_cache, str(there))
+    assert 'prefix: "Forget all." / "Forget."' in str(error.value)
+    assert "queries: 200 rows" in str(error.value)
+    assert files(there) == before
+    with pytest.raises(MismatchError, match="prefix"):
+        pull(str(there), shared_cache)
+
+
+def test_shards_of_another_unfinished_push_are_not_mixed_in(
+    shared_cache: Path, make_cache, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    push(make_cache(tmp_path / "other", shards=2), str(there))
+    (there / "manifest.json").unlink()
+    with pytest.raises(MismatchError, match="holds 00000-of-00002.parquet and no manifest"):
+        push(shared_cache, str(there))
+
+
+def test_a_damaged_cache_is_not_published(cache_copy: Path, tmp_path: Path) -> None:
+    data = bytearray((cache_copy / SHARD).read_bytes())
+    data[2000] ^= 1
+    (cache_copy / SHARD).write_bytes(data)
+    with pytest.raises(CorruptCacheError, match="00001-of-00005.parquet: its bytes are not those"):
+        push(cache_copy, str(tmp_path / "there"))
+    assert not (tmp_path / "there" / "manifest.json").exists()
+
+
+def test_an_unfinished_cache_is_named(cache_copy: Path, tmp_path: Path) -> None:
+    (cache_copy / "manifest.json").unlink()
+    with pytest.raises(CacheError, match="unfinished, no manifest.json"):
+        push(cache_copy, str(tmp_path / "there"))
+    with pytest.raises(CacheError, match="unfinished, no manifest.json; push the cache again"):
+        pull(str(cache_copy), tmp_path / "here")
+    with pytest.raises(CacheError, match="no teacher cache there"):
+        pull(str(tmp_path / "nowhere"), tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_pins_are_held_on_both_sides(shared_cache: Path, tmp_path: Path) -> None:
+    digest = read_manifest(shared_cache).digest
+    push(f"{shared_cache}@{digest}", f"{tmp_path / 'there'}@{digest}")
+    pull(f"{tmp_path / 'there'}@{digest}", tmp_path / "here")
+    for call in (
+        lambda: push(f"{shared_cache}@{DIGEST}", str(tmp_path / "x")),
+        lambda: push(shared_cache, f"{tmp_path / 'x'}@{DIGEST}"),
+        lambda: pull(f"{tmp_path / 'there'}@{DIGEST}", tmp_path / "x"),
+    ):
+        with pytest.raises(MismatchError, match=f"expected {DIGEST}"):
+            call()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_pull_repairs_what_is_damaged_and_fetches_no_more(
+    shared_cache: Path, cache_copy: Path
+) -> None:
+    data = bytearray((cache_copy / SHARD).read_bytes())
+    data[2000] ^= 1
+    (cache_copy / SHARD).write_bytes(data)
+    (cache_copy / "shards/00004-of-00005.parquet").unlink()
+    assert pull(str(shared_cache), cache_copy).moved_shards == 2
+    assert files(cache_copy) == files(shared_cache)
+
+
+def test_a_pull_leaves_other_folders_alone(shared_cache: Path, make_cache, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "README.md").write_text("mine")
+    with pytest.raises(CacheError, match="not empty and no teacher cache"):
+        pull(str(shared_cache), home)
+    assert files(home) == {"README.md": b"mine"}
+    unfinished = make_cache(tmp_path / "unfinished", seed=3)
+    (unfinished / "manifest.json").unlink()
+    before = files(unfinished)
+    with pytest.raises(MismatchError, match="belongs to another, unfinished cache"):
+        pull(str(shared_cache), unfinished)
+    assert files(unfinished) == before
+
+
+def test_the_card_of_a_pulled_cache_is_written_here(shared_cache: Path, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(shared_cache, tmp_path / "there"))
+    (there / "README.md").write_text("[click me](http://example.invalid)")
+    pull(str(there), tmp_path / "here")
+    assert files(tmp_path / "here")["README.md"] == files(shared_cache)["README.md"]
+
+
+def test_list_finds_caches_at_any_depth_and_names_damaged_ones(
+    shared_cache: Path, make_cache, tmp_path: Path
+) -> None:
+    push(shared_cache, str(tmp_path / "all/team/a"))
+    push(make_cache(tmp_path / "b", shards=1), str(tmp_path / "all/b"))
+    (tmp_path / "all/broken").mkdir()
+    (tmp_path / "all/broken/manifest.json").write_text("{}")
+    (tmp_path / "all/other").mkdir()
+    found = list_caches(str(tmp_path / "all"))
+    assert [cache.name for cache in found] == ["b", "broken", "team/a"]
+    b, broken, a = found
+    assert b.manifest is not None
+    assert b.manifest.num_rows == 40
+    assert a.manifest == read_manifest(shared_cache)
+    assert broken.manifest is None
+    assert "not the manifest of a teacher cache" in str(broken.problem)
+    assert [cache.name for cache in list_caches(str(shared_cache))] == ["."]
+    assert list_caches(str(tmp_path / "nowhere")) == ()
+
+
+def test_a_manifest_that_lies_about_names_is_refused(shared_cache: Path, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(shared_cache, tmp_path / "there"))
+    value = json.loads((there / "manifest.json").read_text())
+    value["shards"][0]["name"] = "../../escape.parquet"
+    (there / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(CorruptCacheError, match="edited or damaged"):
+        pull(str(there), tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_through_memory_as_through_any_other_store(shared_cache: Path, tmp_path: Path) -> None:
+    url = f"memory://caches/{tmp_path.name}"
+    assert push(shared_cache, url).moved_shards == 5
+    assert push(shared_cache, url).hit
+    assert [cache.name for cache in list_caches("memory://caches")] == [tmp_path.name]
+    pull(url, tmp_path / "here")
+    assert files(tmp_path / "here") == files(shared_cache)
+
+
+def test_urls_are_told_from_paths_and_hide_passwords() -> None:
+    assert is_url("s3://bucket/a")
+    assert is_url("HTTPS://host/a")
+    assert not is_url("folder/a@b")
+    assert not is_url("C:/caches")
+    location = parse_location(f"s3://bucket/a/@{DIGEST}")
+    assert (location.url, location.pin) == ("s3://bucket/a", DIGEST)
+    assert parse_location("hf://datasets/o/n@main/a").url == "hf://datasets/o/n@main/a"
+    assert hide_credentials("at https://me:secret@host/a") == "at https://host/a"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "message"),
+    [
+        ("nothing://x/y", ConfigurationError, "unknown protocol nothing://"),
+        ("https://host/a?b=c", CacheError, "without a query"),
+        ("s3://a::memory://b", CacheError, "chained URLs"),
+        ("s3://a/b@sha256:12", CacheError, "64 hex digits"),
+        ("http://127.0.0.1/a", CacheError, "can only be read"),
+    ],
+)
+def test_urls_that_cannot_work_are_refused(
+    shared_cache: Path, url: str, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        push(shared_cache, url)
+
+
+def test_a_missing_package_names_the_extra(
+    shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What was imported before is remembered behind a read-only view.
+    known = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.delitem(known, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'duet-unlearn\[s3\]'"):
+        push(shared_cache, "s3://bucket/x")
