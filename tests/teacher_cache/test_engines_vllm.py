@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from duet_unlearn.data import demo_world
 from duet_unlearn.data.errors import ConfigurationError, DuetError
+from duet_unlearn.data.model_folder import eos_token_ids
+from duet_unlearn.data.prefixes import resolve_prefix
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.queries import load_queries
 from duet_unlearn.teacher_cache.engines import open_engine
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
@@ -100,6 +105,36 @@ def test_engines_agree(engine: Engine, config: EngineConfig) -> None:
     assert engine.name == "vllm"
     assert sorted(signals) == list(range(150))
     assert {len(signal.response_ids) for signal in signals.values()} >= {2, 4}
+    for index, _ in prompts:
+        assert_same(signals[index], expected[index])
+
+
+def test_engines_agree_on_the_demo_world() -> None:
+    renderer = PromptRenderer(
+        load_tokenizer(demo_world.MODEL),
+        prefix=resolve_prefix(demo_world.PREFIX, demo_world.TOPIC),
+    )
+    queries = [
+        *load_queries(str(demo_world.FORGET), split="forget")[:64],
+        *load_queries(str(demo_world.RETAIN), split="retain")[:64],
+    ]
+    prompts = [(i, renderer.teacher_ids(query.messages)) for i, query in enumerate(queries)]
+    config = EngineConfig(
+        model=demo_world.MODEL,
+        top_k=100,
+        positions=3,
+        eos_token_ids=eos_token_ids(demo_world.MODEL),
+        compute_dtype="float32",
+        max_prompt_tokens=max(len(ids) for _, ids in prompts),
+    )
+    expected = dict(TransformersEngine(config).signals(prompts))
+    engine = VllmEngine(config)
+    try:
+        signals = dict(engine.signals(prompts))
+    finally:
+        engine.close()
+
+    assert len(signals) == len(prompts) >= 100
     for index, _ in prompts:
         assert_same(signals[index], expected[index])
 
