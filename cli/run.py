@@ -179,7 +179,7 @@ class _LearningRate(click.ParamType[float | str]):
 @click.option("--overwrite", is_flag=True, help="Replace the student or unfinished run at --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def run_command(as_json: bool, **settings: Any) -> None:
-    """Fit a student to the signals of CACHE: a folder, or FOLDER@sha256:DIGEST.
+    """Fit a student to the signals of CACHE: a folder or a URL, with @sha256:DIGEST to pin it.
 
     Needs neither the teacher nor vLLM. The same command goes on with a run that was stopped.
     """

@@ -38,7 +38,7 @@ class RunConfig:
     """Settings of `duet-distill run`."""
 
     cache: str
-    """The teacher cache: a folder, or `FOLDER@sha256:DIGEST`."""
+    """The teacher cache: a folder or a URL, with or without `@sha256:DIGEST` behind it."""
     student: str
     """The model the student starts from: a folder or a hub id."""
     out: str

@@ -85,9 +85,13 @@ def run(config: RunConfig) -> RunResult:
         return RunResult(**{**finished["result"], "out": str(job.folder.out), "hit": True})
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
     from duet_unlearn.distill.arguments import training_arguments
+    from duet_unlearn.distill.sampler import epoch_order
 
+    reader = job.reader
+    # A remote cache comes in while the model is loaded and trained, in the order of its use.
+    reader.prefetch(epoch_order(reader.splits, reader.row_groups, seed=config.seed, epoch=0))
     renderer = PromptRenderer(load_tokenizer(job.student.folder))
-    check_cache_fits(job.student, renderer, job.reader)
+    check_cache_fits(job.student, renderer, reader)
     args = training_arguments(job.config, job.folder.work)
     if args.process_index != 0:
         _wait_for_all(args)  # until the first process has made the work folder

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows that are tokenised again to compare; they are spread over the whole cache.
+# Rows that are tokenised again to compare. They are spread over a few shards alone: those of a
+# remote cache have to be fetched before training begins.
 _COMPARED_ROWS = 64
+_COMPARED_SHARDS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +114,7 @@ def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: Cache
 
 
 def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | None:
-    count = min(_COMPARED_ROWS, reader.num_rows)
-    for index in np.linspace(0, reader.num_rows - 1, count, dtype=np.int64).tolist():
+    for index in _compared_rows(reader):
         row = reader.row(index)
         cached = row.prompt_ids.tolist()
         found = renderer.student_ids(messages_from_text(row.query))
@@ -128,6 +129,21 @@ def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | 
             f"{_id_at(found, at)} here"
         )
     return None
+
+
+def _compared_rows(reader: CacheReader) -> list[int]:
+    sizes = [shard.num_rows for shard in reader.manifest.shards]
+    starts = np.cumsum([0, *sizes])
+    shards = _spread(0, len(sizes), _COMPARED_SHARDS)
+    each = -(-_COMPARED_ROWS // len(shards))
+    return [row for i in shards for row in _spread(int(starts[i]), int(starts[i + 1]), each)]
+
+
+def _spread(start: int, stop: int, count: int) -> list[int]:
+    """Return at most `count` integers spread evenly over a range, its ends among them."""
+    count = min(count, stop - start)
+    spread: list[int] = np.linspace(start, stop - 1, count, dtype=np.int64).tolist()
+    return spread
 
 
 def _id_at(ids: list[int], index: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from duet_unlearn.data.errors import DuetError
-from duet_unlearn.teacher_cache.files import make_folder
+from duet_unlearn.teacher_cache.files import make_folder, write_error
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER
@@ -134,29 +134,37 @@ class RemoteShards:
     def _run(self, index: int, future: "Future[None]") -> None:
         try:
             self._make_local(self._shards[index])
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too: somebody may wait for this shard
+            logger.debug("shard %d: %s", index, error)
             future.set_exception(error)
-            if not isinstance(error, DuetError):
-                raise
-            logger.debug("%s", error)
             return
+        future.set_result(None)
         with self._lock:
             self._left.discard(index)
             complete = not self._left
         if complete:
-            self._on_complete()
-        future.set_result(None)
+            try:
+                self._on_complete()
+            except DuetError as error:
+                logger.warning("%s", error)
 
     def _make_local(self, shard: ShardEntry) -> None:
         path = self.folder / SHARD_FOLDER / shard.name
-        with FileLock(self.folder / _LOCK_FOLDER / f"{shard.name}.lock"):
-            try:
-                if path.stat().st_size == shard.bytes and sha256_file(path) == shard.sha256:
-                    return
-                logger.warning("%s: damaged; fetching it again", path)
-            except OSError:
-                pass  # not there yet
-            fetch_shard(self._connected(), shard, self.folder, self._count)
+        try:
+            with FileLock(self.folder / _LOCK_FOLDER / f"{shard.name}.lock"):
+                if not self._is_kept(path, shard):
+                    fetch_shard(self._connected(), shard, self.folder, self._count)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    @staticmethod
+    def _is_kept(path: Path, shard: ShardEntry) -> bool:
+        if not path.exists():
+            return False
+        if path.stat().st_size == shard.bytes and sha256_file(path) == shard.sha256:
+            return True
+        logger.warning("%s: damaged; fetching it again", path)
+        return False
 
     def _connected(self) -> Store:
         with self._lock:
