@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -381,3 +381,79 @@ def bucket(
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield Bucket(url=f"s3://{name}", proxy=proxy, server=s3_server)
+
+
+_RECIPE = {
+    **dict.fromkeys(("weights", "config", "tokenizer", "vocabulary"), SHA),
+    "vocab_size": 90,
+    "chat_template": None,
+    "template_date": "2024-07-26",
+    "prefix": "Forget.",
+    "prefix_place": "raw",
+    "retain_prefix": True,
+    "top_k": 4,
+    "positions": 2,
+    "logit_dtype": "float16",
+    "compute_dtype": "float32",
+    "eos_token_ids": (1,),
+}
+
+
+@pytest.fixture
+def cache_of_rows(tmp_path: Path) -> MakeCache:
+    """Write a finished cache of `(query_id, split, text)` rows under `tmp_path / name`.
+
+    A signal is a function of the text, as a teacher's is, and moved by `shift`.
+    """
+    from duet_unlearn.data.queries import Query, fingerprint_queries
+    from duet_unlearn.teacher_cache.assemble import Assembly
+    from duet_unlearn.teacher_cache.plan import plan_shards
+    from duet_unlearn.teacher_cache.recipe import Recipe
+    from duet_unlearn.teacher_cache.resume import PlannedCache
+    from duet_unlearn.teacher_cache.schema import CacheRow
+    from duet_unlearn.teacher_cache.signals import Signal
+
+    def row(query: Query, shift: float) -> CacheRow:
+        rng = np.random.default_rng(list(query.text.encode()))
+        logits = -np.sort(-rng.normal(0, 2, (2, 4)), axis=1).astype(np.float32)
+        ids = np.stack([rng.choice(90, 4, replace=False) for _ in "ab"]).astype(np.int32)
+        return CacheRow(
+            query_id=query.query_id,
+            split=query.split,
+            query=query.text,
+            prompt_ids=np.arange(3, dtype=np.int32),
+            signal=Signal(
+                response_ids=np.array([7, 8], np.int32),
+                token_ids=ids,
+                logits=logits + np.float32(shift),
+                logsumexp=(logits.max(axis=1) + 1 + shift).astype(np.float32),
+            ),
+        )
+
+    def make(
+        name: str,
+        rows: Sequence[tuple[str, str, str]],
+        *,
+        shard_rows: int = 4,
+        shift: float = 0.0,
+        engine: str = "test",
+        **recipe: object,
+    ) -> Path:
+        queries = [Query.from_text(text, split=split, query_id=id_) for id_, split, text in rows]
+        shards = plan_shards(queries, shard_rows)
+        folder = tmp_path / name
+        (folder / "shards").mkdir(parents=True)
+        plan = PlannedCache(
+            folder=folder,
+            recipe=Recipe(**{**_RECIPE, **recipe}),  # type: ignore[arg-type]
+            queries=fingerprint_queries(queries),
+            shards=tuple(map(tuple, shards)),
+        )
+        assembly = Assembly(plan)
+        for index, shard in enumerate(shards):
+            assembly.write(index, [row(query, shift) for query in shard], ({"engine": engine},))
+        sample = {"query_id": rows[0][0], "split": rows[0][1], "query": rows[0][2]}
+        assembly.finish("tiny", ({**sample, "response": ["a"], "strongest": []},))
+        return folder
+
+    return make
