@@ -14,10 +14,11 @@ from duet_unlearn.data.errors import CacheError, CorruptCacheError, MismatchErro
 from duet_unlearn.teacher_cache.card import CARD_NAME, write_card
 from duet_unlearn.teacher_cache.files import atomic_path, make_folder
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
+from duet_unlearn.teacher_cache.hub import HubPlace
 from duet_unlearn.teacher_cache.location import hide_credentials, is_url, parse_location
 from duet_unlearn.teacher_cache.lock import build_lock
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
-from duet_unlearn.teacher_cache.reader import check_size
+from duet_unlearn.teacher_cache.reader import check_bytes, check_size
 from duet_unlearn.teacher_cache.remote_manifest import fetch_manifest, find_manifest, refuse_other
 from duet_unlearn.teacher_cache.schema import MANIFEST_NAME, SHARD_FOLDER
 from duet_unlearn.teacher_cache.shards import ShardFile
@@ -83,11 +84,19 @@ def push(cache: str | Path, url: str) -> TransferResult:
         raise CacheError(
             f"{store.url}: {store.protocol}:// can only be read; push to s3://, hf:// or a folder"
         )
+    hub = HubPlace.parse(target.url) if store.protocol == "hf" else None
+    if hub is not None:
+        hub.create_repository()
     finished = _is_finished(store, manifest)
     missing = _missing_there(store, folder, manifest, finished=finished)
-    _send(store, folder, missing, jobs=1 if store.protocol == "hf" else JOBS)
-    if not finished:
-        _publish(store, folder, manifest)
+    with ThreadPoolExecutor(max_workers=JOBS) as pool:
+        list(pool.map(lambda shard: check_bytes(folder, shard), missing))
+    if hub is not None:
+        _commit(hub, folder, manifest, missing, finished=finished)
+    else:
+        _send(store, folder, missing)
+        if not finished:
+            _publish(store, folder, manifest)
     return _result(store.url, manifest, missing)
 
 
@@ -137,21 +146,32 @@ def _refuse_unlisted(where: str, names: Sequence[str], manifest: Manifest) -> No
         )
 
 
-def _send(store: Store, folder: Path, shards: Sequence[ShardEntry], jobs: int) -> None:
+def _commit(
+    hub: HubPlace,
+    folder: Path,
+    manifest: Manifest,
+    missing: Sequence[ShardEntry],
+    *,
+    finished: bool,
+) -> None:
+    names = [f"{SHARD_FOLDER}/{shard.name}" for shard in missing]
+    if not finished:
+        names += [name for name in (CARD_NAME, MANIFEST_NAME) if (folder / name).is_file()]
+    if names:
+        message = f"Add teacher cache {manifest.digest[:19]}"
+        hub.commit([(folder / name, name) for name in names], message)
+
+
+def _send(store: Store, folder: Path, shards: Sequence[ShardEntry]) -> None:
     with progress("push", sum(shard.bytes for shard in shards)) as bar:
 
         def send(shard: ShardEntry) -> None:
             name = f"{SHARD_FOLDER}/{shard.name}"
             bar.add(0)
-            if sha256_file(folder / name) != shard.sha256:
-                raise CorruptCacheError(
-                    f"{folder / name}: its bytes are not those that the manifest lists; get the "
-                    "cache again, nothing of it was published"
-                )
             store.put_file(folder / name, name, shard.sha256)
             bar.add(shard.bytes)
 
-        run_all(send, shards, bar, jobs)
+        run_all(send, shards, bar, JOBS)
 
 
 def _publish(store: Store, folder: Path, manifest: Manifest) -> None:

@@ -147,7 +147,8 @@ class Store:
         """
         try:
             entries = with_retries(
-                lambda: self._fs.ls(self._path(folder), detail=True), self.where(folder)
+                lambda: self._fs.ls(self._path(folder), detail=True, refresh=True),
+                self.where(folder),
             )
         except FileNotFoundError:
             return {}
