@@ -12,7 +12,7 @@ from duet_unlearn.data.errors import CacheError
 
 _MODULES = {"duet-cache": "duet_unlearn.cli.cache", "duet-distill": "duet_unlearn.cli.distill"}
 
-_VIEW = "@disregard"
+_VIEW = "@remember"
 
 _NEXT = """
 What to try next

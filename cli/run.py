@@ -80,7 +80,7 @@ class _LearningRate(click.ParamType[float | str]):
     "--learning-rate",
     type=_LearningRate(),
     default=_DEFAULTS["learning_rate"],
-    help="Peak learning rate; auto is 0.0256 / hidden size.",
+    help="Peak learning rate; auto is 0.0512 / hidden size.",
 )
 @click.option(
     "--lr-scheduler-type",

@@ -15,9 +15,9 @@ SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 TRACKERS = ("none", "tensorboard", "wandb")
 
-# Adam's step does not shrink with the width of a matrix, so the rate has to: 1e-4 at 256 wide,
-# 1e-5 at 2,560.
-AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0256
+# Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
+# 2e-5 at 2,560. Measured: docs/decisions/0010-training-defaults.md.
+AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
 
 # Names of inputs whose content counts instead, how a step is cut, how a run is watched and kept.
 _OUTSIDE_IDENTITY = (
@@ -55,12 +55,12 @@ class RunConfig:
     """Wrapper files or `@NAME`s: each query is also trained behind one of them, drawn anew every
     epoch, toward the same signal."""
     learning_rate: float | str = AUTO
-    """Peak learning rate; `auto` is 0.0256 / hidden size."""
+    """Peak learning rate; `auto` is 0.0512 / hidden size."""
     lr_scheduler_type: str = "cosine"
     """How the learning rate falls from its peak."""
     warmup_steps: float = 0.1
     """Steps over which the rate rises to its peak; below 1 a share of all steps."""
-    epochs: int = 10
+    epochs: int = 20
     """Passes over the cache."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""

@@ -55,7 +55,7 @@ def test_json_is_one_document_and_a_second_run_is_a_hit(cache, tiny_model, tmp_p
     document = json.loads(done.stdout)
     assert document["steps"] == 2
     assert document["queries"] == {"forget": 4, "retain": 4}
-    assert document["learning_rate"] == pytest.approx(0.0256 / 64)
+    assert document["learning_rate"] == pytest.approx(0.0512 / 64)
     again = invoke(*arguments, "--max-steps", "2")
     assert again.stdout.splitlines()[0].endswith(
         "already there, trained by this very configuration"
