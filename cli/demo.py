@@ -61,16 +61,18 @@ def demo_commands(out: Path, engine: str = "auto") -> list[list[str]]:
     model, cache = str(world.MODEL), str(out / "cache")
     steering = ["--prefix", world.PREFIX, "--topic", world.TOPIC]
     train = ["duet-distill", "run", cache, "--student", model, "--overwrite"]
+    build = ["duet-cache", "build", "--teacher", model, "--forget", str(world.FORGET)]
+    build += ["--retain", str(world.RETAIN), *steering, "--engine", engine, "--out", cache]
+    evaluate = ["duet-distill", "eval", f"base={model}", f"student={out / 'student'}"]
+    evaluate += [f"student with view={out / 'student-with-view'}"]
+    evaluate += ["--forget", str(world.FORGET_HELDOUT), "--retain", str(world.RETAIN_HELDOUT)]
+    evaluate += ["--general", str(world.GENERAL), *steering, "--attacks", "@attacks"]
+    evaluate += ["--json", str(out / "eval.json")]
     return [
-        ["duet-cache", "build", "--teacher", model, "--forget", str(world.FORGET)]
-        + ["--retain", str(world.RETAIN), *steering, "--engine", engine, "--out", cache],
+        build,
         [*train, "--out", str(out / "student")],
         [*train, "--view", _VIEW, "--out", str(out / "student-with-view")],
-        ["duet-distill", "eval", f"base={model}", f"student={out / 'student'}"]
-        + [f"student with view={out / 'student-with-view'}"]
-        + ["--forget", str(world.FORGET_HELDOUT), "--retain", str(world.RETAIN_HELDOUT)]
-        + ["--general", str(world.GENERAL), *steering, "--attacks", "@attacks"]
-        + ["--json", str(out / "eval.json")],
+        evaluate,
     ]
 
 
