@@ -38,7 +38,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(settings, message):
 
 def test_the_automatic_learning_rate_falls_with_the_width():
     assert config_of().resolved_learning_rate(256) == pytest.approx(2e-4)
-    assert config_of().resolved_learning_rate(2560) == pytest.approx(1e-5)
+    assert config_of().resolved_learning_rate(2560) == pytest.approx(2e-5)
     assert config_of(learning_rate=3e-4).resolved_learning_rate(2560) == 3e-4
 
 
