@@ -121,10 +121,13 @@ def _texts(table: pa.Table, name: str, limit: int, where: str) -> pa.DictionaryA
     array = table[name].chunk(0)
     if array.null_count or array.dictionary.null_count:
         raise CorruptCacheError(f"{where}: empty values in {name}; get the cache again")
-    longest = pc.max(pc.binary_length(array.dictionary)).as_py() or 0
-    if longest > limit:
+    lengths = pc.binary_length(array.dictionary).to_numpy().astype(np.int64)
+    longest = int(lengths.max(initial=0))
+    together = int(lengths[array.indices.to_numpy()].sum())
+    if longest > limit or together > ROW_GROUP_TEXT_BYTES:
         raise CorruptCacheError(
-            f"{where}: a {name} of {longest} bytes, the format takes {limit}; get the cache again"
+            f"{where}: a {name} of {longest} bytes, {together} together; the format takes {limit} "
+            f"and {ROW_GROUP_TEXT_BYTES}; get the cache again"
         )
     return array
 

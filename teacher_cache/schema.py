@@ -126,6 +126,6 @@ def rows_per_group(top_k: int, positions: int) -> int:
 def row_group_rows(rows: Sequence[CacheRow], top_k: int, positions: int) -> int:
     """Return how many of these rows a row group holds: fewer where prompts or texts are long."""
     prompt = max(len(row.prompt_ids) for row in rows)
-    text = max(len(row.query.encode()) for row in rows)
+    text = max(len(text.encode()) for row in rows for text in (row.query, row.query_id))
     fitting = min(ROW_GROUP_PROMPT_TOKENS // max(1, prompt), ROW_GROUP_TEXT_BYTES // max(1, text))
     return max(1, min(rows_per_group(top_k, positions), fitting))

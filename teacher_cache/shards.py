@@ -50,6 +50,8 @@ from duet_unlearn.teacher_cache.strict_json import parse_json
 # gigabytes before anything is checked.
 _THRIFT_LIMIT = 64 << 20
 _COMPRESSION_LEVEL = 3
+# What the Parquet library raises over a file that is no shard.
+_LIBRARY_ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
 _BYTE_STREAM_SPLIT = ("logits", "logsumexp", "token_ids")
 
 
@@ -205,7 +207,7 @@ class ShardFile:
                 pre_buffer=False,
             )
             schema = self._file.schema_arrow
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except _LIBRARY_ERRORS as error:
             raise _unreadable(path, error) from error
         self.header, self.statistics = _read_metadata(path, schema.metadata or {})
         expected = shard_schema(self.header.recipe.logit_dtype)
@@ -257,7 +259,7 @@ class ShardFile:
             table.validate(full=True)
             if table.num_rows != self.row_group_sizes[index]:
                 raise ValueError(f"{table.num_rows} rows where the footer says otherwise")
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except _LIBRARY_ERRORS as error:
             raise _unreadable(self.path, error) from error
         return table
 

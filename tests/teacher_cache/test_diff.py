@@ -14,18 +14,18 @@ MakeCache = Callable[..., Path]
 ROWS = [("a", "forget", "one"), ("b", "retain", "two"), ("c", "retain", "three")]
 
 
-def test_the_same_queries_under_other_ids_are_the_same(make_cache: MakeCache) -> None:
-    a = make_cache("a", ROWS)
-    b = make_cache("b", [(f"x{id_}", split, text) for id_, split, text in ROWS], shard_rows=1)
+def test_the_same_queries_under_other_ids_are_the_same(cache_of_rows: MakeCache) -> None:
+    a = cache_of_rows("a", ROWS)
+    b = cache_of_rows("b", [(f"x{id_}", split, text) for id_, split, text in ROWS], shard_rows=1)
     difference = diff(str(a), str(b))
     assert difference.same
     assert difference.common == 3
     assert "recipe   the same" in render_difference(difference)
 
 
-def test_queries_of_one_side_and_other_recipes_are_named(make_cache: MakeCache) -> None:
-    a = make_cache("a", [*ROWS, ("d", "forget", "two")])
-    b = make_cache("b", [ROWS[0], ("n", "retain", "new")], prefix="Forget all.")
+def test_queries_of_one_side_and_other_recipes_are_named(cache_of_rows: MakeCache) -> None:
+    a = cache_of_rows("a", [*ROWS, ("d", "forget", "two")])
+    b = cache_of_rows("b", [ROWS[0], ("n", "retain", "new")], prefix="Forget all.")
     difference = diff(str(a), str(b))
     assert not difference.same
     assert difference.recipe == ('prefix: "Forget." / "Forget all."',)
@@ -39,9 +39,9 @@ def test_queries_of_one_side_and_other_recipes_are_named(make_cache: MakeCache) 
     assert difference.only[1] == (("n", "retain", "new"),)
 
 
-def test_the_text_shows_a_few_and_the_document_all(make_cache: MakeCache) -> None:
+def test_the_text_shows_a_few_and_the_document_all(cache_of_rows: MakeCache) -> None:
     many = [(f"q{i}", "retain", f"query {i}\x1b[31m") for i in range(9)]
-    a, b = make_cache("a", [*ROWS, *many]), make_cache("b", ROWS)
+    a, b = cache_of_rows("a", [*ROWS, *many]), cache_of_rows("b", ROWS)
     text = CliRunner().invoke(diff_command, [str(a), str(b)])
     assert text.exit_code == 1
     assert "3 in both, 9 only in A, 0 only in B" in text.stdout
@@ -52,8 +52,8 @@ def test_the_text_shows_a_few_and_the_document_all(make_cache: MakeCache) -> Non
     assert document["b"]["only_here"] == []
 
 
-def test_exit_codes_are_those_of_diff(make_cache: MakeCache, tmp_path: Path) -> None:
-    a, b = make_cache("a", ROWS), make_cache("b", ROWS[:2])
+def test_exit_codes_are_those_of_diff(cache_of_rows: MakeCache, tmp_path: Path) -> None:
+    a, b = cache_of_rows("a", ROWS), cache_of_rows("b", ROWS[:2])
 
     def code(*caches: Path) -> int:
         return CliRunner().invoke(diff_command, [str(cache) for cache in caches]).exit_code

@@ -41,10 +41,10 @@ def project_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def test_a_merge_holds_every_query_once_with_its_own_signal(
-    tmp_path: Path, make_cache: MakeCache
+    tmp_path: Path, cache_of_rows: MakeCache
 ) -> None:
-    a = make_cache("a", numbered(0, 10), engine="one")
-    b = make_cache("b", numbered(6, 25), engine="two")
+    a = cache_of_rows("a", numbered(0, 10), engine="one")
+    b = cache_of_rows("b", numbered(6, 25), engine="two")
     result = merge([str(a), str(b)], tmp_path / "out", shard_rows=7)
     assert (result.hit, result.repeated_rows, result.differing_rows) == (False, 4, 0)
     assert verify(tmp_path / "out").problems == ()
@@ -62,9 +62,9 @@ def test_a_merge_holds_every_query_once_with_its_own_signal(
     assert [sample["query_id"] for sample in manifest.samples] == ["q0", "q6"]
 
 
-def test_sums_of_a_merge_are_those_of_its_rows(tmp_path: Path, make_cache: MakeCache) -> None:
-    parts = [make_cache(n, numbered(i, i + 5)) for n, i in (("a", 0), ("b", 5))]
-    whole = CacheReader.open(make_cache("whole", numbered(0, 10))).manifest
+def test_sums_of_a_merge_are_those_of_its_rows(tmp_path: Path, cache_of_rows: MakeCache) -> None:
+    parts = [cache_of_rows(n, numbered(i, i + 5)) for n, i in (("a", 0), ("b", 5))]
+    whole = CacheReader.open(cache_of_rows("whole", numbered(0, 10))).manifest
     merged = merge([str(part) for part in parts], tmp_path / "out").manifest
     assert merged.queries == whole.queries
     for split in ("forget", "retain"):
@@ -72,8 +72,8 @@ def test_sums_of_a_merge_are_those_of_its_rows(tmp_path: Path, make_cache: MakeC
         assert merged.splits[split].positions == whole.splits[split].positions
 
 
-def test_the_same_merge_is_a_hit(tmp_path: Path, make_cache: MakeCache) -> None:
-    names = [str(make_cache("a", numbered(0, 6))), str(make_cache("b", numbered(6, 9)))]
+def test_the_same_merge_is_a_hit(tmp_path: Path, cache_of_rows: MakeCache) -> None:
+    names = [str(cache_of_rows("a", numbered(0, 6))), str(cache_of_rows("b", numbered(6, 9)))]
     first = merge(names, tmp_path / "out")
     again = merge(list(reversed(names)), tmp_path / "out")
     assert again.hit
@@ -81,10 +81,10 @@ def test_the_same_merge_is_a_hit(tmp_path: Path, make_cache: MakeCache) -> None:
 
 
 def test_caches_of_other_recipes_are_refused_with_what_differs(
-    tmp_path: Path, make_cache: MakeCache
+    tmp_path: Path, cache_of_rows: MakeCache
 ) -> None:
-    a = make_cache("a", numbered(0, 3))
-    b = make_cache("b", numbered(3, 6), prefix="Forget all.", positions=2)
+    a = cache_of_rows("a", numbered(0, 3))
+    b = cache_of_rows("b", numbered(3, 6), prefix="Forget all.", positions=2)
     with pytest.raises(MismatchError, match=r'prefix: "Forget all\." / "Forget\."') as error:
         merge([str(a), str(b)], tmp_path / "out")
     assert "positions" not in str(error.value)
@@ -92,19 +92,19 @@ def test_caches_of_other_recipes_are_refused_with_what_differs(
 
 
 def test_another_digest_than_the_pinned_one_is_refused(
-    tmp_path: Path, make_cache: MakeCache
+    tmp_path: Path, cache_of_rows: MakeCache
 ) -> None:
-    a = make_cache("a", numbered(0, 3))
+    a = cache_of_rows("a", numbered(0, 3))
     with pytest.raises(MismatchError, match="this cache has digest"):
         merge([f"{a}@sha256:{'0' * 64}"], tmp_path / "out")
 
 
 def test_signals_that_differ_by_more_than_rounding_are_counted(
-    tmp_path: Path, make_cache: MakeCache, project_log: pytest.LogCaptureFixture
+    tmp_path: Path, cache_of_rows: MakeCache, project_log: pytest.LogCaptureFixture
 ) -> None:
-    a = make_cache("a", numbered(0, 6))
-    near = make_cache("near", numbered(0, 6), shift=0.001)
-    far = make_cache("far", numbered(2, 8), shift=0.5)
+    a = cache_of_rows("a", numbered(0, 6))
+    near = cache_of_rows("near", numbered(0, 6), shift=0.001)
+    far = cache_of_rows("far", numbered(2, 8), shift=0.5)
     assert merge([str(a), str(near)], tmp_path / "one").differing_rows == 0
     result = merge([str(a), str(near), str(far)], tmp_path / "two")
     assert (result.repeated_rows, result.differing_rows) == (6 + 4, 4)
@@ -116,10 +116,12 @@ def test_signals_that_differ_by_more_than_rounding_are_counted(
 
 
 def test_an_id_that_stands_for_two_queries_is_replaced(
-    tmp_path: Path, make_cache: MakeCache, project_log: pytest.LogCaptureFixture
+    tmp_path: Path, cache_of_rows: MakeCache, project_log: pytest.LogCaptureFixture
 ) -> None:
-    a = make_cache("a", [("1", "forget", "one"), ("2", "retain", "two")])
-    b = make_cache("b", [("1", "forget", "another"), ("2", "retain", "two"), ("3", "retain", "x")])
+    a = cache_of_rows("a", [("1", "forget", "one"), ("2", "retain", "two")])
+    b = cache_of_rows(
+        "b", [("1", "forget", "another"), ("2", "retain", "two"), ("3", "retain", "x")]
+    )
     result = merge([str(a), str(b)], tmp_path / "out")
     assert (result.repeated_rows, result.renamed_rows) == (1, 1)
     ids = {text: row.query_id for (_, text), row in by_text(tmp_path / "out").items()}
@@ -131,9 +133,9 @@ def test_an_id_that_stands_for_two_queries_is_replaced(
 
 
 def test_a_stopped_merge_goes_on(
-    tmp_path: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache_of_rows: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [str(make_cache("a", numbered(0, 20))), str(make_cache("b", numbered(20, 30)))]
+    names = [str(cache_of_rows("a", numbered(0, 20))), str(cache_of_rows("b", numbered(20, 30)))]
     write = Assembly.write
     written: list[int] = []
 
@@ -155,11 +157,11 @@ def test_a_stopped_merge_goes_on(
 
 
 def test_windows_bound_what_is_held_and_change_nothing(
-    tmp_path: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache_of_rows: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Ids of the second team sort the other way round: its rows are needed in another order.
-    a = make_cache("a", numbered(0, 30))
-    b = make_cache("b", [(f"z{99 - i}", "retain", f"other {i}") for i in range(30)])
+    a = cache_of_rows("a", numbered(0, 30))
+    b = cache_of_rows("b", [(f"z{99 - i}", "retain", f"other {i}") for i in range(30)])
     whole = by_text(_merged(tmp_path / "whole", a, b))
     monkeypatch.setattr(row_source, "WINDOW_BYTES", 5 * 4200)
     windows: list[int] = []

@@ -1,0 +1,358 @@
+"""Caches made to hurt: each is refused before it costs memory, time or a crash."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from duet_unlearn.data.errors import CacheError, ConfigurationError, CorruptCacheError
+from duet_unlearn.teacher_cache import schema
+from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
+from duet_unlearn.teacher_cache.manifest import MAX_MANIFEST_BYTES, read_manifest
+from duet_unlearn.teacher_cache.pages import read_struct
+from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.teacher_cache.schema import row_group_rows
+from duet_unlearn.teacher_cache.shards import check_storable
+from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.strict_json import parse_json
+from duet_unlearn.teacher_cache.verify import verify
+
+MakeCache = Callable[..., Path]
+
+ROWS = [(f"q{i}", "forget" if i < 2 else "retain", f"query {i}") for i in range(4)]
+
+
+@pytest.fixture
+def cache(cache_of_rows: MakeCache) -> Path:
+    """A sound cache of one shard with four rows."""
+    return cache_of_rows("cache", ROWS)
+
+
+def shard(cache: Path) -> Path:
+    return cache / "shards" / "00000-of-00001.parquet"
+
+
+def sign(cache: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """Change the manifest and make its digest and the shard's hash fit, as a forger would."""
+    value = json.loads((cache / "manifest.json").read_text())
+    value["shards"][0].update(bytes=shard(cache).stat().st_size, sha256=sha256_file(shard(cache)))
+    change(value)
+    value.pop("digest")
+    text = json.dumps({**value, "digest": sha256_json(value)})
+    (cache / "manifest.json").write_text(text)
+
+
+def put_column(cache: Path, name: str, column: pa.Array, **settings: Any) -> None:
+    table = pq.read_table(shard(cache))
+    place = table.schema.get_field_index(name)
+    table = table.set_column(place, pa.field(name, column.type), column)
+    pq.write_table(table, shard(cache), compression="zstd", **settings)
+    sign(cache)
+
+
+def equal_lists(rows: int, length: int) -> pa.Array:
+    offsets = np.arange(rows + 1, dtype=np.int32) * length
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.full(rows * length, 7, "int32")))
+
+
+def read_all(cache: Path) -> None:
+    reader = CacheReader.open(cache)
+    for index in range(reader.num_rows):
+        reader.row(index)
+
+
+def peak_kilobytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_few_bytes_that_decode_to_millions_of_tokens_are_refused(cache: Path) -> None:
+    put_column(cache, "prompt_ids", equal_lists(4, 10_000_000))
+    assert shard(cache).stat().st_size < 20_000
+    before = peak_kilobytes()
+    with pytest.raises(CorruptCacheError, match="40000000 values in a column, expected at most"):
+        read_all(cache)
+    assert peak_kilobytes() - before < 20_000
+
+
+@pytest.mark.parametrize("claim", [4, 12])
+def test_pages_larger_than_the_footer_says_are_refused(cache: Path, claim: int) -> None:
+    """The Parquet library believes the page; see docs/decisions/0008."""
+    count = 4 * 5_000_000
+    put_column(cache, "prompt_ids", equal_lists(4, count // 4))
+    data = shard(cache).read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    old = varint(2 * count)
+    assert old in data[start:]
+    forged = data[:start] + data[start:].replace(old, varint(2 * claim, pad=len(old)))
+    shard(cache).write_bytes(forged)
+    assert pq.ParquetFile(shard(cache)).metadata.row_group(0).column(3).num_values == claim
+    sign(cache)
+    before = peak_kilobytes()
+    with pytest.raises(CorruptCacheError, match=f"where the footer says {claim}"):
+        read_all(cache)
+    assert peak_kilobytes() - before < 20_000
+    assert any(shard(cache).name in problem for problem in verify(cache).problems)
+
+
+def varint(number: int, pad: int = 0) -> bytes:
+    out = bytearray()
+    while number > 127 or len(out) + 1 < pad:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def test_a_text_repeated_for_every_row_is_not_unpacked(cache_of_rows: MakeCache) -> None:
+    rows = [(f"q{i}", "retain", f"query {i}") for i in range(2000)]
+    cache = cache_of_rows("many", rows, shard_rows=2000)
+    # 2,000 rows of 8 MiB: 16 GB once unpacked, 8 MiB as a dictionary.
+    text = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), ["z" * (8 << 20)])
+    put_column(cache, "query", text, dictionary_pagesize_limit=1 << 30)
+    before = peak_kilobytes()
+    with pytest.raises(CorruptCacheError, match="a query of 8388608 bytes, 16777216000 together"):
+        read_all(cache)
+    assert peak_kilobytes() - before < 200_000
+
+
+def test_texts_in_delta_encoding_are_refused(cache: Path) -> None:
+    put_column(
+        cache,
+        "query",
+        pa.array(["z" * 1000] * 4),
+        use_dictionary=False,
+        column_encoding={"query": "DELTA_BYTE_ARRAY"},
+    )
+    with pytest.raises(CorruptCacheError, match="DELTA_BYTE_ARRAY, which the format excludes"):
+        read_all(cache)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("query_id", ["a" * 4097, "b", "c", "d"], "a query_id of 4097 bytes"),
+        ("query", ["a" * ((1 << 24) + 1), "b", "c", "d"], r"16777\d+ bytes|damaged shard"),
+        ("prompt_ids", [[], [1], [1], [1]], "a prompt that is empty"),
+        ("split", ["forget", "forget", "retain", "other"], "split 'other'"),
+    ],
+)
+def test_rows_beyond_the_limits_are_refused(
+    cache: Path, column: str, values: list[Any], message: str
+) -> None:
+    kind = pa.list_(pa.int32()) if column == "prompt_ids" else pa.string()
+    put_column(cache, column, pa.array(values, kind))
+    with pytest.raises(CorruptCacheError, match=message):
+        read_all(cache)
+
+
+def test_text_that_is_not_utf8_is_refused(cache: Path) -> None:
+    offsets = pa.py_buffer(np.arange(5, dtype=np.int32))
+    bad = pa.Array.from_buffers(pa.string(), 4, [None, offsets, pa.py_buffer(b"\xff" * 4)])
+    put_column(cache, "query", bad)
+    with pytest.raises(CorruptCacheError, match="UTF8"):
+        read_all(cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {"forget": 1 << 40, "retain": 0}}, "rows in"),
+        ({"rows": {"forget": -1, "retain": 5}}, "not a count"),
+        ({"rows": {"forget": 2.0, "retain": 2}}, "not a count"),
+        ({"row_group_rows": 1 << 20}, "expected groups of at most 16384 rows"),
+        ({"row_group_rows": 0}, "expected groups of at most"),
+        ({"bytes": True}, "not a count"),
+        ({"sha256": "sha256:x"}, "64 hex digits"),
+        ({"name": "../00000-of-00001.parquet"}, "expected '00000-of-00001.parquet'"),
+        ({"more": 1}, "expected name, rows"),
+    ],
+)
+def test_absurd_shard_entries_are_refused(
+    cache: Path, change: dict[str, object], message: str
+) -> None:
+    sign(cache, lambda value: value["shards"][0].update(change))
+    with pytest.raises(CorruptCacheError, match=message):
+        CacheReader.open(cache)
+
+
+def test_more_row_groups_than_bytes_could_describe_are_refused(cache: Path) -> None:
+    def many_groups(value: dict[str, Any]) -> None:
+        value["shards"][0].update(
+            rows={"forget": 500_000, "retain": 500_000}, row_group_rows=1, bytes=1_000_000
+        )
+
+    sign(cache, many_groups)
+    with pytest.raises(CorruptCacheError, match="and at least 256 bytes"):
+        CacheReader.open(cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("samples", [{"query_id": "q"}], "samples: expected"),
+        ("samples", [1], "samples: expected a list of objects"),
+        ("engines", {"engine": "x"}, "engines: expected a list"),
+        ("teacher", 5, "teacher: expected text"),
+        ("shards", [], "a list of at least one"),
+        ("format_version", 1.5, "format version 1.5"),
+        ("format_version", [], "format version"),
+    ],
+)
+def test_manifest_entries_of_the_wrong_kind_are_refused(
+    cache: Path, name: str, value: object, message: str
+) -> None:
+    sign(cache, lambda manifest: manifest.update({name: value}))
+    with pytest.raises(CorruptCacheError, match=message):
+        read_manifest(cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 2}', "names a key twice"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("[-Infinity]", "not a JSON number"),
+        ("[1e999]", "too large"),
+        ('["\\ud800"]', "surrogates not allowed"),
+        ("[" * 200_000, "nested too deep"),
+        (b"\xff\xfe", "can't decode"),
+        ("9" * 5000, "limit"),
+    ],
+)
+def test_json_with_more_than_one_reading_is_refused(text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_json(text)
+
+
+def test_a_surrogate_pair_in_escapes_is_text() -> None:
+    assert parse_json('["\\ud83d\\ude00"]') == ["\U0001f600"]
+
+
+def test_a_huge_manifest_is_refused_unread(cache: Path) -> None:
+    with (cache / "manifest.json").open("ab") as file:
+        file.truncate(1 << 40)
+    before = peak_kilobytes()
+    with pytest.raises(CorruptCacheError, match=f"more than {MAX_MANIFEST_BYTES} bytes"):
+        CacheReader.open(cache)
+    assert peak_kilobytes() - before < 100_000
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(cache: Path) -> None:
+    shard(cache).unlink()
+    os.mkfifo(shard(cache))
+    with pytest.raises(CorruptCacheError, match="the shard is missing"):
+        CacheReader.open(cache)
+    (cache / "manifest.json").unlink()
+    os.mkfifo(cache / "manifest.json")
+    with pytest.raises(CacheError, match="unfinished"):
+        CacheReader.open(cache)
+
+
+def test_links_are_followed_and_their_bytes_checked(cache: Path, tmp_path: Path) -> None:
+    moved = shard(cache).rename(tmp_path / "blob")
+    shard(cache).symlink_to(moved)
+    read_all(cache)
+    assert verify(cache).problems == ()
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * moved.stat().st_size)
+    shard(cache).unlink()
+    shard(cache).symlink_to(secret)
+    with pytest.raises(CorruptCacheError, match="its bytes have sha256:"):
+        read_all(cache)
+
+
+def test_a_pin_holds_for_the_bytes_of_the_shards(cache: Path) -> None:
+    """A shard of the same size, rows and header with another signal in it."""
+    digest = read_manifest(cache).digest
+    table = pq.read_table(shard(cache))
+    data = bytearray(shard(cache).read_bytes())
+    pq.write_table(table, shard(cache))
+    shard(cache).write_bytes(shard(cache).read_bytes()[: len(data)].ljust(len(data), b"\0"))
+    with pytest.raises(CorruptCacheError, match="its bytes have"):
+        CacheReader.open(f"{cache}@{digest}").row(0)
+
+
+def test_a_page_header_is_read_as_the_thrift_compact_protocol_says() -> None:
+    # Fields 1 to 3 and a struct in field 5, by hand: (delta << 4 | type), then zigzag numbers.
+    header = bytes([0x15, 0, 0x15, 20, 0x15, 0xAC, 0x02, 0x2C, 0x15, 8, 0x15, 16, 0, 0])
+    assert read_struct(header + b"rest") == ({1: 0, 2: 10, 3: 150, 5: {1: 4, 2: 8}}, 14)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "does not end"),
+        (b"\x15", "does not end"),
+        (b"\x15\x02\x05\x02\x02\x00", "says a thing twice"),
+        (b"\x1c" * 50, "nested too deep"),
+        (b"\x15" + b"\xff" * 11, "more than 64 bits"),
+        (b"\x1b\x00", "a field of type 11"),
+        (b"\x19\xf8\xff\xff\xff\x7f", "does not end"),
+        (b"\x18\xff\x7f", "does not end"),
+    ],
+)
+def test_malformed_page_headers_are_value_errors(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_struct(data)
+
+
+def _recipe(**changes: Any) -> Recipe:
+    sha = "sha256:" + "ab" * 32
+    values: dict[str, Any] = {
+        **dict.fromkeys(("weights", "config", "tokenizer", "vocabulary"), sha),
+        **{"vocab_size": 90, "chat_template": None, "template_date": "2024-07-26"},
+        **{"prefix": "F.", "prefix_place": "raw", "retain_prefix": True, "top_k": 2},
+        **{"positions": 1, "logit_dtype": "float16", "compute_dtype": "float32"},
+        "eos_token_ids": (1,),
+    }
+    return Recipe(**{**values, **changes})
+
+
+def _row(prompt: int = 3, text: str = "query", query_id: str = "q") -> schema.CacheRow:
+    logits = np.array([[2.0, 1.0]], np.float32)
+    signal = Signal(
+        response_ids=np.array([5], np.int32),
+        token_ids=np.array([[5, 6]], np.int32),
+        logits=logits,
+        logsumexp=np.array([3.0], np.float32),
+    )
+    return schema.CacheRow(
+        query_id=query_id,
+        split="forget",
+        query=text,
+        prompt_ids=np.zeros(prompt, np.int32),
+        signal=signal,
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (_row(prompt=(1 << 20) + 1), "a prompt of 1048577 tokens, the format takes 1048576"),
+        (_row(text="ü" * (1 << 23) + "a"), "a text of 16777217 bytes"),
+        (_row(query_id="i" * 4097), "an id of 4097 bytes"),
+    ],
+)
+def test_what_a_reader_would_refuse_is_never_written(row: schema.CacheRow, message: str) -> None:
+    with pytest.raises(CacheError, match=message):
+        check_storable(row, _recipe())
+
+
+def test_row_groups_shrink_with_long_prompts_and_texts() -> None:
+    assert row_group_rows([_row()], top_k=100, positions=1) == 10485
+    assert row_group_rows([_row()], top_k=1, positions=1) == 1 << 14
+    assert row_group_rows([_row(), _row(prompt=8192)], top_k=100, positions=1) == 512
+    assert row_group_rows([_row(text="x" * (1 << 20))], top_k=100, positions=1) == 16
+    assert row_group_rows([_row()], top_k=1 << 20, positions=16) == 1
+
+
+def test_a_recipe_of_rows_that_no_reader_could_hold_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="a row holds at most 16777216 logits"):
+        _recipe(vocab_size=1 << 20, top_k=1 << 20, positions=17)
