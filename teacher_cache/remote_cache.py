@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from duet_unlearn.data.errors import CacheError
 from duet_unlearn.teacher_cache.card import write_card
 from duet_unlearn.teacher_cache.files import atomic_path, make_folder
@@ -55,11 +57,13 @@ def _reader(
     folder = kept_folder(manifest.digest)
 
     def complete() -> None:
-        if remote is not None and not (folder / MANIFEST_NAME).exists():
-            write_card(folder, manifest)
-            with atomic_path(folder / MANIFEST_NAME) as temporary:
-                temporary.write_bytes(remote.data)
-            logger.debug("%s: whole copy of %s", folder, location.shown)
+        if remote is None:
+            return
+        with FileLock(folder / ".complete.lock"):  # others may have fetched the last shard as well
+            if not (folder / MANIFEST_NAME).exists():
+                write_card(folder, manifest)
+                with atomic_path(folder / MANIFEST_NAME) as temporary:
+                    temporary.write_bytes(remote.data)
 
     if location.pin is None:
         logger.info("%s: pin it as %s@%s", location.shown, location.shown, manifest.digest)

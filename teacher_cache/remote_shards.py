@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from duet_unlearn.data.errors import DuetError
-from duet_unlearn.teacher_cache.files import make_folder, write_error
+from duet_unlearn.teacher_cache.files import TEMPORARY_SUFFIX, make_folder, write_error
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER
@@ -153,6 +153,8 @@ class RemoteShards:
         try:
             with FileLock(self.folder / _LOCK_FOLDER / f"{shard.name}.lock"):
                 if not self._is_kept(path, shard):
+                    for left_behind in path.parent.glob(f".{shard.name}.*{TEMPORARY_SUFFIX}"):
+                        left_behind.unlink()
                     fetch_shard(self._connected(), shard, self.folder, self._count)
         except OSError as error:
             raise write_error(path, error) from error

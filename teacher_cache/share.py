@@ -12,7 +12,7 @@ from pathlib import Path
 
 from duet_unlearn.data.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.card import CARD_NAME, write_card
-from duet_unlearn.teacher_cache.files import atomic_path, make_folder
+from duet_unlearn.teacher_cache.files import atomic_path, make_folder, remove_temporary_files
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.hub import HubPlace
 from duet_unlearn.teacher_cache.location import hide_credentials, is_url, parse_location
@@ -212,6 +212,7 @@ def pull(url: str, folder: Path) -> TransferResult:
     _refuse_other_content(folder, manifest)
     make_folder(folder / SHARD_FOLDER)
     with build_lock(folder):
+        remove_temporary_files(folder / SHARD_FOLDER)
         missing = _without(lambda shard: _is_here(folder, shard, manifest), manifest.shards)
         needed = sum(shard.bytes for shard in missing)
         check_space(folder, needed)

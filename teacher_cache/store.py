@@ -135,6 +135,8 @@ class Store:
         path = self._path(name)
         if self.read_only:
             return _open_http(self._fs, path, offset)
+        if self.protocol == "file" and not Path(path).is_file():
+            raise FileNotFoundError(path)  # a pipe or a device would hang
         file = self._fs.open(path, "rb", block_size=CHUNK_BYTES, cache_type="none")
         file.seek(offset)
         return file
@@ -159,6 +161,8 @@ class Store:
                 etag=_etag(entry),
             )
             for entry in entries
+            # Some tools keep an empty object under the folder's own name.
+            if entry["name"].rstrip("/") != self._path(folder).rstrip("/")
         }
 
     def put_file(self, path: Path, name: str, sha256: str) -> None:
@@ -240,7 +244,7 @@ def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         if protocol in _READ_ONLY:
-            options["client_kwargs"] = {"timeout": _http_timeout()}
+            options["client_kwargs"] = {"timeout": _http_timeout(), "trust_env": True}
         elif protocol in ("s3", "s3a"):
             # The pauses between attempts are ours.
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}

@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
+import logging
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,41 @@ def progress(what: str, total: int) -> Iterator[Progress]:
 def run_all(
     work: Callable[[ShardEntry], object], shards: Sequence[ShardEntry], bar: Progress, jobs: int
 ) -> None:
-    """Do the same for all shards, `jobs` at a time; the first error stops the rest."""
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="duet-transfer") as pool:
-        futures = [pool.submit(work, shard) for shard in shards]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            bar.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        failed = [future for future in futures if future in done and future.exception()]
-        if failed:
-            bar.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            failed[0].result()
+    """Do the same for all shards, `jobs` at a time; the first error stops the rest and is raised.
+
+    An interrupt does not wait for the others: their threads are daemons, which a process that ends
+    leaves behind even where the network stands still.
+    """
+    waiting, errors = deque(shards), deque[BaseException]()
+
+    def loop() -> None:
+        while not bar.stopped.is_set():
+            try:
+                shard = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                work(shard)
+            except BaseException as error:
+                errors.append(error)
+                bar.stopped.set()
+
+    threads = [
+        threading.Thread(target=loop, name="duet-transfer", daemon=True)
+        for _ in range(min(jobs, len(shards)))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        bar.stopped.set()
+        # aiohttp would report the connections that are dropped here on purpose.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    if errors:
+        raise errors[0]
 
 
 def fetch_shard(

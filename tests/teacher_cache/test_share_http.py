@@ -1,6 +1,10 @@
 """Pull and list from a real HTTP server that cuts connections, lies, or never ends."""
 
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,3 +179,35 @@ def test_verify_reads_every_byte_there_and_names_each_bad_shard(
     assert [path for path in cache_home.rglob("*") if path.is_file()] == []
     with pytest.raises(MismatchError, match="expected sha256:000"):
         verify(f"{web.url}@sha256:{'0' * 64}")
+
+
+def test_what_a_killed_pull_left_behind_is_removed(web, tmp_path: Path) -> None:
+    left = tmp_path / "here/shards" / f".{NAME}.99999.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    pull(web.url, tmp_path / "here")
+    assert not left.exists()
+
+
+def test_an_interrupted_pull_ends_at_once_while_the_network_stands_still(
+    web, tmp_path: Path
+) -> None:
+    web.hold = threading.Event()
+    web.cuts[SHARD] = [100]  # and then nothing more
+    command = "from duet_unlearn.cli.cache import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", command, "pull", web.url, str(tmp_path / "here")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while len(set(web.shard_requests())) < 5:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    web.hold.set()
+    assert (process.returncode, out) == (130, "")
+    assert err == "stopped; run the same command again, it goes on from what is finished\n"
+    assert not (tmp_path / "here/manifest.json").exists()
+    assert pull(web.url, tmp_path / "here").moved_shards >= 1
