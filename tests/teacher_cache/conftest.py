@@ -323,7 +323,7 @@ def s3_server() -> Iterator[tuple[str, int]]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             assert process.poll() is None, "the S3 server ended"
