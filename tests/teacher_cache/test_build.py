@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_a_state_that_resumes(config: BuildConfig) -> None:
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from duet_unlearn.cli.cache import main\n"
-        "import duet_unlearn.teacher_cache.build as b\n"
+        "import duet_unlearn.teacher_cache.assemble as b\n"
         "write = b.write_shard\n"
         "def limited(*args):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
