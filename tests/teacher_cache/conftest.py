@@ -251,7 +251,8 @@ class Proxy:
     """After how many bytes from the server the next connections that fetch a shard break."""
     most_shards: int | None = None
     """How many shards may be sent before every further connection with one is refused."""
-    up: int = 0
+    passed_up: list[int] = field(default_factory=list)
+    """Bytes to the server, a connection."""
     seen: list[str] = field(default_factory=list)
     """`METHOD /path` of the requests."""
     port: int = 0
@@ -260,8 +261,13 @@ class Proxy:
         return [line for line in self.seen if line.startswith(method) and line.endswith(ending)]
 
     def forget(self) -> None:
-        self.up = 0
+        # A new list each time: a connection that began before adds its bytes to the old one.
+        self.passed_up = []
         self.seen.clear()
+
+    @property
+    def up(self) -> int:
+        return sum(self.passed_up)
 
 
 class _Relay(socketserver.BaseRequestHandler):
@@ -276,6 +282,7 @@ class _Relay(socketserver.BaseRequestHandler):
         first = self.request.recv(65536)
         request = first.partition(b" HTTP/1.1")[0].decode().split("?")[0]
         proxy.seen.append(request)
+        passed_up = proxy.passed_up
         up = down = None
         if request.startswith("PUT") and request.endswith(".parquet"):
             sent = len(proxy.of("PUT", ".parquet"))
@@ -289,7 +296,7 @@ class _Relay(socketserver.BaseRequestHandler):
                 target=self._relay, args=(server, self.request, b"", down), daemon=True
             )
             back.start()
-            proxy.up += self._relay(self.request, server, first, up)
+            passed_up.append(self._relay(self.request, server, first, up))
             back.join()
 
     @staticmethod
