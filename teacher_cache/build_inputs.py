@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from duet_unlearn.data.prompts import PromptRenderer
 from tqdm import tqdm
 
 from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.teacher_cache.build_config import BuildConfig
 from duet_unlearn.teacher_cache.schema import SPLITS
