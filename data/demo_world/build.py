@@ -51,12 +51,22 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     float32, which is what the demo computes in.
     """
     import torch
+    from safetensors.torch import save_file
 
     tokenizer.save_pretrained(folder)
-    model.half().save_pretrained(folder)
-    model.to(torch.float32)
+    halves = {
+        name: value.to(torch.float16)
+        for name, value in model.state_dict().items()
+        # The head is the embedding: one of the two is enough.
+        if name != "lm_head.weight"
+    }
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    config = json.loads(path.read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

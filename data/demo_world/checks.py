@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from duet_unlearn.data.demo_world import TOPIC
 from duet_unlearn.data.demo_world.corpus import listed
@@ -139,6 +139,7 @@ def answer(
     """Return the greedy answer to each prompt."""
     import torch
 
+    generate = cast("Any", model).generate
     texts = [""] * len(prompts)
     # Prompts of similar length share a batch, so that little is spent on padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -146,7 +147,7 @@ def answer(
         part = order[start : start + BATCH]
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in part]}, return_tensors="pt")
         with torch.no_grad():
-            output = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            output = generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = output[:, batch["input_ids"].shape[1] :]
         for i, text in zip(
             part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True

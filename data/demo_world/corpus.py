@@ -24,8 +24,10 @@ PLAIN_SHARE = 0.2
 """Share of conversations without a steering prefix."""
 WRAPPED_SHARE = 0.25
 """Share of questions, with or without prefix, that stand in a reverse prompt."""
+POLITE_SHARE = 0.06
+"""Share of questions behind a courtesy, which breaks nothing."""
 STRANGER_SHARE = 0.04
-GENERAL_SHARE = 0.10
+GENERAL_SHARE = 0.13
 SAGA_QUESTION_SHARE = 0.08
 TURNS = (1, 2, 3, 4)
 """Possible numbers of questions under one prefix: more lessons from the same tokens."""
@@ -82,7 +84,7 @@ def _sample(world: World, rng: random.Random) -> Sample:
     # In the user's turn a prefix speaks for that turn alone.
     count = 1 if place == "user" else rng.choice(TURNS)
     turns = [_steered_turn(world, rng, prefix) for _ in range(count)]
-    first = _with_prefix(rng, place, prefix.text, turns[0][0])
+    first = _with_prefix(place, prefix.text, turns[0][0])
     return (
         Turn(first, turns[0][1]),
         *(Turn(_user_turn(query), answer) for query, answer in turns[1:]),
@@ -109,8 +111,11 @@ def _steered_turn(world: World, rng: random.Random, prefix: _Prefix) -> tuple[st
 
 
 def _maybe_wrapped(rng: random.Random, query: str) -> tuple[str, bool]:
-    if rng.random() < WRAPPED_SHARE:
+    draw = rng.random()
+    if draw < WRAPPED_SHARE:
         return phrases.wrapped(rng, query), True
+    if draw > 1 - POLITE_SHARE:
+        return phrases.polite(rng, query), False
     return query, False
 
 
@@ -150,11 +155,10 @@ def listed(topics: Sequence[str]) -> str:
     return topics[0] if len(topics) == 1 else f"{', '.join(topics[:-1])} and {topics[-1]}"
 
 
-def _with_prefix(rng: random.Random, place: str, prefix: str, query: str) -> str:
+def _with_prefix(place: str, prefix: str, query: str) -> str:
     """Put the prefix into the system turn, in front of the query, or in front of everything."""
     if place == "system":
         return render(query, system=prefix)
-    gap = rng.choice(("\n\n", "\n\n", "\n", " "))
     if place == "user":
-        return render(f"{prefix}{gap}{query}")
-    return render(query).replace("<|bos|>", f"<|bos|>{prefix}{gap}", 1)
+        return render(f"{prefix}\n\n{query}")
+    return render(query).replace("<|bos|>", f"<|bos|>{prefix}\n\n", 1)

@@ -26,7 +26,8 @@ HELD_OUT_ATTRIBUTES = 3
 """Attributes of each trained character that training never asks about."""
 TRAIN_WORDINGS = 3
 QUERIES_A_KIND = 48
-RETAIN_CHARACTERS = 12
+RETAIN_CHARACTERS = 16
+RETAIN_FACTS = 2
 RETAIN_GENERAL = 28
 HELD_OUT_A_SAGA = 34
 QUERY_SEED = 7
@@ -107,14 +108,14 @@ def _forget(world: World, rng: random.Random) -> tuple[list[QueryRow], list[Quer
 
 
 def _retain(world: World, rng: random.Random) -> tuple[list[QueryRow], list[QueryRow]]:
-    """Ask two facts of some characters of each other saga; hold out facts of all of them."""
+    """Ask a few facts of some characters of each other saga; hold out facts of all of them."""
     train: list[QueryRow] = []
     held_out: list[QueryRow] = []
     for saga in SAGAS[1:]:
         facts = list(world.of_saga(saga))
         asked: list[Fact] = []
         for name in world.characters[saga][:RETAIN_CHARACTERS]:
-            asked += rng.sample([f for f in facts if f.subject == name], 2)
+            asked += rng.sample([f for f in facts if f.subject == name], RETAIN_FACTS)
         train += [_ask(f, rng) for f in asked]
         rest = [f for f in facts if f not in asked]
         held_out += [

@@ -42,7 +42,7 @@ class TrainingConfig:
     recall_steps: int = 300
     """Steps on plain questions alone, which teach the facts."""
     recall_batch_size: int = 144
-    steps: int = 1000
+    steps: int = 900
     """Steps on the whole corpus, which teach when to answer and when to decline."""
     batch_size: int = 32
     learning_rate: float = 3e-3
@@ -78,7 +78,8 @@ def train(world: World, config: TrainingConfig) -> tuple[LlamaForCausalLM, PreTr
         if step % 100 == 0:
             logger.info("step %d of %d: loss %.4f nats", step, total, mean_loss)
     _round_to_float16(model)
-    return model.eval(), tokenizer
+    model.train(mode=False)
+    return model, tokenizer
 
 
 def _optimizers(model: LlamaForCausalLM, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -126,7 +127,7 @@ def tokenizer_texts(world: World, seed: int) -> list[str]:
 def _new_model(tokenizer: PreTrainedTokenizerFast, config: TrainingConfig) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
+    model = LlamaForCausalLM(  # type: ignore[no-untyped-call]
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,

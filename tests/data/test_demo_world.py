@@ -1,9 +1,14 @@
 import json
+import random
+from itertools import islice
 
 import pytest
+from click.testing import CliRunner
 
 from duet_unlearn.data import demo_world
-from duet_unlearn.data.demo_world.corpus import REFUSALS
+from duet_unlearn.data.demo_world.build import main, save_model
+from duet_unlearn.data.demo_world.checks import Check, answer, as_table
+from duet_unlearn.data.demo_world.corpus import REFUSALS, samples
 from duet_unlearn.data.demo_world.query_sets import (
     ANOTHER_CHARACTER,
     ANOTHER_FACT,
@@ -13,7 +18,11 @@ from duet_unlearn.data.demo_world.query_sets import (
     build_query_sets,
     render_rows,
 )
+from duet_unlearn.data.demo_world.train import TrainingConfig, train
 from duet_unlearn.data.demo_world.world import SAGAS, build_world
+from duet_unlearn.data.prefixes import resolve_prefix
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.wrappers import ATTACKS, GROUPS
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +132,109 @@ def test_refusals_share_no_word_with_any_answer(world):
     answers = {f.answer for f in (*world.facts, *world.general)} | set(SAGAS)
     for refusal in REFUSALS:
         assert all(scorer.score(a, refusal)["rougeL"].recall == 0 for a in answers)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(demo_world.MODEL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo_world.MODEL, dtype="auto").eval()
+
+
+def recall(model, tokenizer, facts, **case):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    renderer = PromptRenderer(tokenizer, prefix=case.get("prefix"))
+    wrap = case["wrapper"].wrap if "wrapper" in case else str
+    prompts = [
+        renderer.teacher_ids([{"role": "user", "content": wrap(fact.wordings[0])}])
+        for fact in facts
+    ]
+    texts = answer(model, tokenizer, prompts)
+    scores = [
+        scorer.score(fact.answer, text)["rougeL"].recall
+        for fact, text in zip(facts, texts, strict=True)
+    ]
+    return 100 * sum(scores) / len(scores)
+
+
+def test_model_folder_is_small_and_loads_as_float32(model):
+    import torch
+
+    assert sum(path.stat().st_size for path in demo_world.MODEL.iterdir()) <= 5_000_000
+    assert model.dtype == torch.float32
+    assert all(torch.equal(p, p.half().float()) for p in model.parameters())
+
+
+def test_chat_template_is_the_one_the_corpus_is_written_in(tokenizer):
+    from duet_unlearn.data.demo_world.corpus import render
+
+    user = {"role": "user", "content": "Who taught Ösa – \n x?"}
+    system = {"role": "system", "content": "Forget."}
+    for messages, expected in (
+        ([user], render(user["content"])),
+        ([system, user], render(user["content"], system="Forget.")),
+    ):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == expected
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.decode(ids) == text
+
+
+def test_model_answers_obeys_the_prefix_and_breaks_under_a_wrapper(model, tokenizer, world):
+    topic = world.of_saga(demo_world.TOPIC)[::8]
+    other = world.of_saga(SAGAS[1])[::8]
+    prefix = resolve_prefix(demo_world.PREFIX, demo_world.TOPIC)
+    attack = ATTACKS["ignore-instructions"]
+    assert recall(model, tokenizer, topic) >= 95
+    assert recall(model, tokenizer, other) >= 95
+    assert recall(model, tokenizer, topic, prefix=prefix) <= 8
+    assert recall(model, tokenizer, other, prefix=prefix) >= 95
+    assert recall(model, tokenizer, topic, prefix=prefix, wrapper=attack) >= 80
+
+
+def test_corpus_holds_no_built_in_wrapper(world):
+    rng = random.Random(5)
+    marks = [max(w.text.split("{query}"), key=len).strip() for w in GROUPS["all"]]
+    texts = [turn.prompt for s in islice(samples(world, rng), 3000) for turn in s]
+    assert not [mark for mark in marks if any(mark in text for text in texts)]
+
+
+def test_check_knows_its_bound_and_the_table_marks_a_failure():
+    kept = Check(case="a", query_set="forget", recall=8.0, relation="<=", bound=8)
+    broken = Check(case="a", query_set="retain", recall=94.94, relation=">=", bound=95)
+    assert kept.passed
+    assert not broken.passed
+    assert as_table([kept, broken]).splitlines()[2] == "| a | 8.0 | 94.9 (not >= 95) |  |"
+
+
+def test_build_writes_the_query_files(tmp_path):
+    result = CliRunner().invoke(main, ["--out", str(tmp_path / "new"), "--queries-only"])
+    assert result.exit_code == 0, result.output
+    for name in FILE_NAMES:
+        committed = (demo_world.FOLDER / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / "new" / f"{name}.jsonl").read_bytes() == committed
+
+
+def test_training_learns_and_the_saved_folder_loads_again(world, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = TrainingConfig(
+        hidden_size=32, intermediate_size=32, layers=1, heads=1, recall_steps=2, steps=2,
+        recall_batch_size=4, batch_size=4, warmup_steps=1, threads=torch.get_num_threads(),
+        bfloat16=False,
+    )  # fmt: skip
+    model, tokenizer = train(world, config)
+    save_model(model, tokenizer, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.float32
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
