@@ -1,5 +1,6 @@
 """What a cache's signals look like on average: mass that the Top-K covers, and entropy."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from duet_unlearn.data.errors import CorruptCacheError
+from duet_unlearn.teacher_cache.row_group import RowGroup
 from duet_unlearn.teacher_cache.schema import SPLITS, CacheRow
+
+# A writer may sum before or after it rounds logits to float16.
+_ROUNDING = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +36,20 @@ class SplitStatistics:
             positions=self.positions + other.positions,
             mass=self.mass + other.mass,
             entropy=self.entropy + other.entropy,
+        )
+
+    def agrees_with(self, other: "SplitStatistics") -> bool:
+        """Say whether counts are the same and sums are up to the rounding of stored logits."""
+        return (self.rows, self.positions) == (other.rows, other.positions) and all(
+            math.isclose(mine, theirs, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+            for mine, theirs in ((self.mass, other.mass), (self.entropy, other.entropy))
+        )
+
+    def summary(self) -> str:
+        """Return all four as a phrase."""
+        return (
+            f"{self.rows} rows, {self.positions} positions, mass {self.mass:.4g}, entropy "
+            f"{self.entropy:.4g}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -69,14 +88,33 @@ def signal_statistics(
         logits: Raw Top-K logits, `[T, K]`.
         logsumexp: Over the full vocabulary, `[T]`.
     """
-    log_probabilities = logits.astype(np.float64) - logsumexp.astype(np.float64)[:, None]
-    probabilities = np.exp(log_probabilities)
-    mass = probabilities.sum(axis=1)
-    # Rounding of the stored logits can lift the sum a little above one.
-    rest = np.clip(1.0 - mass, 0.0, 1.0)
-    tail = -rest * np.log(np.where(rest > 0, rest, 1.0))
-    entropy = -(probabilities * log_probabilities).sum(axis=1) + tail
+    # Logits of an untrusted cache may be absurd; what comes out is then no number, and agrees with
+    # none.
+    with np.errstate(all="ignore"):
+        log_probabilities = logits.astype(np.float64) - logsumexp.astype(np.float64)[:, None]
+        probabilities = np.exp(log_probabilities)
+        mass = probabilities.sum(axis=1)
+        # Rounding of the stored logits can lift the sum a little above one.
+        rest = np.clip(1.0 - mass, 0.0, 1.0)
+        tail = -rest * np.log(np.where(rest > 0, rest, 1.0))
+        entropy = -(probabilities * log_probabilities).sum(axis=1) + tail
     return np.minimum(mass, 1.0), np.maximum(entropy, 0.0)
+
+
+def group_statistics(group: RowGroup) -> dict[str, SplitStatistics]:
+    """Return the sums of a decoded row group, a split."""
+    mass, entropy = signal_statistics(group.logits.astype(np.float32), group.logsumexp)
+    lengths = np.diff(group.response_offsets)
+    codes = np.repeat(group.split_codes, lengths)
+    return {
+        split: SplitStatistics(
+            rows=int((group.split_codes == code).sum()),
+            positions=int((codes == code).sum()),
+            mass=float(mass[codes == code].sum()),
+            entropy=float(entropy[codes == code].sum()),
+        )
+        for code, split in enumerate(SPLITS)
+    }
 
 
 def rows_statistics(

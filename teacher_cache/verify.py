@@ -16,7 +16,7 @@ from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manif
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
 from duet_unlearn.teacher_cache.row_group import Identity, row_group_problems
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
-from duet_unlearn.teacher_cache.statistics import SplitStatistics
+from duet_unlearn.teacher_cache.statistics import SplitStatistics, group_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -99,16 +99,19 @@ def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
 def _check_shard(
     folder: Path, entry: ShardEntry, manifest: Manifest
 ) -> tuple[dict[str, SplitStatistics], list[Identity]]:
-    """Return a shard's own sums and the identity of its rows, or raise what is wrong with it."""
+    """Return the sums and the identity of a shard's rows, or raise what is wrong with it."""
     path = folder / SHARD_FOLDER / entry.name
     check_bytes(folder, entry)
     file = open_shard(folder, entry, manifest)
     rows: list[Identity] = []
+    sums = {split: SplitStatistics() for split in SPLITS}
     for index in range(len(file.row_group_sizes)):
         group = file.read_row_group(index)
         for problem in row_group_problems(group, manifest.recipe):
             raise CorruptCacheError(f"{path}: row group {index}: {problem}; get the shard again")
         rows.extend(group.identities())
+        for split, found in group_statistics(group).items():
+            sums[split] += found
     file.close()
     splits = [split for _, split, _ in rows]
     expected = [split for split in SPLITS for _ in range(entry.rows[split])]
@@ -117,7 +120,13 @@ def _check_shard(
             f"{path}: {splits.count('forget')} forget and {splits.count('retain')} retain rows in "
             f"its order, the manifest says {entry.rows['forget']} and then {entry.rows['retain']}"
         )
-    return file.statistics, rows
+    for split in SPLITS:
+        if not sums[split].agrees_with(file.statistics[split]):
+            raise CorruptCacheError(
+                f"{path}: its sums over {split} rows ({file.statistics[split].summary()}) are not "
+                f"those of its rows ({sums[split].summary()}); get the shard again"
+            )
+    return sums, rows
 
 
 def _check_whole(
@@ -132,8 +141,8 @@ def _check_whole(
         yield f"{folder}: a query stands in it twice"
     for split in SPLITS:
         listed, found = manifest.splits[split], totals[split]
-        if (listed.rows, listed.positions) != (found.rows, found.positions):
+        if not listed.agrees_with(found):
             yield (
-                f"{folder}: {found.rows} {split} rows with {found.positions} positions, the "
-                f"manifest says {listed.rows} with {listed.positions}"
+                f"{folder}: {split} has {found.summary()}, the manifest says {listed.summary()}; "
+                "get the manifest again"
             )

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from duet_unlearn.data.errors import CorruptCacheError
 from duet_unlearn.data.queries import fingerprint_rows
 from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
 from duet_unlearn.teacher_cache.manifest import Manifest
@@ -210,3 +211,43 @@ def test_a_shard_of_another_recipe_is_named_with_what_differs(cache: Path) -> No
     _list_in_manifest(cache)
     (problem,) = verify(cache).problems
     assert 'a shard of another recipe (prefix: "Forget." / "Forget all.")' in problem
+
+
+def test_sums_that_are_not_those_of_the_rows_are_named(cache: Path) -> None:
+    table = pq.read_table(_shard(cache))
+    metadata = dict(table.schema.metadata)
+    sums = json.loads(metadata[b"duet.statistics"])
+    sums["retain"]["mass"] *= 1.1
+    metadata[b"duet.statistics"] = json.dumps(sums).encode()
+    pq.write_table(table.replace_schema_metadata(metadata), _shard(cache))
+    _list_in_manifest(cache)
+    (problem,) = verify(cache).problems
+    assert "00001-of-00002.parquet: its sums over retain rows (3 rows, 6 positions, mass" in problem
+
+
+@pytest.mark.parametrize(("entry", "factor"), [("entropy", 0.5), ("positions", 2)])
+def test_totals_that_are_not_those_of_the_shards_are_named(
+    cache: Path, entry: str, factor: float
+) -> None:
+    path = cache / "manifest.json"
+    value = json.loads(path.read_text())
+    value["splits"]["forget"][entry] = type(value["splits"]["forget"][entry])(
+        value["splits"]["forget"][entry] * factor
+    )
+    del value["digest"]
+    path.write_text(json.dumps({**value, "digest": sha256_json(value)}))
+    (problem,) = verify(cache).problems
+    assert "forget has 4 rows, 8 positions, mass" in problem
+    assert "the manifest says 4 rows" in problem
+
+
+def test_a_query_that_stands_twice_is_named(cache: Path) -> None:
+    _rewrite(cache, "query_id", lambda v: v.__setitem__(1, v[0]))
+    assert any("a query stands in it twice" in problem for problem in verify(cache).problems)
+
+
+def test_an_edited_manifest_is_refused(cache: Path) -> None:
+    path = cache / "manifest.json"
+    path.write_text(path.read_text().replace('"teacher": "t"', '"teacher": "u"'))
+    with pytest.raises(CorruptCacheError, match="edited or damaged"):
+        verify(cache)
