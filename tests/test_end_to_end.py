@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 RECALL = "rouge_l_recall"
-FORGET, RETAIN, GENERAL = "forget_heldout", "retain_heldout", "general"
+FORGET, RETAIN, GENERAL = "forget", "retain", "general"
 
 
 @pytest.fixture(scope="module")
