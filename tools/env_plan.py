@@ -99,8 +99,8 @@ def _cpu_torch() -> Step:
 def _cpu_rest() -> tuple[Step, Step]:
     """Everything else on a CPU machine, as the pinned list says.
 
-    The list is complete, so pip need not resolve anything: that keeps `LEFT_OUT` from being
-    downloaded at all, and takes half the time.
+    The list is complete, so pip need not resolve anything, and `LEFT_OUT` is not even
+    downloaded.
     """
     pinned = Step(
         title="vLLM for the CPU and all other pinned packages (0.8 GB)",
