@@ -201,12 +201,15 @@ def test_an_interrupted_pull_ends_at_once_while_the_network_stands_still(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while len(set(web.shard_requests())) < 5:
-            assert process.poll() is None, process.stderr
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=50)
-    web.hold.set()
+        try:
+            while len(set(web.shard_requests())) < 5:
+                assert process.poll() is None, process.stderr
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=50)
+        finally:
+            process.kill()
+            web.hold.set()
     assert (process.returncode, out) == (130, "")
     assert err == "stopped; run the same command again, it goes on from what is finished\n"
     assert not (tmp_path / "here/manifest.json").exists()
