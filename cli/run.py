@@ -77,6 +77,18 @@ class _LearningRate(click.ParamType[float | str]):
     help="Train on the first N cached positions.  [default: all of them]",
 )
 @click.option(
+    "--noise-alpha",
+    type=click.FloatRange(0, 1),
+    default=_DEFAULTS["noise_alpha"],
+    help="Give up this share of the weights to noise first, so that less can be learned again.",
+)
+@click.option(
+    "--noise-beta",
+    type=click.FloatRange(0),
+    default=_DEFAULTS["noise_beta"],
+    help="Scale of the noise, in Xavier-uniform draws.",
+)
+@click.option(
     "--learning-rate",
     type=_LearningRate(),
     default=_DEFAULTS["learning_rate"],

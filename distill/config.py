@@ -54,6 +54,10 @@ class RunConfig:
     views: tuple[str, ...] = ()
     """Wrapper files or `@NAME`s: each query is also trained behind one of them, drawn anew every
     epoch, toward the same signal."""
+    noise_alpha: float = 0.0
+    """Share of the student's weights given up to noise before training, as in UNDO; 0 is none."""
+    noise_beta: float = 0.1
+    """Scale of that noise, as a multiple of a Xavier-uniform draw."""
     learning_rate: float | str = AUTO
     """Peak learning rate; `auto` is 0.0512 / hidden size."""
     lr_scheduler_type: str = "cosine"
@@ -112,8 +116,12 @@ class RunConfig:
         self._check_whole("seed", at_least=0)
         self._check_whole("save_steps", at_least=0)
         self._check_number("delta", zero_allowed=False)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "noise_alpha", "noise_beta"):
             self._check_number(name)
+        if self.noise_alpha > 1:
+            raise ConfigurationError(
+                f"noise_alpha is {self.noise_alpha!r}, expected a share, 0 to 1"
+            )
         if self.learning_rate != AUTO:
             self._check_number("learning_rate", zero_allowed=False)
         if self.gradient_accumulation_steps > self.batch_size:

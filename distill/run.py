@@ -158,15 +158,18 @@ def _wait_for_all(args: "TrainingArguments") -> None:
 
 def _train(job: _Job, renderer: "PromptRenderer", args: "TrainingArguments") -> RunResult:
     from duet_unlearn.distill.callbacks import StopOnSignal
+    from duet_unlearn.distill.noise import perturb
 
     config, folder = job.config, job.folder
     stop = StopOnSignal()
     model = load_weights(job.student, config.dtype)
     use_cache = model.config.use_cache
-    trainer = _make_trainer(job, model, renderer, stop, args)
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
+    elif config.noise_alpha:
+        perturb(model, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
+    trainer = _make_trainer(job, model, renderer, stop, args)
     logger.info("learning rate %.3g", config.learning_rate)
     started = time.perf_counter()
     with stop.handling():

@@ -125,6 +125,7 @@ held-out queries and under attacks before relying on it.
 | signal | top {top_k} logits at {positions} |
 | loss | {loss}, delta {delta:g} |
 | views | {views} |
+| noise | {noise} |
 | training | {steps} steps of {batch_size} queries, learning rate {learning_rate:.3g}, seed {seed} |
 | loss, first to last | forget {loss_forget}, retain {loss_retain} |
 
@@ -158,6 +159,7 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
         loss=config["loss"],
         delta=config["delta"],
         views=", ".join(name for name, _ in run["identity"]["views"]) or "none",
+        noise=_noise(config["noise_alpha"], config["noise_beta"]),
         steps=result["steps"],
         batch_size=config["batch_size"],
         learning_rate=config["learning_rate"],
@@ -167,6 +169,10 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
         version=__version__,
     )
     write_text(folder / "README.md", card)
+
+
+def _noise(alpha: float, beta: float) -> str:
+    return f"alpha {alpha:g}, beta {beta:g} before training" if alpha else "none"
 
 
 def _course(losses: list[float] | None) -> str:

@@ -21,6 +21,8 @@ def config_of(**settings) -> RunConfig:
         ({"delta": 0.0}, "delta is 0.0, expected a number, above 0"),
         ({"delta": float("nan")}, "delta is nan, expected a number, above 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, expected a number, 0 or more"),
+        ({"noise_alpha": 1.5}, "noise_alpha is 1.5, expected a share, 0 to 1"),
+        ({"noise_beta": -1.0}, "noise_beta is -1.0, expected a number, 0 or more"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number, above 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a number, above 0"),
         (

@@ -153,6 +153,19 @@ def test_a_killed_run_ends_on_the_same_bits(train, monkeypatch, tmp_path):
     assert steps == list(range(1, 13))
 
 
+def test_noise_comes_before_training_and_once(train, tiny_model, monkeypatch):
+    # A rate this small moves no weight by a visible step: what is left is the noise.
+    noised = train("noised", noise_alpha=0.5, noise_beta=0.0, learning_rate=1e-30, save_steps=4)
+    base, student = weights_of(tiny_model), weights_of(noised.out)
+    assert all(torch.allclose(student[name], base[name] / 2) for name in base)
+    assert "noise | alpha 0.5, beta 0" in (Path(noised.out) / "README.md").read_text()
+    with monkeypatch.context() as patched:
+        stop_at_pass(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedError):
+            train("stopped", noise_alpha=0.5, save_steps=0)
+    assert_same_weights(train("whole", noise_alpha=0.5).out, train("stopped", noise_alpha=0.5).out)
+
+
 def test_sigterm_saves_and_the_same_run_goes_on(train, monkeypatch, tmp_path):
     undisturbed = train("undisturbed", save_steps=0)
     with monkeypatch.context() as patched:
