@@ -13,6 +13,7 @@ from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedE
 from duet_unlearn.data.model_folder import model_name
 from duet_unlearn.data.wrappers import Wrapper, load_wrappers
 from duet_unlearn.distill.config import AUTO, RunConfig
+from duet_unlearn.distill.config_file import write_config
 from duet_unlearn.distill.run_folder import LOG_FILE, RunFolder
 from duet_unlearn.distill.save import save_model, versions, write_card, write_run_file
 from duet_unlearn.distill.student import Student, check_cache_fits, load_weights, open_student
@@ -269,5 +270,6 @@ def _save(job: _Job, trainer: "DuetTrainer", result: RunResult) -> None:
         "result": {**dataclasses.asdict(result), "out": ""},
     }
     write_run_file(staged, run_file)
+    write_config(staged, config, manifest.digest)
     write_card(staged, run_file, manifest.recipe)
     folder.publish()

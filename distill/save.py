@@ -129,8 +129,9 @@ held-out queries and under attacks before relying on it.
 | training | {steps} steps of {batch_size} queries, learning rate {learning_rate:.3g}, seed {seed} |
 | loss, first to last | forget {loss_forget}, retain {loss_retain} |
 
-Made by duet-unlearn {version}; `duet_run.json` holds every setting, `duet_log.jsonl` the course
-of training. The base model's licence applies.
+Made by duet-unlearn {version}; `duet_run.yaml` trains it again, `duet_run.json` holds what it was
+made from and what came out, `duet_log.jsonl` the course of training. The base model's licence
+applies.
 """
 
 

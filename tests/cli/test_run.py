@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,59 @@ def test_json_is_one_document_and_a_second_run_is_a_hit(cache, tiny_model, tmp_p
     )
 
 
+def test_a_run_is_one_file_and_flags_win_over_it(cache, tiny_model, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"cache: {cache}\nstudent: {tiny_model}\nout: {tmp_path / 'student'}\n"
+        "max_steps: 1\nlearning_rate: 1e-4\ngradient_checkpointing: yes\n"
+    )
+    done = invoke("--config", str(file), "--max-steps", "2", "--no-gradient-checkpointing")
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "student" / "duet_run.json").read_text())["config"]
+    assert (told["max_steps"], told["learning_rate"]) == (2, 1e-4)
+    assert told["gradient_checkpointing"] is False
+    # A flag that repeats the default still wins over the file.
+    done = invoke("--config", str(file), "--learning-rate", "auto", "--json", "--overwrite")
+    assert json.loads(done.stdout)["learning_rate"] == pytest.approx(0.0512 / 64)
+
+
+def test_the_file_beside_a_student_makes_the_same_student(cache, tiny_model, tmp_path):
+    arguments = [str(cache), "--student", str(tiny_model), "--out", str(tmp_path / "student")]
+    done = invoke(*arguments, "--max-steps", "3", "--view", "@remember", "--seed", "5")
+    assert done.exit_code == 0, done.output
+    file = tmp_path / "student" / "duet_run.yaml"
+    again = invoke("--config", str(file), "--out", str(tmp_path / "again"))
+    assert again.exit_code == 0, again.output
+    one, other = tmp_path / "student", tmp_path / "again"
+    name = "model.safetensors"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert (one / name).read_bytes() != (tiny_model / name).read_bytes()
+    # The same configuration in the same place: there is nothing to do.
+    assert "already there" in invoke("--config", str(file)).stdout
+
+
+def test_the_file_beside_a_student_pins_its_cache(cache, tiny_model, tmp_path):
+    mine = shutil.copytree(cache, tmp_path / "cache")
+    invoke(
+        str(mine), "--student", str(tiny_model), "--out", str(tmp_path / "s"), "--max-steps", "1"
+    )
+    manifest = json.loads((mine / "manifest.json").read_text())
+    file = tmp_path / "s" / "duet_run.yaml"
+    assert f"cache: {mine}@{manifest['digest']}\n" in file.read_text()
+    file.write_text(file.read_text().replace(manifest["digest"], "sha256:" + "0" * 64))
+    done = invoke("--config", str(file), "--out", str(tmp_path / "t"))
+    assert done.exit_code == 1
+    assert "sha256:0000" in done.stderr
+
+
+def test_the_help_page_lists_every_option_once_under_a_heading():
+    page = invoke("--help").stdout
+    assert page.index("Where from, where to:") < page.index("How it learns:")
+    for option in run_command.params:
+        if option.name != "cache":
+            assert len(re.findall(rf"^  {option.opts[0]}\b", page, re.MULTILINE)) == 1, option.name
+
+
 def test_a_failure_is_one_line_and_leaves_nothing(cache, tiny_model, tmp_path):
     out = tmp_path / "student"
     done = invoke(str(cache), "--student", str(tmp_path / "none"), "--out", str(out))
@@ -82,6 +137,10 @@ def test_a_failure_is_one_line_and_leaves_nothing(cache, tiny_model, tmp_path):
 def test_wrong_usage_is_exit_code_2(cache, tiny_model, tmp_path):
     done = invoke(str(cache), "--student", str(tiny_model))
     assert done.exit_code == 2
+    assert "Missing option '--out'; give it, or write `out:` into the file" in done.stderr
+    done = invoke("--student", str(tiny_model), "--out", str(tmp_path / "s"))
+    assert done.exit_code == 2
+    assert "Missing argument 'CACHE'" in done.stderr
     done = invoke(
         str(cache), "--student", "m", "--out", str(tmp_path / "s"), "--learning-rate", "quick"
     )
