@@ -1,13 +1,16 @@
 """Push, pull and list against a real S3 server, through a relay that counts and cuts."""
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from duet_unlearn.data.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.listing import list_caches
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.share import pull, push
+from duet_unlearn.teacher_cache.store import Store
 from duet_unlearn.teacher_cache.verify import verify
 
 NAME = "00002-of-00005.parquet"
@@ -143,6 +146,24 @@ def test_rows_are_read_straight_from_s3(bucket, shared_cache: Path, cache_home: 
     for index in (0, 57, 199):
         assert reader.row(index).query == local.row(index).query
         assert (reader.row(index).logits == local.row(index).logits).all()
+
+
+def test_a_file_of_several_parts_is_known_again_by_its_etag(bucket, tmp_path: Path) -> None:
+    # s3fs sends in parts of 50 MiB what has 100 MiB and more.
+    path = tmp_path / "large"
+    piece = np.random.default_rng(0).bytes(1 << 20)
+    path.write_bytes(piece * 101)
+    with path.open("rb") as file:
+        sha256 = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    store = Store(bucket.url)
+    store.put_file(path, "large", sha256)
+    assert len(bucket.proxy.of("PUT", "/large")) == 3
+    bucket.proxy.forget()
+    assert store.has(path, "large", store.list()["large"], sha256)
+    assert bucket.proxy.of("GET", "/large") == []
+    with path.open("r+b") as file:
+        file.write(b"?")
+    assert not store.has(path, "large", store.list()["large"], "sha256:" + "0" * 64)
 
 
 def test_errors_of_s3_are_one_line(
