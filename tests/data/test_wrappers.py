@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from duet_unlearn.data.errors import ConfigurationError, DataError
@@ -12,6 +14,22 @@ def test_views_and_attacks_share_no_name_and_no_text():
     assert not set(VIEWS) & set(ATTACKS)
     texts = [w.text for w in GROUPS["all"]]
     assert len(set(texts)) == len(texts) == len(VIEWS) + len(ATTACKS)
+
+
+def test_no_view_shares_a_run_of_four_words_with_an_attack():
+    def runs(wrapper):
+        words = [
+            w for part in wrapper.text.split("{query}") for w in [*re.findall(r"\w+", part), "|"]
+        ]
+        return {" ".join(words[i : i + 4]).lower() for i in range(len(words) - 3)}
+
+    attacks = {run for attack in ATTACKS.values() for run in runs(attack)}
+    assert len(attacks) > 40
+    assert not [run for view in VIEWS.values() for run in runs(view) if run in attacks]
+
+
+def test_every_view_has_text_behind_the_query():
+    assert all(view.text.split("{query}")[1].strip() for view in VIEWS.values())
 
 
 def test_wrap_keeps_braces_of_the_query():
