@@ -48,7 +48,8 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     muon_rate: float = 4e-3
     warmup_steps: int = 60
-    weight_decay: float = 0.01
+    weight_decay: float = 0.3
+    """Of the matrices inside the layers: keeps their weights small."""
     threads: int = 2
     bfloat16: bool = True
     """Compute in bfloat16 (weights stay float32): several times faster on recent processors."""
