@@ -78,12 +78,17 @@ SIGNALS = OptionGroup(
         _option(
             "--loss",
             type=click.Choice(LOSS_NAMES),
-            help="Distance between the student's and the teacher's raw logits.",
+            help="Distance between the student's and the teacher's logits.",
         ),
         _option(
             "--delta",
             type=float,
             help="Huber's delta in logits: larger errors pull with constant force.",
+        ),
+        _option(
+            "--temperature",
+            type=float,
+            help="Divides the logits before their softmax; for kl and reverse-kl.",
         ),
         _option(
             "--top-k",

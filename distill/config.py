@@ -8,7 +8,16 @@ from typing import Any
 from duet_unlearn.data.errors import ConfigurationError
 
 AUTO = "auto"
-LOSS_NAMES = ("huber",)
+# The losses with the one setting that each takes; `distill.losses` computes them.
+LOSS_OPTIONS = {
+    "huber": "delta",
+    "mse": None,
+    "kl": "temperature",
+    "kl-tail": None,
+    "reverse-kl": "temperature",
+    "jsd": None,
+}
+LOSS_NAMES = tuple(LOSS_OPTIONS)
 PRECISIONS = (AUTO, "float32", "bf16", "fp16")
 TRAIN_DTYPES = ("float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
@@ -44,9 +53,12 @@ class RunConfig:
     out: str
     """Folder of the finished student; it appears when training has finished."""
     loss: str = "huber"
-    """Distance between the student's and the teacher's raw logits."""
+    """Distance between the student's and the teacher's logits; `docs/method.md` compares them."""
     delta: float = 1.0
     """Huber's delta in logits: errors beyond it pull with constant force."""
+    temperature: float = 1.0
+    """Divides the logits before their softmax, for `kl` and `reverse-kl`; the loss is multiplied
+    by its square."""
     top_k: int | None = None
     """Train on the strongest K of the cached tokens; None takes all of them."""
     positions: int | None = None
@@ -115,7 +127,9 @@ class RunConfig:
                 self._check_whole(name, at_least=1)
         self._check_whole("seed", at_least=0)
         self._check_whole("save_steps", at_least=0)
-        self._check_number("delta", zero_allowed=False)
+        for name in ("delta", "temperature"):
+            self._check_number(name, zero_allowed=False)
+            self._check_loss_takes(name)
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "noise_alpha", "noise_beta"):
             self._check_number(name)
         if self.noise_alpha > 1:
@@ -143,6 +157,18 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the student, beside cache, base and views' texts."""
         return {k: v for k, v in self.to_json().items() if k not in _OUTSIDE_IDENTITY}
+
+    def _check_loss_takes(self, name: str) -> None:
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value == default or LOSS_OPTIONS[self.loss] == name:
+            return
+        takers = " or ".join(loss for loss, option in LOSS_OPTIONS.items() if option == name)
+        reason = f"loss {self.loss} has none"
+        if name == "temperature" and self.loss in ("kl-tail", "jsd"):
+            reason = f"loss {self.loss} needs the logsumexp, which is cached at temperature 1"
+        raise ConfigurationError(
+            f"{name} is {value!r}, but {reason}; leave it out, or choose loss {takers}"
+        )
 
     def _check_whole(self, name: str, *, at_least: int) -> None:
         value = getattr(self, name)

@@ -1,18 +1,25 @@
-"""Losses between the student's and the teacher's raw logits at the cached token ids.
+"""Losses between the student's and the teacher's signals at the cached token ids.
 
-Shapes: B rows (queries or views of them), T positions, K cached tokens, V the head's width. Every
-function computes in float32 whatever dtype the logits come in (float64 stays).
+Shapes: B rows (queries or views of them), T positions, K cached tokens, V the head's width, S what
+a loss compares at a position: the K tokens, or K + 1 where a last bucket stands for all the others.
+Every function computes in float32 whatever dtype the logits come in (float64 stays).
+
+A distribution over the K tokens and a tail is the softmax of K + 1 numbers: the K raw logits and
+the logsumexp of all others. So the losses with a tail are those without, on one bucket more.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-LossFunction = Callable[..., Tensor]
-"""`loss(student_logits, teacher_logits, *, delta)`: `[..., K]` twice to one value a position,
-`[...]`."""
+from duet_unlearn.distill.config import LOSS_OPTIONS
+
+# Float32 cannot tell a smaller mass from none when it is what the K tokens leave of 1.
+_TAIL_FLOOR = 1e-6
 
 
 def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Tensor:
@@ -29,27 +36,194 @@ def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Te
     Returns:
         One value a position, `[...]` float32.
     """
-    distance = (_single(student_logits) - _single(teacher_logits)).abs()
+    distance = (single(student_logits) - single(teacher_logits)).abs()
     near = distance.clamp(max=delta)
     # Written without a branch: near * (distance - near / 2) is both cases at once.
     return (near * (distance - 0.5 * near)).mean(dim=-1)
 
 
-LOSSES: Mapping[str, LossFunction] = MappingProxyType({"huber": huber})
+def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean squared distance of raw logits; twice what Huber is within its delta.
+
+    Args:
+        student_logits: `[..., K]`, any floating dtype.
+        teacher_logits: `[..., K]`, same shape.
+
+    Returns:
+        One value a position, `[...]` float32.
+    """
+    return (single(student_logits) - single(teacher_logits)).square().mean(dim=-1)
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Forward divergence `KL(teacher || student)` of softmaxes over the last dimension.
+
+    Args:
+        student_logits: `[..., S]`, any floating dtype.
+        teacher_logits: `[..., S]`, same shape.
+        temperature: Divides both sides' logits; the result is multiplied by its square, so that
+            gradients keep their size (Hinton, Vinyals, Dean 2015).
+
+    Returns:
+        Nats a position, `[...]` float32.
+    """
+    log_student = _log_softmax(student_logits, temperature)
+    log_teacher = _log_softmax(teacher_logits, temperature)
+    return temperature**2 * _divergence(log_teacher, log_student)
+
+
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Reverse divergence `KL(student || teacher)`; arguments and result as of `kl`."""
+    log_student = _log_softmax(student_logits, temperature)
+    log_teacher = _log_softmax(teacher_logits, temperature)
+    return temperature**2 * _divergence(log_student, log_teacher)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence `KL(p || m) / 2 + KL(q || m) / 2`, `m = (p + q) / 2`.
+
+    As JensUn uses it (arXiv 2509.02820). It is at most log 2, so no query pulls without bound.
+
+    Args:
+        student_logits: `[..., S]`, any floating dtype.
+        teacher_logits: `[..., S]`, same shape.
+
+    Returns:
+        Nats a position, `[...]` float32.
+    """
+    log_student = _log_softmax(student_logits, 1.0)
+    log_teacher = _log_softmax(teacher_logits, 1.0)
+    log_middle = torch.logaddexp(log_student, log_teacher) - math.log(2)
+    return 0.5 * (_divergence(log_teacher, log_middle) + _divergence(log_student, log_middle))
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (single(logits) / temperature).log_softmax(dim=-1)
+
+
+def _divergence(log_of: Tensor, log_from: Tensor) -> Tensor:
+    return (log_of.exp() * (log_of - log_from)).sum(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossKind:
+    """A loss that `--loss` offers."""
+
+    function: Callable[..., Tensor]
+    """`function(student, teacher, **options)`: `[..., S]` twice to `[...]`."""
+    tail: bool = False
+    """Whether it compares all tokens beyond the K as one more bucket."""
+
+
+LOSSES: Mapping[str, LossKind] = MappingProxyType(
+    {
+        "huber": LossKind(function=huber),
+        "mse": LossKind(function=mse),
+        "kl": LossKind(function=kl),
+        "kl-tail": LossKind(function=kl, tail=True),
+        "reverse-kl": LossKind(function=reverse_kl),
+        "jsd": LossKind(function=jsd, tail=True),
+    }
+)
 """The losses by the name that `--loss` takes."""
 
 
-def cached_logits(logits_BTV: Tensor, token_ids_BTK: Tensor) -> Tensor:
-    """Pick the logits of the cached tokens.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A loss with its settings, as a trainer calls it.
+
+    The teacher's tail is what its K tokens leave of the cached logsumexp. Rounding to float16 moves
+    a mass by up to 1%, the tail with it: caches for these losses are better built with
+    `--logit-dtype float32`.
+    """
+
+    name: str
+    """Key of `LOSSES`."""
+    delta: float = 1.0
+    temperature: float = 1.0
+
+    @property
+    def tail(self) -> bool:
+        """Whether the student's scores need their tail, and so its whole vocabulary."""
+        return LOSSES[self.name].tail
+
+    def __call__(
+        self, student_scores: Tensor, teacher_logits: Tensor, teacher_logsumexp: Tensor
+    ) -> Tensor:
+        """Return one loss a position.
+
+        Args:
+            student_scores: `[..., K]` raw logits, and with a tail `[..., K + 1]`: the last is the
+                logsumexp of all other tokens, minus infinity where there are none.
+            teacher_logits: `[..., K]` raw logits.
+            teacher_logsumexp: `[...]` over the teacher's full vocabulary.
+
+        Returns:
+            `[...]` float32.
+        """
+        kind = LOSSES[self.name]
+        option = LOSS_OPTIONS[self.name]
+        options = {} if option is None else {option: getattr(self, option)}
+        if not kind.tail:
+            return kind.function(student_scores, teacher_logits, **options)
+        student, teacher = _buckets(student_scores, teacher_logits, teacher_logsumexp)
+        return kind.function(student, teacher, **options)
+
+
+def tail_logsumexp(logits: Tensor, logsumexp: Tensor) -> Tensor:
+    """Return the logsumexp of the tokens beyond the K, from that of all tokens.
 
     Args:
-        logits_BTV: The student's raw logits at the scored positions, `[B, T, V]`.
-        token_ids_BTK: Cached token ids, `[B, T, K]` int64, each smaller than V.
+        logits: `[..., K]` raw logits of the K tokens.
+        logsumexp: `[...]` over the full vocabulary. Where rounding leaves the K tokens more than
+            all there is, or less than a millionth short of it, the tail is that millionth.
 
     Returns:
-        `[B, T, K]` float32.
+        `[...]` float32, always finite.
     """
-    return _single(logits_BTV.gather(-1, token_ids_BTK))
+    whole = single(logsumexp)
+    log_mass = (single(logits).logsumexp(dim=-1) - whole).clamp(max=math.log1p(-_TAIL_FLOOR))
+    return whole + (-torch.expm1(log_mass)).log()
+
+
+def _buckets(
+    student_scores: Tensor, teacher_logits: Tensor, teacher_logsumexp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `[..., K + 1]` of both sides, finite where the student has no tail."""
+    student = single(student_scores)
+    tail = tail_logsumexp(teacher_logits, teacher_logsumexp).unsqueeze(-1)
+    teacher = torch.cat([single(teacher_logits), tail], dim=-1)
+    no_tail = student[..., -1:].isneginf()
+    return _empty_tail(student, no_tail), _empty_tail(teacher, no_tail)
+
+
+def _empty_tail(buckets: Tensor, where: Tensor) -> Tensor:
+    """Put the tail so far below the K logits that it holds no mass."""
+    logits, tail = buckets[..., :-1], buckets[..., -1:]
+    nothing = logits.detach().amax(dim=-1, keepdim=True) - 1e3
+    return torch.cat([logits, torch.where(where, nothing, tail)], dim=-1)
+
+
+def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:
+    """Pick what a loss compares from whole rows of logits.
+
+    Args:
+        logits: The student's raw logits at the scored positions, `[..., V]`.
+        token_ids: Cached token ids, `[..., K]` int64, distinct, each smaller than V.
+        tail: Whether to add the logsumexp of all other tokens.
+
+    Returns:
+        `[..., K]` float32, or `[..., K + 1]` with the tail in the last place.
+    """
+    cached = single(logits.gather(-1, token_ids))
+    if not tail:
+        return cached
+    # Summed over the others themselves: as a difference to the whole, a small tail would drown in
+    # rounding, and its gradient in the division by it.
+    others = single(logits).scatter(-1, token_ids, -math.inf)
+    return torch.cat([cached, others.logsumexp(dim=-1, keepdim=True)], dim=-1)
 
 
 def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:
@@ -66,5 +240,6 @@ def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:
     return kept.sum(dim=-1) / position_mask_BT.sum(dim=-1)
 
 
-def _single(values: Tensor) -> Tensor:
+def single(values: Tensor) -> Tensor:
+    """Return float32 values; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

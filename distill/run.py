@@ -1,7 +1,6 @@
 """`duet-distill run`: fit a student to a teacher cache. Neither vLLM nor the teacher is needed."""
 
 import dataclasses
-import functools
 import logging
 import shutil
 import time
@@ -205,7 +204,7 @@ def _make_trainer(
 ) -> "DuetTrainer":
     from duet_unlearn.distill.batches import CacheDataset
     from duet_unlearn.distill.callbacks import LogFile, LogLastStep, Progress
-    from duet_unlearn.distill.losses import LOSSES
+    from duet_unlearn.distill.losses import Loss
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
 
@@ -235,7 +234,7 @@ def _make_trainer(
             max_length=job.student.max_length,
         ),
         make_sampler=make_sampler,
-        loss=functools.partial(LOSSES[config.loss], delta=config.delta),
+        loss=Loss(name=config.loss, delta=config.delta, temperature=config.temperature),
         callbacks=[LogLastStep(), stop, Progress(), LogFile(job.folder.work / LOG_FILE)],
     )
     stop.trainer = trainer

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn import __version__
 from duet_unlearn.data.errors import CacheError
+from duet_unlearn.distill.config import LOSS_OPTIONS
 from duet_unlearn.distill.run_folder import RUN_FILE
 from duet_unlearn.teacher_cache.files import write_error, write_text
 from duet_unlearn.teacher_cache.recipe import Recipe
@@ -123,7 +124,7 @@ held-out queries and under attacks before relying on it.
 | recipe | `{recipe_id}` |
 | queries | {forget} forget, {retain} retain |
 | signal | top {top_k} logits at {positions} |
-| loss | {loss}, delta {delta:g} |
+| loss | {loss} |
 | views | {views} |
 | noise | {noise} |
 | training | {steps} steps of {batch_size} queries, learning rate {learning_rate:.3g}, seed {seed} |
@@ -157,8 +158,7 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
         retain=result["queries"]["retain"],
         top_k=config["top_k"],
         positions="the first position" if count == 1 else f"the first {count} positions",
-        loss=config["loss"],
-        delta=config["delta"],
+        loss=_loss_of(config),
         views=", ".join(name for name, _ in run["identity"]["views"]) or "none",
         noise=_noise(config["noise_alpha"], config["noise_beta"]),
         steps=result["steps"],
@@ -174,6 +174,11 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
 
 def _noise(alpha: float, beta: float) -> str:
     return f"alpha {alpha:g}, beta {beta:g} before training" if alpha else "none"
+
+
+def _loss_of(config: dict[str, Any]) -> str:
+    option = LOSS_OPTIONS[config["loss"]]
+    return f"{config['loss']}, {option} {config[option]:g}" if option else str(config["loss"])
 
 
 def _course(losses: list[float] | None) -> str:

@@ -1,13 +1,11 @@
-"""transformers' Trainer with the cache's batches and the loss on raw logits.
+"""transformers' Trainer with the cache's batches and losses.
 
 What is replaced is what the Trainer would decide by itself: the order of the data (its samplers
 depend on the number of processes), the scaling of the loss (every row carries its share of the
 step's loss, so accumulation and processes add up exactly), and its prints on standard output.
 """
 
-import inspect
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -18,13 +16,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.batches import CacheDataset, Example, collate
-from duet_unlearn.distill.losses import cached_logits, row_means
+from duet_unlearn.distill.head import StudentScores
+from duet_unlearn.distill.losses import Loss, row_means
 from duet_unlearn.distill.sampler import StepSampler
 
 SPLITS = ("forget", "retain")
-
-PositionLoss = Callable[[Tensor, Tensor], Tensor]
-"""`[B, T, K]` student and teacher logits to `[B, T]` losses."""
 
 
 class StepLoader(DataLoader[Example]):
@@ -39,33 +35,6 @@ class StepLoader(DataLoader[Example]):
         self._steps.set_epoch(epoch)
 
 
-def scored_logits(
-    model: nn.Module, inputs: dict[str, Any], forward_names: AbstractSet[str]
-) -> Tensor:
-    """Run a batch and return the raw logits of its scored positions, the last T columns.
-
-    Args:
-        model: The student, wrapped for several processes or not.
-        inputs: A batch from `collate`.
-        forward_names: What the student's own forward takes: models without rotary positions take
-            no position_ids, a few old ones no logits_to_keep.
-
-    Returns:
-        `[B, T, V]`; where the model knows logits_to_keep, no other logits were ever computed.
-    """
-    positions = inputs["position_mask"].shape[1]
-    arguments = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "position_ids": inputs["position_ids"],
-        "logits_to_keep": positions,
-        "use_cache": False,
-    }
-    known = {name: value for name, value in arguments.items() if name in forward_names}
-    logits: Tensor = model(**known).logits
-    return logits[:, -positions:]
-
-
 class DuetTrainer(Trainer):
     """Trainer of one run.
 
@@ -74,7 +43,7 @@ class DuetTrainer(Trainer):
         args: The Trainer's arguments; accumulation is theirs, the batch size the sampler's.
         dataset: The cache's sequences.
         make_sampler: Called with process index and number of processes.
-        loss: Distance of logits at each position.
+        loss: Distance of the student to the teacher at each position.
         callbacks: Further callbacks.
     """
 
@@ -88,7 +57,7 @@ class DuetTrainer(Trainer):
         args: TrainingArguments,
         dataset: CacheDataset,
         make_sampler: Callable[[int, int], StepSampler],
-        loss: PositionLoss,
+        loss: Loss,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
@@ -96,7 +65,7 @@ class DuetTrainer(Trainer):
         self._dataset = dataset
         self._make_sampler = make_sampler
         self._loss = loss
-        self._forward_names = set(inspect.signature(model.forward).parameters)
+        self._student_scores = StudentScores(model, tail=loss.tail)
         # Sum of row losses and number of rows, a split, since the last log line.
         self._split_totals = torch.zeros(2, len(SPLITS), device=args.device)
 
@@ -117,9 +86,8 @@ class DuetTrainer(Trainer):
         Raises:
             ConfigurationError: The loss is not finite.
         """
-        logits_BTV = scored_logits(model, inputs, self._forward_names)
-        student_BTK = cached_logits(logits_BTV, inputs["token_ids"])
-        losses_BT = self._loss(student_BTK, inputs["teacher_logits"])
+        scores_BTS = self._student_scores(model, inputs)
+        losses_BT = self._loss(scores_BTS, inputs["teacher_logits"], inputs["teacher_logsumexp"])
         losses_B = row_means(losses_BT, inputs["position_mask"])
         self._check_finite(losses_B, inputs)
         self._count(losses_B.detach(), inputs)
@@ -127,7 +95,7 @@ class DuetTrainer(Trainer):
         # averages gradients over the processes, so both are multiplied in here.
         scale = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         loss = (losses_B * inputs["weight"]).sum() * scale
-        return (loss, logits_BTV) if return_outputs else loss
+        return (loss, scores_BTS) if return_outputs else loss
 
     def _check_finite(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
         finite = torch.isfinite(losses_B)

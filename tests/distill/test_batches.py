@@ -1,5 +1,5 @@
-import functools
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ import torch
 from duet_unlearn.data.errors import DataError
 from duet_unlearn.data.wrappers import Wrapper
 from duet_unlearn.distill.batches import CacheDataset, Example, collate
-from duet_unlearn.distill.losses import cached_logits, huber, row_means
+from duet_unlearn.distill.config import LOSS_NAMES
+from duet_unlearn.distill.head import StudentScores, scored_logits
+from duet_unlearn.distill.losses import Loss, row_means
 from duet_unlearn.distill.sampler import PLAIN, Draw
-from duet_unlearn.distill.trainer import scored_logits
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 TOP_K = 6
@@ -87,24 +88,60 @@ def test_padded_batch_gives_every_position_what_its_row_alone_gives(ragged, mode
                 )
 
 
-def test_loss_and_gradients_equal_those_of_the_rows_alone(ragged, model):
-    loss = functools.partial(huber, delta=1.0)
+def losses_of(examples: list[Example], model, name: str) -> torch.Tensor:
+    return losses_of_batch(collate(examples), model, name)
 
-    def row_losses(examples: list[Example]) -> torch.Tensor:
-        batch = collate(examples)
-        student = cached_logits(
-            scored_logits(model, batch, forward_names(model)), batch["token_ids"]
-        )
-        return row_means(loss(student, batch["teacher_logits"]), batch["position_mask"])
 
+def losses_of_batch(batch: dict, model, name: str) -> torch.Tensor:
+    loss = Loss(name=name)
+    scores = StudentScores(model, tail=loss.tail)(model, batch)
+    losses = loss(scores, batch["teacher_logits"], batch["teacher_logsumexp"])
+    return row_means(losses, batch["position_mask"])
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_loss_and_gradients_equal_those_of_the_rows_alone(ragged, model, name):
     head = model.get_output_embeddings().weight
-    together = row_losses(ragged)
-    alone = torch.cat([row_losses([example]) for example in ragged])
+    together = losses_of(ragged, model, name)
+    alone = torch.cat([losses_of([example], model, name) for example in ragged])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     (grad_together,) = torch.autograd.grad(together.sum(), head)
     (grad_alone,) = torch.autograd.grad(alone.sum(), head)
     assert torch.isfinite(grad_together).all()
     torch.testing.assert_close(grad_together, grad_alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_first_and_last_position_count_and_none_behind_it_does(ragged, model, name):
+    with torch.no_grad():
+        plain = losses_of_batch(collate(ragged), model, name)
+        for row, example in enumerate(ragged):
+            last = len(example.response_ids) - 1
+            for position in range(4):
+                batch = collate(ragged)
+                if position <= last:
+                    batch["teacher_logits"][row, position, 0] += 1
+                else:
+                    batch["teacher_logits"][row, position] = math.nan
+                    batch["teacher_logsumexp"][row, position] = math.nan
+                changed = losses_of_batch(batch, model, name) != plain
+                expected = [i == row and position <= last for i in range(3)]
+                assert changed.tolist() == expected, (row, position)
+
+
+def test_the_student_of_the_first_and_last_position(ragged, model):
+    """The first is read off the last prompt token, the last off the last but one of the answer."""
+    batch = collate(ragged)
+    with torch.no_grad():
+        scores = StudentScores(model, tail=True)(model, batch)
+        for row, example in enumerate(ragged):
+            prompt, response = example.prompt_ids.tolist(), example.response_ids.tolist()
+            for position, read in ((0, prompt), (len(response) - 1, prompt + response[:-1])):
+                logits = model(torch.tensor([read])).logits[0, -1]
+                ids = batch["token_ids"][row, position]
+                rest = torch.ones(384, dtype=torch.bool).index_fill(0, ids, 0)
+                expected = torch.cat([logits[ids], logits[rest].logsumexp(0, keepdim=True)])
+                torch.testing.assert_close(scores[row, position], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_scored_positions_pass_the_head(ragged, model):

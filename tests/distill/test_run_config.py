@@ -11,7 +11,7 @@ def config_of(**settings) -> RunConfig:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "l3"}, "loss is 'l3', expected one of huber"),
+        ({"loss": "l3"}, "loss is 'l3', expected one of huber, mse, kl, kl-tail, reverse-kl, jsd"),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of auto, float32, bf16, fp16"),
         ({"batch_size": 0}, "batch_size is 0, expected a whole number, 1 or more"),
         ({"epochs": 2.5}, "epochs is 2.5, expected a whole number, 1 or more"),
@@ -20,6 +20,21 @@ def config_of(**settings) -> RunConfig:
         ({"seed": -1}, "seed is -1, expected a whole number, 0 or more"),
         ({"delta": 0.0}, "delta is 0.0, expected a number, above 0"),
         ({"delta": float("nan")}, "delta is nan, expected a number, above 0"),
+        (
+            {"loss": "kl", "delta": 2.0},
+            "delta is 2.0, but loss kl has none; leave it out, or choose loss huber",
+        ),
+        (
+            {"loss": "mse", "temperature": 2.0},
+            "temperature is 2.0, but loss mse has none; leave it out, or choose loss kl or "
+            "reverse-kl",
+        ),
+        (
+            {"loss": "jsd", "temperature": 2.0},
+            "temperature is 2.0, but loss jsd needs the logsumexp, which is cached at temperature "
+            "1; leave it out, or choose loss kl or reverse-kl",
+        ),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a number, above 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, expected a number, 0 or more"),
         ({"noise_alpha": 1.5}, "noise_alpha is 1.5, expected a share, 0 to 1"),
         ({"noise_beta": -1.0}, "noise_beta is -1.0, expected a number, 0 or more"),
@@ -57,4 +72,6 @@ def test_identity_leaves_out_what_does_not_change_the_student():
     )
     assert one.identity() == same.identity()
     assert one.identity() != config_of(delta=2.0).identity()
+    warm = config_of(loss="kl", temperature=2.0)
+    assert warm.identity() != config_of(loss="kl").identity()
     assert one.to_json()["views"] == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
-from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.config import LOSS_NAMES, RunConfig
 from duet_unlearn.distill.run import RunResult, run
 from duet_unlearn.distill.trainer import DuetTrainer
 
@@ -40,6 +40,13 @@ def train(tiny_model: Path, tiny_cache: Path, tmp_path: Path):
         return run(RunConfig(**{**defaults, **settings}))
 
     return start
+
+
+@pytest.fixture(scope="module")
+def deep_cache(build_tiny_cache, tmp_path_factory) -> Path:
+    """Four positions a query."""
+    folder = tmp_path_factory.mktemp("deep")
+    return build_tiny_cache(folder, forget=6, retain=6, positions=4)
 
 
 def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -206,13 +213,21 @@ def test_views_are_trained_beside_the_plain_query(train, tmp_path):
         train("viewed", views=(str(view),))
 
 
-def test_several_positions_train(build_tiny_cache, train, tmp_path):
-    cache = build_tiny_cache(tmp_path / "deep", forget=6, retain=6, positions=4)
-    result = train(cache=str(cache), epochs=6)
+def test_several_positions_train(train, deep_cache):
+    result = train(cache=str(deep_cache), epochs=6)
     assert all(last < first for first, last in result.loss.values())
-    fewer = train("fewer", cache=str(cache), epochs=1, positions=1, top_k=5)
+    fewer = train("fewer", cache=str(deep_cache), epochs=1, positions=1, top_k=5)
     told = json.loads((Path(fewer.out) / "duet_run.json").read_text())["config"]
     assert (told["positions"], told["top_k"]) == (1, 5)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSS_NAMES if name != "huber"])
+def test_every_loss_trains_through_several_positions(train, deep_cache, loss):
+    result = train(cache=str(deep_cache), epochs=6, loss=loss, learning_rate=3e-3)
+    assert all(last < 0.7 * first for first, last in result.loss.values()), result.loss
+    told = json.loads((Path(result.out) / "duet_run.json").read_text())["config"]
+    assert (told["loss"], told["temperature"]) == (loss, 1.0)
+    assert f"| loss | {loss}" in (Path(result.out) / "README.md").read_text()
 
 
 def test_the_student_is_stored_as_its_base_or_as_asked(train):
