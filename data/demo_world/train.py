@@ -51,8 +51,9 @@ class TrainingConfig:
     weight_decay: float = 0.3
     """Of the matrices inside the layers: keeps their weights small."""
     threads: int = 2
-    bfloat16: bool = True
-    """Compute in bfloat16 (weights stay float32): several times faster on recent processors."""
+    bfloat16: bool | None = None
+    """Compute in bfloat16 (weights stay float32); None does where the processor can: several times
+    faster there, and several times slower elsewhere."""
 
 
 def train(world: World, config: TrainingConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -66,9 +67,10 @@ def train(world: World, config: TrainingConfig) -> tuple[LlamaForCausalLM, PreTr
     optimizers = _optimizers(model, config)
     total = config.recall_steps + config.steps
     mean_loss = 0.0
+    bfloat16 = _has_bfloat16() if config.bfloat16 is None else config.bfloat16
     model.train()
     for step, batch in enumerate(_curriculum(world, tokenizer, config), start=1):
-        loss = _loss(model, batch, bfloat16=config.bfloat16)
+        loss = _loss(model, batch, bfloat16=bfloat16)
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -81,6 +83,13 @@ def train(world: World, config: TrainingConfig) -> tuple[LlamaForCausalLM, PreTr
     _round_to_float16(model)
     model.train(mode=False)
     return model, tokenizer
+
+
+def _has_bfloat16() -> bool:
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _optimizers(model: LlamaForCausalLM, config: TrainingConfig) -> list[torch.optim.Optimizer]:
