@@ -90,7 +90,8 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
 def eval_command(models: tuple[str, ...], json_out: str | None, **settings: Any) -> None:
     """Answer queries with each MODEL and score the answers, side by side.
 
-    MODEL is a folder or a hub id, or NAME=MODEL to name its row; the first one is the reference.
+    MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL to name its row; the
+    first one is the reference.
     """
     config = EvalConfig(models=tuple(ModelSpec.parse(text) for text in models), **settings)
     target = None if json_out in (None, "-") else Path(str(json_out)).expanduser()

@@ -12,7 +12,7 @@ from duet_unlearn.cli.run_options import GROUPS
 from duet_unlearn.distill.config_file import load_config
 
 if TYPE_CHECKING:
-    from duet_unlearn.distill.run import RunResult
+    from duet_unlearn.distill.job import RunResult
 
 _NEEDED = {"cache": "CACHE", "student": "--student", "out": "--out"}
 
@@ -61,5 +61,10 @@ def _print_result(result: "RunResult", *, as_json: bool) -> None:
     else:
         click.echo(f"{result.out}: {result.steps} steps in {result.seconds:.1f} s")
     click.echo(f"queries {queries}; learning rate {result.learning_rate:.3g}")
+    if result.trained_parameters != result.parameters:
+        click.echo(
+            f"trained {result.trained}: {result.trained_parameters:,} parameters, the base has "
+            f"{result.parameters:,}"
+        )
     for split, (first, last) in result.loss.items():
         click.echo(f"loss {split} {first:.4f} -> {last:.4f}")

@@ -114,13 +114,47 @@ SIGNALS = OptionGroup(
     ),
 )
 
+TRAINED = OptionGroup(
+    "What of it is trained",
+    (
+        _option(
+            "--layers",
+            metavar="NUMBERS",
+            help="Train these layers only, counted from 0: 5-7 or 0,3,5-7.  [default: everything]",
+        ),
+        _option(
+            "--parameters",
+            metavar="REGEX",
+            help="Train the parameters whose names match only; with --layers, those of them.",
+        ),
+        _option(
+            "--lora-rank",
+            type=_ONE_OR_MORE,
+            help="Train a LoRA adapter of this rank; needs duet-unlearn[lora].",
+        ),
+        _option("--lora-alpha", type=float, help="LoRA's scale.  [default: twice the rank]"),
+        _option("--lora-dropout", type=float, help="Dropout on the adapter's inputs."),
+        _option(
+            "--lora-target-modules",
+            multiple=True,
+            metavar="NAME,...",
+            help="Linear modules that get an adapter, such as q_proj,v_proj.  "
+            "[default: all-linear, all but the head]",
+        ),
+        _option(
+            "--merge/--no-merge",
+            help="Save a whole model with the adapter merged in, not the adapter.",
+        ),
+    ),
+)
+
 OPTIMIZATION = OptionGroup(
     "How it learns",
     (
         _option(
             "--learning-rate",
             type=_LearningRate(),
-            help="Peak learning rate; auto is 0.0512 / hidden size.",
+            help="Peak learning rate; auto is 0.0512 / hidden size, with LoRA ten times that.",
         ),
         _option(
             "--lr-scheduler-type", type=click.Choice(SCHEDULES), help="How the learning rate falls."
@@ -194,4 +228,4 @@ OUTPUT = OptionGroup(
     ),
 )
 
-GROUPS = (INPUTS, SIGNALS, OPTIMIZATION, MEMORY, OUTPUT)
+GROUPS = (INPUTS, SIGNALS, TRAINED, OPTIMIZATION, MEMORY, OUTPUT)

@@ -55,7 +55,16 @@ def _download(model: str, *, need_weights: bool) -> Path:
         ) from error
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds a peft adapter instead of a whole model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
 def _check_folder(folder: Path, *, need_weights: bool) -> None:
+    if is_adapter(folder):
+        raise DataError(
+            f"model {folder}: an adapter, expected a whole model; merge it into its base first"
+        )
     if not (folder / "config.json").is_file():
         raise DataError(f"model {folder}: no config.json; expected a transformers model folder")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

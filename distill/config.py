@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.distill.layer_numbers import parse_layers
 
 AUTO = "auto"
 # The losses with the one setting that each takes; `distill.losses` computes them.
@@ -27,6 +29,8 @@ TRACKERS = ("none", "tensorboard", "wandb")
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
 # 2e-5 at 2,560. Measured: docs/decisions/0010-training-defaults.md.
 AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
+# An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
+AUTO_LORA_TIMES = 10
 
 # Names of inputs whose content counts instead, how a step is cut, how a run is watched and kept.
 _OUTSIDE_IDENTITY = (
@@ -70,8 +74,24 @@ class RunConfig:
     """Share of the student's weights given up to noise before training, as in UNDO; 0 is none."""
     noise_beta: float = 0.1
     """Scale of that noise, as a multiple of a Xavier-uniform draw."""
+    layers: str | None = None
+    """Layers to train, counted from 0, such as `0,3,5-7`; None trains all of them and what stands
+    outside of layers. With LoRA, the layers that get an adapter."""
+    parameters: str | None = None
+    """Train the parameters whose names match this regular expression; with `layers`, those of the
+    chosen layers that match."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank instead of the weights."""
+    lora_alpha: float | None = None
+    """LoRA's scale: the adapter's output counts alpha / rank times; None is twice the rank."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs that are dropped in training."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the linear modules that get an adapter; `all-linear` is all but the head."""
+    merge: bool = False
+    """Save a whole model with the adapter merged into it, not the adapter."""
     learning_rate: float | str = AUTO
-    """Peak learning rate; `auto` is 0.0512 / hidden size."""
+    """Peak learning rate; `auto` is 0.0512 / hidden size, with LoRA ten times that."""
     lr_scheduler_type: str = "cosine"
     """How the learning rate falls from its peak."""
     warmup_steps: float = 0.1
@@ -122,7 +142,7 @@ class RunConfig:
                 )
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "logging_steps"):
             self._check_whole(name, at_least=1)
-        for name in ("top_k", "positions", "max_steps"):
+        for name in ("top_k", "positions", "max_steps", "lora_rank"):
             if getattr(self, name) is not None:
                 self._check_whole(name, at_least=1)
         self._check_whole("seed", at_least=0)
@@ -138,6 +158,7 @@ class RunConfig:
             )
         if self.learning_rate != AUTO:
             self._check_number("learning_rate", zero_allowed=False)
+        self._check_trained()
         if self.gradient_accumulation_steps > self.batch_size:
             raise ConfigurationError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at "
@@ -147,12 +168,23 @@ class RunConfig:
     def resolved_learning_rate(self, hidden_size: int) -> float:
         """Return the peak learning rate for a student of this hidden size."""
         if isinstance(self.learning_rate, str):
-            return AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
+            times = 1 if self.lora_rank is None else AUTO_LORA_TIMES
+            return times * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
         return self.learning_rate
+
+    def resolved_lora_alpha(self) -> float | None:
+        """Return LoRA's scale, or None without LoRA."""
+        if self.lora_rank is None or self.lora_alpha is not None:
+            return self.lora_alpha
+        return 2.0 * self.lora_rank
 
     def to_json(self) -> dict[str, Any]:
         """Return every setting as JSON values."""
-        return {**dataclasses.asdict(self), "views": list(self.views)}
+        settings = dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in settings.items()
+        }
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the student, beside cache, base and views' texts."""
@@ -169,6 +201,46 @@ class RunConfig:
         raise ConfigurationError(
             f"{name} is {value!r}, but {reason}; leave it out, or choose loss {takers}"
         )
+
+    def _check_trained(self) -> None:
+        if self.layers is not None:
+            parse_layers(self.layers)
+        if self.parameters is not None:
+            try:
+                re.compile(self.parameters)
+            except re.error as error:
+                raise ConfigurationError(
+                    f"parameters is {self.parameters!r}, expected a regular expression ({error})"
+                ) from error
+        if self.lora_alpha is not None:
+            self._check_number("lora_alpha", zero_allowed=False)
+        self._check_number("lora_dropout")
+        if self.lora_dropout >= 1:
+            raise ConfigurationError(
+                f"lora_dropout is {self.lora_dropout!r}, expected a share below 1"
+            )
+        if self.lora_rank is None:
+            self._refuse_lora_settings()
+            return
+        if not any(self.lora_target_modules):
+            raise ConfigurationError("lora_target_modules is empty, expected at least one name")
+        if self.parameters is not None:
+            raise ConfigurationError(
+                f"parameters is {self.parameters!r} beside lora_rank: an adapter is chosen by "
+                "lora_target_modules and layers; leave one of the two out"
+            )
+        if self.noise_alpha:
+            raise ConfigurationError(
+                f"noise_alpha is {self.noise_alpha!r} beside lora_rank: noise changes the weights "
+                "that an adapter leaves alone; leave one of the two out"
+            )
+
+    def _refuse_lora_settings(self) -> None:
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "merge"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r} without LoRA; give lora_rank as well"
+                )
 
     def _check_whole(self, name: str, *, at_least: int) -> None:
         value = getattr(self, name)

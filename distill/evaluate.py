@@ -21,12 +21,12 @@ from duet_unlearn.data.model_folder import (
     context_length,
     eos_token_ids,
     read_config,
-    resolve_model_folder,
 )
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.wrappers import Wrapper, load_wrappers
+from duet_unlearn.distill.adapters import resolve_with_adapter
 from duet_unlearn.distill.eval_config import EvalConfig, ModelSpec
 from duet_unlearn.distill.eval_report import EvalReport, QuerySet, Response, Task
 from duet_unlearn.distill.generate import generate_answers, load_model
@@ -46,6 +46,8 @@ class _Subject:
 
     spec: ModelSpec
     folder: Path
+    adapter: Path | None
+    """A LoRA adapter on top of the model in `folder`."""
     tokenizer: "PreTrainedTokenizerBase"
     prompts: dict[str, list[list[int]]]
     """By row label, one prompt a task."""
@@ -134,7 +136,7 @@ def _open_subject(
     config: EvalConfig, spec: ModelSpec, prefix: str | None, tasks: Sequence[Task]
 ) -> _Subject:
     """Find a model and render its prompts, with and without the prefix where it has one."""
-    folder = resolve_model_folder(spec.model)
+    folder, adapter = resolve_with_adapter(spec.model)
     tokenizer = load_tokenizer(folder)
     renderer = PromptRenderer(tokenizer, prefix=prefix, place=config.prefix_place)
     conversations = [
@@ -148,7 +150,7 @@ def _open_subject(
     for label, rendered in prompts.items():
         for task, prompt in zip(tasks, rendered, strict=True):
             _check_length(task, len(prompt), label, limit, config.max_new_tokens)
-    return _Subject(spec=spec, folder=folder, tokenizer=tokenizer, prompts=prompts)
+    return _Subject(spec=spec, folder=folder, adapter=adapter, tokenizer=tokenizer, prompts=prompts)
 
 
 def _check_length(task: Task, length: int, label: str, limit: int | None, new_tokens: int) -> None:
@@ -171,7 +173,7 @@ def _answer(config: EvalConfig, subject: _Subject, bar: "tqdm[Any]") -> dict[str
         for prompt in rendered:
             copies[tuple(prompt)] = copies.get(tuple(prompt), 0) + 1
     distinct = list(copies)
-    model = load_model(subject.folder, dtype=config.dtype)
+    model = load_model(subject.folder, dtype=config.dtype, adapter=subject.adapter)
     ends = eos_token_ids(subject.folder)
     if not ends:
         logger.warning(

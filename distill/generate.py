@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.errors import ConfigurationError, DataError
 from duet_unlearn.data.model_folder import read_config, stored_dtype
+from duet_unlearn.distill.adapters import add_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,16 +24,20 @@ MAX_BATCH_TOKENS = 32_768
 """Bound on rows x (longest prompt + new tokens) of a batch, which bounds the KV cache."""
 
 
-def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
+def load_model(
+    folder: Path, *, dtype: str = "auto", adapter: Path | None = None
+) -> "PreTrainedModel":
     """Load a model for answering, on the GPU where there is one.
 
     Args:
         folder: a transformers model folder.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, else as stored.
+        adapter: a peft adapter folder to put into the model.
 
     Raises:
-        ConfigurationError: the GPU's memory does not hold the model.
-        DataError: transformers cannot load the folder, or weights of the model are missing in it.
+        ConfigurationError: the GPU's memory does not hold the model, or peft is not installed.
+        DataError: transformers cannot load the folder, weights of the model are missing in it, or
+            the adapter does not fit.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -67,6 +72,8 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
             f"model {folder}: {len(info['missing_keys'])} weights are missing in its files, the "
             f"first is {min(info['missing_keys'])}; copy or save the model again"
         )
+    if adapter is not None:
+        model = add_adapter(model, adapter)
     model.eval()
     return model  # type: ignore[no-any-return]
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn import __version__
 from duet_unlearn.data.errors import CacheError
+from duet_unlearn.data.model_folder import read_json
 from duet_unlearn.distill.config import LOSS_OPTIONS
 from duet_unlearn.distill.run_folder import RUN_FILE
+from duet_unlearn.distill.student import Student
 from duet_unlearn.teacher_cache.files import write_error, write_text
 from duet_unlearn.teacher_cache.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -38,41 +41,41 @@ _VERSIONED = ("torch", "transformers", "accelerate", "numpy", "pyarrow", "safete
 
 def save_model(
     model: "PreTrainedModel",
-    base: Path,
+    student: Student,
     folder: Path,
+    *,
     dtype: str,
     state: "dict[str, Tensor] | None",
 ) -> None:
-    """Write configuration, weights and generation settings, and copy the base's tokenizer.
+    """Write a model folder: weights, configuration, and the base's own tokenizer.
+
+    An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in.
 
     Args:
-        model: The trained student; it is cast in place.
-        base: The folder it started from.
+        model: What was trained; it stays as it is.
+        student: What it started from.
         folder: Where to write; made if missing.
-        dtype: How to store the weights.
+        dtype: How to store the weights of a whole model.
         state: Gathered weights where the model itself holds only a part of them.
 
     Raises:
         CacheError: The folder cannot be written.
     """
-    import torch
     from safetensors import SafetensorError
 
-    stored = getattr(torch, dtype)
-    if state is None:
-        model.to(stored)
-    else:
-        state = {name: tensor.to(stored) for name, tensor in state.items()}
-    model.config.dtype = stored
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=state)
+        if hasattr(model, "peft_config"):
+            _write_adapter(model, student, folder, state)
+        else:
+            _write_whole(model, student, folder, dtype, state)
         for name in _TOKENIZER_FILES:
-            if (base / name).is_file():
-                shutil.copyfile(base / name, folder / name)
+            if (student.folder / name).is_file():
+                shutil.copyfile(student.folder / name, folder / name)
         # safetensors makes its files private; the user's own mask decides, as for the others.
+        configuration = next(folder.glob("*config.json"))
         for weights in folder.glob("*.safetensors"):
-            weights.chmod((folder / "config.json").stat().st_mode)
+            weights.chmod(configuration.stat().st_mode)
     except OSError as error:
         raise write_error(folder, error) from error
     except SafetensorError as error:
@@ -82,9 +85,58 @@ def save_model(
         ) from error
 
 
-def versions() -> dict[str, str]:
+def _write_whole(
+    model: Any, student: Student, folder: Path, dtype: str, state: "dict[str, Tensor] | None"
+) -> None:
+    import torch
+
+    stored = getattr(torch, dtype)
+    changed = {"dtype": stored}
+    if hasattr(model.config, "use_cache"):  # the Trainer turned it off
+        base = read_json(student.folder / "config.json")
+        changed["use_cache"] = base.get("use_cache", type(model.config)().use_cache)
+    kept = {name: getattr(model.config, name) for name in changed}
+    state = _stored(model.state_dict() if state is None else state, stored)
+    try:
+        model.save_pretrained(folder, state_dict=state)
+        # That wrote the dtype of the model in memory into config.json.
+        for name, value in changed.items():
+            setattr(model.config, name, value)
+        model.config.save_pretrained(folder)
+    finally:
+        for name, value in kept.items():
+            setattr(model.config, name, value)
+
+
+def _stored(state: "dict[str, Tensor]", dtype: "torch.dtype") -> "dict[str, Tensor]":
+    """Return the weights in main memory in the dtype they are stored in; what is tied stays so."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        same = (tensor.data_ptr(), tensor.shape)
+        if same not in cast:
+            cast[same] = tensor.detach().to("cpu", dtype)
+        stored[name] = cast[same]
+    return stored
+
+
+def _write_adapter(
+    model: Any, student: Student, folder: Path, state: "dict[str, Tensor] | None"
+) -> None:
+    settings = model.peft_config["default"]
+    kept = settings.base_model_name_or_path
+    settings.base_model_name_or_path = student.name  # and not where it lies on this machine
+    try:
+        # The embeddings are the base's; to decide that by itself, peft would ask the hub.
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    finally:
+        settings.base_model_name_or_path = kept
+
+
+def versions(*, lora: bool = False) -> dict[str, str]:
     """Return the versions that a run depends on."""
-    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    names = (*_VERSIONED, "peft") if lora else _VERSIONED
+    found = {name: importlib.metadata.version(name) for name in names}
     return {"duet-unlearn": __version__, "python": platform.python_version(), **found}
 
 
@@ -99,7 +151,7 @@ def write_run_file(folder: Path, run: dict[str, Any]) -> None:
 
 _CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 {base_model}tags:
 - unlearning
@@ -127,6 +179,7 @@ held-out queries and under attacks before relying on it.
 | loss | {loss} |
 | views | {views} |
 | noise | {noise} |
+| trained | {trained} |
 | training | {steps} steps of {batch_size} queries, learning rate {learning_rate:.3g}, seed {seed} |
 | loss, first to last | forget {loss_forget}, retain {loss_retain} |
 
@@ -145,7 +198,9 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
     config, result, base = run["config"], run["result"], run["base"]["name"]
     is_hub_id = "/" in base
     count = config["positions"]
+    adapter = config["lora_rank"] is not None and not config["merge"]
     card = _CARD.format(
+        library="peft" if adapter else "transformers",
         base_model=f"base_model: {base}\n" if is_hub_id else "",
         name=Path(config["out"]).name,
         base=base,
@@ -161,6 +216,7 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
         loss=_loss_of(config),
         views=", ".join(name for name, _ in run["identity"]["views"]) or "none",
         noise=_noise(config["noise_alpha"], config["noise_beta"]),
+        trained=_trained(config, result),
         steps=result["steps"],
         batch_size=config["batch_size"],
         learning_rate=config["learning_rate"],
@@ -179,6 +235,15 @@ def _noise(alpha: float, beta: float) -> str:
 def _loss_of(config: dict[str, Any]) -> str:
     option = LOSS_OPTIONS[config["loss"]]
     return f"{config['loss']}, {option} {config[option]:g}" if option else str(config["loss"])
+
+
+def _trained(config: dict[str, Any], result: dict[str, Any]) -> str:
+    kind = ""
+    if config["lora_rank"] is not None:
+        kind = f", alpha {config['lora_alpha']:g}, "
+        kind += "merged into the base" if config["merge"] else "as an adapter of the base"
+    counts = f"{result['trained_parameters']:,} parameters, the base has {result['parameters']:,}"
+    return f"{result['trained']}{kind}: {counts}"
 
 
 def _course(losses: list[float] | None) -> str:

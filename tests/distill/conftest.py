@@ -1,12 +1,23 @@
-"""A tiny cache, built by the real builder from the tiny model."""
+"""A tiny cache, built by the real builder from the tiny model, and runs on it."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 BuildTinyCache = Callable[..., Path]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +56,46 @@ def build_tiny_cache(tiny_model: Path) -> BuildTinyCache:
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, build_tiny_cache: BuildTinyCache) -> Path:
     """One position a query; never changed by a test."""
     return build_tiny_cache(tmp_path_factory.mktemp("tiny-cache"))
+
+
+@pytest.fixture
+def train(tiny_model: Path, tiny_cache: Path, tmp_path: Path, one_thread: None):
+    """Run on the tiny cache; three epochs of four steps unless told."""
+    from duet_unlearn.distill.config import RunConfig
+    from duet_unlearn.distill.run import RunResult, run
+
+    def start(name: str = "student", **settings) -> RunResult:
+        defaults = {
+            "cache": str(tiny_cache),
+            "student": str(tiny_model),
+            "out": str(tmp_path / name),
+            "epochs": 3,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+        }
+        return run(RunConfig(**{**defaults, **settings}))
+
+    return start
+
+
+@pytest.fixture
+def stop_at_pass(monkeypatch: pytest.MonkeyPatch):
+    """Call a function in a given forward pass, counted from 1, while the block runs."""
+    from duet_unlearn.distill.trainer import DuetTrainer
+
+    @contextlib.contextmanager
+    def stopping(number: int, stop: Callable[[], None]) -> Iterator[None]:
+        plain, passes = DuetTrainer.compute_loss, []
+
+        def compute_loss(self, *args, **kwargs):
+            passes.append(None)
+            if len(passes) == number:
+                stop()
+            return plain(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(DuetTrainer, "compute_loss", compute_loss)
+            yield
+
+    return stopping

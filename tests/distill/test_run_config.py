@@ -75,3 +75,35 @@ def test_identity_leaves_out_what_does_not_change_the_student():
     warm = config_of(loss="kl", temperature=2.0)
     assert warm.identity() != config_of(loss="kl").identity()
     assert one.to_json()["views"] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "5-"}, "layers is '5-', expected numbers and ranges such as 0,3,5-7"),
+        ({"parameters": "(mlp"}, "parameters is '(mlp', expected a regular expression (missing )"),
+        ({"lora_rank": 0}, "lora_rank is 0, expected a whole number, 1 or more"),
+        ({"lora_rank": 4, "lora_alpha": 0.0}, "lora_alpha is 0.0, expected a number, above 0"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout is 1.0, expected a share below 1"),
+        ({"lora_rank": 4, "lora_target_modules": ()}, "lora_target_modules is empty, expected"),
+        ({"lora_alpha": 8.0}, "lora_alpha is 8.0 without LoRA; give lora_rank as well"),
+        ({"merge": True}, "merge is True without LoRA; give lora_rank as well"),
+        ({"lora_rank": 4, "parameters": "mlp"}, "parameters is 'mlp' beside lora_rank: an adapter"),
+        (
+            {"lora_rank": 4, "noise_alpha": 0.1},
+            "noise_alpha is 0.1 beside lora_rank: noise changes",
+        ),
+    ],
+)
+def test_what_is_trained_is_checked_before_anything_is_loaded(settings, message):
+    with pytest.raises(ConfigurationError) as caught:
+        config_of(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_lora_has_a_learning_rate_and_a_scale_of_its_own():
+    config = config_of(lora_rank=8)
+    assert config.resolved_learning_rate(256) == pytest.approx(2e-3)
+    assert config.resolved_lora_alpha() == 16
+    assert config_of(lora_rank=8, lora_alpha=3.0).resolved_lora_alpha() == 3
+    assert config_of().resolved_lora_alpha() is None

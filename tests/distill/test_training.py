@@ -12,34 +12,7 @@ import pytest
 import torch
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
-from duet_unlearn.distill.config import LOSS_NAMES, RunConfig
-from duet_unlearn.distill.run import RunResult, run
-from duet_unlearn.distill.trainer import DuetTrainer
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def train(tiny_model: Path, tiny_cache: Path, tmp_path: Path):
-    def start(name: str = "student", **settings) -> RunResult:
-        defaults = {
-            "cache": str(tiny_cache),
-            "student": str(tiny_model),
-            "out": str(tmp_path / name),
-            "epochs": 3,
-            "batch_size": 8,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-        }
-        return run(RunConfig(**{**defaults, **settings}))
-
-    return start
+from duet_unlearn.distill.config import LOSS_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +42,6 @@ def largest_difference(first: str | Path, second: str | Path) -> float:
 def log_of(folder: str | Path) -> list[dict]:
     lines = (Path(folder) / "duet_log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def stop_at_pass(monkeypatch: pytest.MonkeyPatch, number: int, stop) -> None:
-    """Call `stop` in the given forward pass, counted from 1."""
-    plain, passes = DuetTrainer.compute_loss, []
-
-    def compute_loss(self, *args, **kwargs):
-        passes.append(None)
-        if len(passes) == number:
-            stop()
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(DuetTrainer, "compute_loss", compute_loss)
 
 
 def test_a_run_brings_both_losses_down_and_leaves_a_model_folder(train, tiny_model, tmp_path):
@@ -140,16 +100,14 @@ def test_accumulation_does_not_change_the_result(train):
             assert one[name] == pytest.approx(other[name], abs=1e-5)
 
 
-def test_a_killed_run_ends_on_the_same_bits(train, monkeypatch, tmp_path):
+def test_a_killed_run_ends_on_the_same_bits(train, stop_at_pass, tmp_path):
     undisturbed = train("undisturbed", save_steps=4)
 
     def die() -> None:
         raise OSError("the machine is gone")
 
-    with monkeypatch.context() as patched:
-        stop_at_pass(patched, 7, die)
-        with pytest.raises(OSError, match="gone"):
-            train("killed", save_steps=4)
+    with stop_at_pass(7, die), pytest.raises(OSError, match="gone"):
+        train("killed", save_steps=4)
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / "killed.unfinished" / "checkpoint-4").is_dir()
     # A checkpoint that was being written when the machine went is not one.
@@ -160,25 +118,27 @@ def test_a_killed_run_ends_on_the_same_bits(train, monkeypatch, tmp_path):
     assert steps == list(range(1, 13))
 
 
-def test_noise_comes_before_training_and_once(train, tiny_model, monkeypatch):
+def test_noise_comes_before_training_and_once(train, tiny_model, stop_at_pass):
     # A rate this small moves no weight by a visible step: what is left is the noise.
     noised = train("noised", noise_alpha=0.5, noise_beta=0.0, learning_rate=1e-30, save_steps=4)
     base, student = weights_of(tiny_model), weights_of(noised.out)
     assert all(torch.allclose(student[name], base[name] / 2) for name in base)
     assert "noise | alpha 0.5, beta 0" in (Path(noised.out) / "README.md").read_text()
-    with monkeypatch.context() as patched:
-        stop_at_pass(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(StoppedError):
-            train("stopped", noise_alpha=0.5, save_steps=0)
+    with (
+        stop_at_pass(7, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(StoppedError),
+    ):
+        train("stopped", noise_alpha=0.5, save_steps=0)
     assert_same_weights(train("whole", noise_alpha=0.5).out, train("stopped", noise_alpha=0.5).out)
 
 
-def test_sigterm_saves_and_the_same_run_goes_on(train, monkeypatch, tmp_path):
+def test_sigterm_saves_and_the_same_run_goes_on(train, stop_at_pass, tmp_path):
     undisturbed = train("undisturbed", save_steps=0)
-    with monkeypatch.context() as patched:
-        stop_at_pass(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(StoppedError, match="saved at step 7 of 12"):
-            train("stopped", save_steps=0)
+    with (
+        stop_at_pass(7, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(StoppedError, match="saved at step 7 of 12"),
+    ):
+        train("stopped", save_steps=0)
     with pytest.raises(ConfigurationError, match="unfinished state of another run .*seed is 0"):
         train("stopped", seed=1)
     result = train("stopped", save_steps=0)
