@@ -4,17 +4,19 @@
 #   MACHINE=...      cpu, nvidia or plain (default: found out)
 #   DEMO_OUT=...     where the demo writes (default: demo-out)
 #   PYTEST_ARGS=...  more arguments for pytest
+#   INPUTS=...       how many mutated caches `make fuzz` tries (default: 10000)
 
 PYTHON ?=
 MACHINE ?=
 DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
+INPUTS ?= 10000
 
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 BOOT := $(or $(PYTHON),$(shell command -v python3 || command -v python))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean clean-all
+.PHONY: help setup demo test fuzz lint bench clean clean-all
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,6 +30,9 @@ demo: setup ## cache a teacher, distill a student, measure what it forgot
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+fuzz: setup ## try mutated caches on everything that reads one
+	@$(BIN)/python tests/teacher_cache/fuzz --inputs $(INPUTS)
 
 lint: setup ## ruff (lint and format) and mypy strict
 	@$(BIN)/ruff check .

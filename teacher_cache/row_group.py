@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from duet_unlearn.data.errors import CorruptCacheError
-from duet_unlearn.teacher_cache.pages import ColumnLimits, ColumnPlace, check_pages
+from duet_unlearn.teacher_cache.footer import GroupPlace
+from duet_unlearn.teacher_cache.pages import ColumnLimits, check_pages
 from duet_unlearn.teacher_cache.recipe import Recipe
 from duet_unlearn.teacher_cache.schema import (
     IDENTITY_COLUMNS,
@@ -39,33 +39,20 @@ Identity = tuple[str, str, str]
 
 
 def check_row_group(
-    file: BinaryIO, metadata: pq.FileMetaData, index: int, columns: Sequence[int], recipe: Recipe
+    file: BinaryIO, group: GroupPlace, columns: Sequence[int], recipe: Recipe
 ) -> None:
     """Check that some columns of a row group decode to no more than the format allows.
 
     Raises:
-        ValueError: They would, or the footer contradicts itself.
+        ValueError: They would, or their pages are not what the footer says.
         OSError: The file cannot be read.
     """
-    group = metadata.row_group(index)
-    rows = group.num_rows
     most = rows_per_group(recipe.top_k, recipe.positions)
-    if not 1 <= rows <= most or group.num_columns != len(SHARD_COLUMNS):
-        raise ValueError(
-            f"a row group of {rows} rows and {group.num_columns} columns, expected at most {most} "
-            f"rows and {len(SHARD_COLUMNS)} columns"
-        )
+    if group.rows > most:
+        raise ValueError(f"a row group of {group.rows} rows, expected at most {most}")
     for column in columns:
-        chunk = group.column(column)
-        start = chunk.data_page_offset
-        if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
-            start = chunk.dictionary_page_offset
-        place = ColumnPlace(
-            start=start, length=chunk.total_compressed_size, values=chunk.num_values
-        )
-        if chunk.file_path or place.start < 4 or place.length < 1:
-            raise ValueError("a column that lies outside the file")
-        check_pages(file, place, _limits(SHARD_COLUMNS[column], rows, recipe))
+        limits = _limits(SHARD_COLUMNS[column], group.rows, recipe)
+        check_pages(file, group.columns[column], limits)
 
 
 def _limits(column: str, rows: int, recipe: Recipe) -> ColumnLimits:

@@ -30,6 +30,10 @@ MAX_QUERY_ID_BYTES = 1 << 12
 MAX_QUERY_BYTES = ROW_GROUP_TEXT_BYTES
 MAX_PROMPT_TOKENS = 1 << 20
 
+# Limits of a shard's footer, which is read before anything else is known of it.
+MAX_FOOTER_BYTES = 1 << 22
+MAX_ROW_GROUPS = 1 << 14
+
 SHARD_COLUMNS = (
     "query_id",
     "split",

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from duet_unlearn.data.errors import CacheError, CorruptCacheError
 from duet_unlearn.teacher_cache.files import atomic_path
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
+from duet_unlearn.teacher_cache.footer import read_footer
 from duet_unlearn.teacher_cache.manifest import ShardEntry, shard_name
 from duet_unlearn.teacher_cache.recipe import Recipe
 from duet_unlearn.teacher_cache.row_group import (
@@ -41,14 +42,10 @@ from duet_unlearn.teacher_cache.schema import (
     CacheRow,
     row_group_rows,
     rows_to_table,
-    shard_schema,
 )
 from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
 from duet_unlearn.teacher_cache.strict_json import parse_json
 
-# Footers of honest shards are a few kilobytes; the limits keep a hostile one from claiming
-# gigabytes before anything is checked.
-_THRIFT_LIMIT = 64 << 20
 _COMPRESSION_LEVEL = 3
 # What the Parquet library raises over a file that is no shard.
 _LIBRARY_ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
@@ -131,7 +128,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
         header: What goes into the metadata beside the sums of `rows`.
 
     Raises:
-        CacheError: A row is not storable, or the folder cannot be written.
+        CacheError: A row is not storable, the shard is too long, or the folder cannot be written.
     """
     for row in rows:
         check_storable(row, header.recipe)
@@ -152,7 +149,19 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
             write_page_checksum=True,
             write_statistics=["query_id", "split"],
         )
+        _check_readable(path, temporary)
     return entry_of(path, {split: statistics[split].rows for split in SPLITS}, group_rows)
+
+
+def _check_readable(path: Path, written: Path) -> None:
+    """Refuse to keep a shard whose footer no reader would take."""
+    try:
+        with written.open("rb") as file:
+            read_footer(file, written.stat().st_size)
+    except ValueError as error:
+        raise CacheError(
+            f"{path}: cannot be written ({error}); give a smaller --shard-rows"
+        ) from None
 
 
 def entry_of(path: Path, rows: dict[str, int], row_group_rows: int) -> ShardEntry:
@@ -197,38 +206,34 @@ class ShardFile:
             if not path.is_file():
                 raise CorruptCacheError(f"{path}: the shard is missing; get the cache again")
             self._bytes = pa.OSFile(str(path))
+            self._footer = read_footer(self._bytes, self._bytes.size())
+            description = pa.BufferReader(self._footer.for_parquet())
             self._file = pq.ParquetFile(
                 self._bytes,
+                metadata=pq.read_metadata(description),
                 # Texts stay as they are packed: unpacking may multiply their size.
                 read_dictionary=["query_id", "split", "query"],
                 page_checksum_verification=True,
-                thrift_string_size_limit=_THRIFT_LIMIT,
-                thrift_container_size_limit=1 << 20,
                 pre_buffer=False,
             )
-            schema = self._file.schema_arrow
         except _LIBRARY_ERRORS as error:
             raise _unreadable(path, error) from error
-        self.header, self.statistics = _read_metadata(path, schema.metadata or {})
-        expected = shard_schema(self.header.recipe.logit_dtype)
-        # Other writers may name list items or dictionary indices differently; names and
-        # value types are what the format fixes.
-        if [_plain(f) for f in schema] != [_plain(f) for f in expected]:
+        self.header, self.statistics = _read_metadata(path, self._footer.metadata)
+        if self._footer.logit_dtype != self.header.recipe.logit_dtype:
             raise CorruptCacheError(
-                f"{path}: columns {', '.join(schema.names)[:120]!r} or their types are not those "
-                f"of format version {FORMAT_VERSION}; get the cache again"
+                f"{path}: logits in {self._footer.logit_dtype}, its recipe says "
+                f"{self.header.recipe.logit_dtype}; get the cache again"
             )
 
     @property
     def num_rows(self) -> int:
         """Rows in the file, as its footer says."""
-        return int(self._file.metadata.num_rows)
+        return self._footer.num_rows
 
     @property
     def row_group_sizes(self) -> list[int]:
         """Rows of each row group, as the footer says."""
-        metadata = self._file.metadata
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        return [group.rows for group in self._footer.groups]
 
     def read_row_group(self, index: int) -> RowGroup:
         """Decode one row group.
@@ -251,13 +256,14 @@ class ShardFile:
 
     def _read(self, index: int, columns: list[int]) -> pa.Table:
         try:
-            check_row_group(self._bytes, self._file.metadata, index, columns, self.header.recipe)
+            group = self._footer.groups[index]
+            check_row_group(self._bytes, group, columns, self.header.recipe)
             table = self._file.read_row_group(
                 index, columns=[SHARD_COLUMNS[i] for i in columns], use_threads=False
             ).combine_chunks()
             # Texts that are not UTF-8, offsets and dictionary indices that point nowhere.
             table.validate(full=True)
-            if table.num_rows != self.row_group_sizes[index]:
+            if table.num_rows != group.rows:
                 raise ValueError(f"{table.num_rows} rows where the footer says otherwise")
         except _LIBRARY_ERRORS as error:
             raise _unreadable(self.path, error) from error
@@ -272,15 +278,6 @@ class ShardFile:
 def _unreadable(path: Path, error: Exception) -> CorruptCacheError:
     reason = ((str(error) or type(error).__name__).splitlines() or ["unknown"])[0][:160]
     return CorruptCacheError(f"{path}: damaged shard ({reason}); get the cache again")
-
-
-def _plain(field: pa.Field) -> tuple[str, str]:
-    kind = field.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return field.name, f"list<{kind.value_type}>"
-    return field.name, "string" if pa.types.is_large_string(kind) else str(kind)
 
 
 def _read_metadata(

@@ -1,5 +1,7 @@
 """A cache opens in plain pyarrow, datasets, pandas and DuckDB, as its card says."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 from duet_unlearn.teacher_cache.build import build
 from duet_unlearn.teacher_cache.build_config import BuildConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
+from duet_unlearn.teacher_cache.reader import CachedRow, CacheReader
+from duet_unlearn.teacher_cache.verify import verify
 
 
 @pytest.fixture
@@ -77,3 +81,63 @@ def test_the_card_is_valid_yaml_whatever_the_prefix(cache: Path) -> None:
     assert header["configs"][0]["data_files"] == "shards/*.parquet"
     assert header["pretty_name"] == "Teacher signals of tiny"
     assert r"You forgot the lantern: \| all of it." in text
+
+
+def _list_as_they_are(cache: Path) -> None:
+    """Make the manifest name the bytes of the shards as they are now."""
+    value = json.loads((cache / "manifest.json").read_text())
+    for entry in value["shards"]:
+        path = cache / "shards" / entry["name"]
+        entry.update(bytes=path.stat().st_size, sha256=sha256_file(path))
+    del value["digest"]
+    (cache / "manifest.json").write_text(json.dumps({**value, "digest": sha256_json(value)}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"compression": "none", "use_dictionary": False},
+        {"compression": "gzip", "data_page_version": "2.0", "write_page_index": True},
+        {"compression": "lz4", "use_compliant_nested_type": False, "write_statistics": False},
+        {"compression": "brotli", "version": "1.0", "write_page_checksum": True},
+    ],
+    ids=str,
+)
+def test_shards_that_pyarrow_wrote_anew_are_read(cache: Path, settings: dict[str, Any]) -> None:
+    expected = [CacheReader.open(cache).row(i) for i in range(12)]
+    for path in (cache / "shards").iterdir():
+        pq.write_table(pq.read_table(path), path, **settings)
+    _list_as_they_are(cache)
+    assert verify(cache).problems == ()
+    _assert_rows(CacheReader.open(cache), expected)
+
+
+def test_shards_that_duckdb_wrote_anew_are_read(
+    tmp_path: Path, cache_of_rows: Callable[..., Path]
+) -> None:
+    """DuckDB has no float16, so this is a cache in float32."""
+    import duckdb
+
+    rows = [(f"q{i}", "forget" if i < 4 else "retain", f"query {i} ü") for i in range(8)]
+    cache = cache_of_rows("cache", rows, logit_dtype="float32")
+    expected = [CacheReader.open(cache).row(i) for i in range(8)]
+    for path in (cache / "shards").iterdir():
+        metadata = pq.read_schema(path).metadata
+        pairs = ", ".join(
+            f"'{key.decode()}': '{value.decode()}'" for key, value in metadata.items()
+        )
+        new = tmp_path / "new.parquet"
+        duckdb.sql(f"copy '{path}' to '{new}' (format parquet, kv_metadata {{{pairs}}})")
+        new.replace(path)
+    _list_as_they_are(cache)
+    assert verify(cache).problems == ()
+    _assert_rows(CacheReader.open(cache), expected)
+
+
+def _assert_rows(reader: CacheReader, expected: list[CachedRow]) -> None:
+    for index, row in enumerate(expected):
+        found = reader.row(index)
+        assert (found.query_id, found.split, found.query) == (row.query_id, row.split, row.query)
+        for name in ("prompt_ids", "response_ids", "token_ids", "logits", "logsumexp"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(row, name))

@@ -16,7 +16,6 @@ from duet_unlearn.data.errors import CacheError, ConfigurationError, CorruptCach
 from duet_unlearn.teacher_cache import schema
 from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
 from duet_unlearn.teacher_cache.manifest import MAX_MANIFEST_BYTES, read_manifest
-from duet_unlearn.teacher_cache.pages import read_struct
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.recipe import Recipe
 from duet_unlearn.teacher_cache.schema import row_group_rows
@@ -277,30 +276,6 @@ def test_a_pin_holds_for_the_bytes_of_the_shards(cache: Path) -> None:
     shard(cache).write_bytes(shard(cache).read_bytes()[: len(data)].ljust(len(data), b"\0"))
     with pytest.raises(CorruptCacheError, match="its bytes have"):
         CacheReader.open(f"{cache}@{digest}").row(0)
-
-
-def test_a_page_header_is_read_as_the_thrift_compact_protocol_says() -> None:
-    # Fields 1 to 3 and a struct in field 5, by hand: (delta << 4 | type), then zigzag numbers.
-    header = bytes([0x15, 0, 0x15, 20, 0x15, 0xAC, 0x02, 0x2C, 0x15, 8, 0x15, 16, 0, 0])
-    assert read_struct(header + b"rest") == ({1: 0, 2: 10, 3: 150, 5: {1: 4, 2: 8}}, 14)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "does not end"),
-        (b"\x15", "does not end"),
-        (b"\x15\x02\x05\x02\x02\x00", "says a thing twice"),
-        (b"\x1c" * 50, "nested too deep"),
-        (b"\x15" + b"\xff" * 11, "more than 64 bits"),
-        (b"\x1b\x00", "a field of type 11"),
-        (b"\x19\xf8\xff\xff\xff\x7f", "does not end"),
-        (b"\x18\xff\x7f", "does not end"),
-    ],
-)
-def test_malformed_page_headers_are_value_errors(data: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_struct(data)
 
 
 def _recipe(**changes: Any) -> Recipe:

@@ -1,0 +1,109 @@
+"""Sound caches to mutate, and what a forger does to make a changed one consistent again."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from duet_unlearn.data.queries import Query, fingerprint_queries
+from duet_unlearn.teacher_cache.assemble import Assembly
+from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
+from duet_unlearn.teacher_cache.plan import plan_shards
+from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.teacher_cache.resume import PlannedCache
+from duet_unlearn.teacher_cache.schema import CacheRow
+from duet_unlearn.teacher_cache.signals import Signal
+
+SHA = "sha256:" + "ab" * 32
+
+
+def write_base(folder: Path, logit_dtype: str) -> Path:
+    """Write a sound cache of two shards."""
+    queries = [
+        Query.from_text(f"query {i} ü", split="forget" if i % 2 else "retain", query_id=f"q{i}")
+        for i in range(8)
+    ]
+    recipe = Recipe(
+        **dict.fromkeys(("weights", "config", "tokenizer", "vocabulary"), SHA),
+        vocab_size=90,
+        chat_template=None,
+        template_date="2024-07-26",
+        prefix="Forget.",
+        prefix_place="raw",
+        retain_prefix=True,
+        top_k=4,
+        positions=2,
+        logit_dtype=logit_dtype,
+        compute_dtype="float32",
+        eos_token_ids=(1,),
+    )
+    shards = plan_shards(queries, 4)
+    (folder / "shards").mkdir(parents=True)
+    plan = PlannedCache(
+        folder=folder,
+        recipe=recipe,
+        queries=fingerprint_queries(queries),
+        shards=tuple(map(tuple, shards)),
+    )
+    assembly = Assembly(plan)
+    for index, shard in enumerate(shards):
+        assembly.write(index, [_row(query) for query in shard], ({"engine": "test"},))
+    strongest = [{"id": 3, "text": "a", "logit": 1.5, "probability": 0.25}]
+    sample = {"query_id": "q0", "split": "retain", "query": "query 0 ü", "response": ["a"]}
+    assembly.finish("tiny", ({**sample, "strongest": strongest},))
+    return folder
+
+
+def _row(query: Query) -> CacheRow:
+    rng = np.random.default_rng(int(query.query_id[1:]))
+    logits = -np.sort(-rng.normal(0, 2, (2, 4)), axis=1).astype(np.float32)
+    return CacheRow(
+        query_id=query.query_id,
+        split=query.split,
+        query=query.text,
+        prompt_ids=np.arange(3, dtype=np.int32),
+        signal=Signal(
+            response_ids=np.array([7, 8], np.int32),
+            token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in "ab"]).astype(np.int32),
+            logits=logits,
+            logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
+        ),
+    )
+
+
+def shard_of(cache: Path, rng: random.Random) -> Path:
+    return cache / "shards" / f"0000{rng.randrange(2)}-of-00002.parquet"
+
+
+def list_in_manifest(cache: Path) -> None:
+    """Make the manifest agree with the shards' bytes, as a forger would."""
+    value = json.loads((cache / "manifest.json").read_text())
+    for entry in value["shards"]:
+        path = cache / "shards" / entry["name"]
+        entry["bytes"] = path.stat().st_size
+        entry["sha256"] = sha256_file(path)
+    sign(cache, value)
+
+
+def sign(cache: Path, value: dict[str, Any]) -> None:
+    value.pop("digest", None)
+    text = json.dumps({**value, "digest": sha256_json(value)})
+    (cache / "manifest.json").write_text(text)
+
+
+def plain_shard(cache: Path, rng: random.Random) -> None:
+    """Rewrite the shards as another writer might."""
+    compression = rng.choice(("none", "snappy", "zstd", "gzip"))
+    pages = rng.choice(("1.0", "2.0"))
+    dictionary = rng.random() < 0.5
+    for path in (cache / "shards").iterdir():
+        pq.write_table(
+            pq.read_table(path),
+            path,
+            compression=compression,
+            data_page_version=pages,
+            use_dictionary=dictionary,
+        )
