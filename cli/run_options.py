@@ -71,9 +71,10 @@ SIGNALS = OptionGroup(
             "--view",
             field="views",
             multiple=True,
-            metavar="FILE|@NAME",
+            metavar="FILE|@NAME[=WEIGHT]",
             help="Also train each query behind one of these wrappers, toward the same signal: a "
-            "text file, one wrapper a line with {query} in it, or built-in ones. Repeatable.",
+            "text file, one wrapper a line with {query} in it, or built-in ones; =3 draws them "
+            "three times as often as others. Repeatable.",
         ),
         _option(
             "--loss",

@@ -5,6 +5,8 @@ training and the built-in *attacks* for evaluation; the two share no text, so th
 scored only under wordings it never met.
 """
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from duet_unlearn.data.queries import Message
 QUERY_SLOT = "{query}"
 """Where the query goes in a wrapper. No other brace has a meaning."""
 
+_WEIGHT_MARK = re.compile(r"\[weight\b[ :=]*([^\]]*)\]\s*", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wrapper:
@@ -26,6 +30,9 @@ class Wrapper:
 
     text: str
     """The wording, with `{query}` exactly once."""
+
+    weight: float = 1.0
+    """How often training draws it against others; evaluation asks everything once."""
 
     def __post_init__(self) -> None:
         count = self.text.count(QUERY_SLOT)
@@ -123,12 +130,12 @@ def load_wrappers(source: str) -> tuple[Wrapper, ...]:
     Args:
         source: `@NAME` for one built-in wrapper, `@views`, `@attacks` or `@all` for a group,
             else a UTF-8 text file: one wrapper a line, `#` starts a comment line, blank lines
-            are skipped.
+            are skipped. `[weight 3]` in front of a wrapper is its weight.
 
     Raises:
         ConfigurationError: The name is unknown.
-        DataError: The file is missing, unreadable or empty, or a line does not hold `{query}`
-            exactly once.
+        DataError: The file is missing, unreadable or empty, a line does not hold `{query}`
+            exactly once, or its weight is not above 0.
     """
     if source.startswith("@"):
         return _built_in(source[1:])
@@ -153,7 +160,7 @@ def load_wrappers(source: str) -> tuple[Wrapper, ...]:
 
 def _parse(path: Path, lines: Sequence[str]) -> Iterable[Wrapper]:
     for number, raw in enumerate(lines, start=1):
-        text = raw.strip()
+        weight, text = _split_weight(raw.strip(), f"{path}, line {number}")
         if not text or text.startswith("#"):
             continue
         count = text.count(QUERY_SLOT)
@@ -162,7 +169,20 @@ def _parse(path: Path, lines: Sequence[str]) -> Iterable[Wrapper]:
                 f"{path}, line {number}: {QUERY_SLOT} stands {count} times, expected exactly "
                 "once; mark the place of the query"
             )
-        yield Wrapper(name=f"{path.stem}:{number}", text=text)
+        yield Wrapper(name=f"{path.stem}:{number}", text=text, weight=weight)
+
+
+def _split_weight(line: str, where: str) -> tuple[float, str]:
+    mark = _WEIGHT_MARK.match(line)
+    if mark is None:
+        return 1.0, line
+    try:
+        weight = float(mark[1])
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise DataError(f"{where}: {mark[0].strip()}, expected a number above 0: [weight 3]")
+    return weight, line[mark.end() :]
 
 
 def _built_in(name: str) -> tuple[Wrapper, ...]:

@@ -68,8 +68,8 @@ class RunConfig:
     positions: int | None = None
     """Train on the first N cached positions; None takes all of them."""
     views: tuple[str, ...] = ()
-    """Wrapper files or `@NAME`s: each query is also trained behind one of them, drawn anew every
-    epoch, toward the same signal."""
+    """Wrapper files or `@NAME`s, `=WEIGHT` behind them: each query is also trained behind one of
+    them, drawn anew every epoch, toward the same signal."""
     noise_alpha: float = 0.0
     """Share of the student's weights given up to noise before training, as in UNDO; 0 is none."""
     noise_beta: float = 0.1

@@ -12,6 +12,7 @@ from duet_unlearn.distill.job import Job, RunResult
 from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.save import save_model, versions, write_card, write_run_file
 from duet_unlearn.distill.student import load_weights
+from duet_unlearn.distill.views import describe_views
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.trainer import DuetTrainer
@@ -49,6 +50,7 @@ def publish(job: Job, result: RunResult) -> None:
         "config": config.to_json(),
         "identity": folder.identity,
         "cache": {"digest": manifest.digest, "recipe_id": manifest.recipe_id},
+        "views": describe_views(job.views),
         "base": {"name": model_name(student.name), "weights": student.weights},
         "versions": versions(lora=config.lora_rank is not None),
         # Where it was made is no one's business; the other paths are as the user gave them.

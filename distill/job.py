@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError
-from duet_unlearn.data.wrappers import Wrapper, load_wrappers
+from duet_unlearn.data.wrappers import Wrapper
 from duet_unlearn.distill.config import AUTO, RunConfig
 from duet_unlearn.distill.run_folder import RunFolder
 from duet_unlearn.distill.student import Student, open_student
+from duet_unlearn.distill.views import describe_views, draw_weights, load_views
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def resolve_job(config: RunConfig) -> Job:
     top_k = _at_most(config.top_k, recipe.top_k, "top_k")
     positions = _at_most(config.positions, recipe.positions, "positions")
     _check_splits(reader)
-    views = tuple(view for source in config.views for view in load_wrappers(source))
+    views = load_views(config.views)
     student = open_student(config.student)
     out = Path(config.out).expanduser().resolve()
     if out == student.folder:
@@ -86,12 +87,16 @@ def resolve_job(config: RunConfig) -> Job:
         lora_alpha=config.resolved_lora_alpha(),
         save_dtype=student.stored_dtype if config.save_dtype == AUTO else config.save_dtype,
     )
+    weights = draw_weights(views)
     identity = {
         "settings": resolved.identity(),
         "cache": reader.manifest.digest,
         "base": student.weights,
         "views": [[view.name, view.text] for view in views],
+        **({} if weights is None else {"view_weights": list(weights)}),
     }
+    if views:
+        logger.info("views: %s", describe_views(views))
     folder = RunFolder(out=out, identity=identity)
     return Job(config=resolved, reader=reader, student=student, views=views, folder=folder)
 

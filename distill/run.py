@@ -11,6 +11,7 @@ from duet_unlearn.distill.job import SPLITS, Job, RunResult, resolve_job
 from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.student import check_cache_fits, load_weights
 from duet_unlearn.distill.trained import select_trained
+from duet_unlearn.distill.views import draw_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -130,6 +131,7 @@ def _make_trainer(
             batch_size=config.batch_size,
             accumulation=config.gradient_accumulation_steps,
             num_views=len(job.views),
+            view_weights=draw_weights(job.views),
             process=index,
             num_processes=num_processes,
         )

@@ -118,6 +118,7 @@ class StepSampler(Sampler[list[Draw]]):
         batch_size: Rows an optimizer step, all processes together.
         accumulation: Forward passes a step on each process.
         num_views: How many views there are to draw from; 0 draws plain queries alone.
+        view_weights: How often each view is drawn against the others; None is equally often.
         process: Index of this process.
         num_processes: How many processes share each step.
     """
@@ -131,6 +132,7 @@ class StepSampler(Sampler[list[Draw]]):
         batch_size: int,
         accumulation: int = 1,
         num_views: int = 0,
+        view_weights: Sequence[float] | None = None,
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -140,6 +142,9 @@ class StepSampler(Sampler[list[Draw]]):
         self.rows_per_step = batch_size
         self.accumulation = accumulation
         self.num_views = num_views
+        self.view_shares = None
+        if view_weights is not None:
+            self.view_shares = np.array(view_weights, np.float64) / np.sum(view_weights)
         self.process = process
         self.num_processes = num_processes
         self.epoch = 0
@@ -166,7 +171,10 @@ class StepSampler(Sampler[list[Draw]]):
         order = epoch_order(self.splits, self.row_groups, seed=self.seed, epoch=self.epoch)
         # A generator of its own: adding views must not change the order of the rows.
         generator = np.random.default_rng([self.seed, self.epoch, 1])
-        views = generator.integers(max(self.num_views, 1), size=len(order))
+        if self.view_shares is None:
+            views = generator.integers(max(self.num_views, 1), size=len(order))
+        else:
+            views = generator.choice(self.num_views, size=len(order), p=self.view_shares)
         for start in range(0, len(order), self.rows_per_step):
             part = slice(start, start + self.rows_per_step)
             yield self._draws(order[part].tolist(), views[part].tolist())

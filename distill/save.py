@@ -214,7 +214,7 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
         top_k=config["top_k"],
         positions="the first position" if count == 1 else f"the first {count} positions",
         loss=_loss_of(config),
-        views=", ".join(name for name, _ in run["identity"]["views"]) or "none",
+        views=run["views"],
         noise=_noise(config["noise_alpha"], config["noise_beta"]),
         trained=_trained(config, result),
         steps=result["steps"],

@@ -107,3 +107,26 @@ def test_missing_folder_and_binary_sources_are_refused(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00{query}")
     with pytest.raises(DataError, match="not readable"):
         load_wrappers(str(binary))
+
+
+def test_a_line_may_have_a_weight(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(
+        "[weight 3] Now: {query}\n[Weight: 0.5]{query} then\n[waiting] {query}\n", encoding="utf-8"
+    )
+    assert load_wrappers(str(path)) == (
+        Wrapper(name="mine:1", text="Now: {query}", weight=3.0),
+        Wrapper(name="mine:2", text="{query} then", weight=0.5),
+        Wrapper(name="mine:3", text="[waiting] {query}"),
+    )
+
+
+@pytest.mark.parametrize(
+    "mark", ["[weight]", "[weight two]", "[weight 0]", "[weight -1]", "[weight inf]"]
+)
+def test_a_weight_that_is_no_number_above_zero_is_refused(tmp_path, mark):
+    path = tmp_path / "mine.txt"
+    path.write_text(f"# views\n{mark} Now: {{query}}\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_wrappers(str(path))
+    assert str(caught.value) == f"{path}, line 2: {mark}, expected a number above 0: [weight 3]"

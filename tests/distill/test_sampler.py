@@ -141,3 +141,18 @@ def test_views_stand_beside_the_plain_query_and_leave_the_order_alone():
     again.set_epoch(1)
     by_row = {draw.row: draw.view for step in viewed for draw in step[1::2]}
     assert any(by_row[d.row] != d.view for step in again.steps() for d in step[1::2])
+
+
+def test_views_are_drawn_by_weight_for_forget_and_retain_alike():
+    pattern = [0, 1] * 400
+    sampler = sampler_of(pattern, num_views=3, view_weights=(1.0, 3.0, 4.0))
+    steps = list(sampler.steps())
+    for split in (0, 1):
+        drawn = [d.view for step in steps for d in step[1::2] if pattern[d.row] == split]
+        shares = np.bincount(drawn, minlength=3) / len(drawn)
+        assert np.abs(shares - [1 / 8, 3 / 8, 4 / 8]).max() < 0.08
+    assert [rows_of(step)[::2] for step in steps] == [
+        rows_of(s) for s in sampler_of(pattern).steps()
+    ]
+    again = sampler_of(pattern, num_views=3, view_weights=(2.0, 6.0, 8.0))
+    assert list(again.steps()) == steps

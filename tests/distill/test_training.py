@@ -173,6 +173,19 @@ def test_views_are_trained_beside_the_plain_query(train, tmp_path):
         train("viewed", views=(str(view),))
 
 
+def test_views_with_weights_are_another_run(train, tmp_path):
+    view = tmp_path / "views.txt"
+    view.write_text("Please, {query}\n[weight 3] {query} Now.\n", encoding="utf-8")
+    result = train(views=(str(view),), epochs=1)
+    assert (
+        "| views | views:1 (25%), views:2 (75%) |" in (Path(result.out) / "README.md").read_text()
+    )
+    assert train(views=(f"{view}=2",), epochs=1).hit
+    view.write_text("Please, {query}\n{query} Now.\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"another run \(view_weights is \[1.0, 3.0\]"):
+        train(views=(str(view),), epochs=1)
+
+
 def test_several_positions_train(train, deep_cache):
     result = train(cache=str(deep_cache), epochs=6)
     assert all(last < first for first, last in result.loss.values())

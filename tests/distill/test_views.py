@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from duet_unlearn.data.errors import ConfigurationError, DataError
+from duet_unlearn.data.wrappers import VIEWS
+from duet_unlearn.distill.views import describe_views, draw_weights, load_views
+
+
+def shares(*sources: str) -> dict[str, float]:
+    return {view.name: view.weight for view in load_views(sources)}
+
+
+def test_a_weight_stands_behind_a_source_and_counts_for_each_of_its_views(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("[weight 2] Now: {query}\n{query} Go.\n", encoding="utf-8")
+    assert shares("@remember=3", str(path)) == {"remember": 3, "mine:1": 2, "mine:2": 1}
+    assert shares(f"{path}=0.5") == {"mine:1": 1, "mine:2": 0.5}
+    assert set(shares("@views=2").values()) == {2}
+    assert list(shares("@views")) == list(VIEWS)
+
+
+def test_a_view_named_again_takes_the_later_weight():
+    weights = shares("@views", "@remember=3")
+    assert len(weights) == len(VIEWS)
+    assert weights.pop("remember") == 3
+    assert set(weights.values()) == {1}
+
+
+def test_an_equals_sign_may_stand_in_the_name_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a=2").write_text("Now: {query}\n", encoding="utf-8")
+    assert shares("a=2") == {"a=2:1": 1}
+    assert shares("a=2=3") == {"a=2:1": 3}
+    with pytest.raises(DataError, match="b=c: no such wrapper file"):
+        load_views(["b=c"])
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "two", ""])
+def test_a_weight_is_a_number_above_zero(weight):
+    with pytest.raises(ConfigurationError) as caught:
+        load_views([f"@remember={weight}"])
+    assert str(caught.value) == (
+        f"view @remember={weight}: weight {weight!r}, expected a number above 0"
+    )
+
+
+def test_equal_weights_are_no_weights():
+    assert draw_weights(load_views(["@remember=2", "@disregard=2"])) is None
+    assert draw_weights(()) is None
+    weighted = load_views(["@remember=6", "@disregard=2"])
+    assert draw_weights(weighted) == (3, 1)
+    assert describe_views(weighted) == "remember (75%), disregard (25%)"
+    assert describe_views(load_views(["@remember=6"])) == "remember"
+    assert describe_views(()) == "none"
