@@ -68,3 +68,14 @@ def _print_result(result: "RunResult", *, as_json: bool) -> None:
         )
     for split, (first, last) in result.loss.items():
         click.echo(f"loss {split} {first:.4f} -> {last:.4f}")
+    if result.evaluations:
+        _print_evaluations(result)
+
+
+def _print_evaluations(result: "RunResult") -> None:
+    click.echo("held-out recall of ROUGE-L in points\n  step  forget  retain")
+    for found in result.evaluations:
+        note = "  base" if found["step"] == 0 else ""
+        if found["step"] == result.kept_step:
+            note = "  <- the student"
+        click.echo(f"{found['step']:>6}  {found['forget']:>6.1f}  {found['retain']:>6.1f}{note}")

@@ -7,6 +7,7 @@ import click
 from duet_unlearn.cli.option_groups import OptionGroup
 from duet_unlearn.distill.config import (
     AUTO,
+    KEPT,
     LOSS_NAMES,
     PRECISIONS,
     SAVE_DTYPES,
@@ -215,6 +216,58 @@ MEMORY = OptionGroup(
     ),
 )
 
+EVALUATION = OptionGroup(
+    "Held-out queries during training",
+    (
+        _option(
+            "--eval-every",
+            type=click.IntRange(min=0),
+            help="Steps between two evaluations; 0 makes none.",
+        ),
+        _option(
+            "--eval-forget",
+            multiple=True,
+            metavar="FILE",
+            help="Held-out queries with answers that should be gone. Repeatable.",
+        ),
+        _option(
+            "--eval-retain",
+            multiple=True,
+            metavar="FILE",
+            help="Held-out queries with answers that should be kept. Repeatable.",
+        ),
+        _option(
+            "--eval-attacks",
+            multiple=True,
+            metavar="FILE|@NAME",
+            help="Also ask them behind each of these wrappers; the worst counts. Repeatable.",
+        ),
+        _option(
+            "--eval-limit",
+            type=_ONE_OR_MORE,
+            help="Ask this many queries of each file, evenly spread.  [default: all]",
+        ),
+        _option("--eval-max-new-tokens", type=_ONE_OR_MORE, help="Longest answer in tokens."),
+        _option(
+            "--eval-retain-drop",
+            type=float,
+            help="Points of retain recall that the best step may lie below the base.",
+        ),
+        _option(
+            "--keep",
+            type=click.Choice(KEPT),
+            help="Which weights the student has: of the step that forgets most and keeps enough, "
+            "or of the last.",
+        ),
+        _option(
+            "--early-stop",
+            type=_ONE_OR_MORE,
+            metavar="PATIENCE",
+            help="Stop after so many evaluations in a row without less being told.",
+        ),
+    ),
+)
+
 OUTPUT = OptionGroup(
     "Logs and checkpoints",
     (
@@ -229,4 +282,4 @@ OUTPUT = OptionGroup(
     ),
 )
 
-GROUPS = (INPUTS, SIGNALS, TRAINED, OPTIMIZATION, MEMORY, OUTPUT)
+GROUPS = (INPUTS, SIGNALS, TRAINED, OPTIMIZATION, MEMORY, EVALUATION, OUTPUT)

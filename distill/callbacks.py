@@ -6,7 +6,7 @@
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -107,6 +107,31 @@ class LogLastStep(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
         return control
+
+
+class AlreadyTrained(Exception):  # noqa: N818 - it ends nothing but a loop that has no work
+    """A resumed run had done its last step; its state is loaded."""
+
+
+class StopIfDone(TrainerCallback):
+    """Keeps a resumed run that had done its last step from doing one more.
+
+    The Trainer asks after a step whether it was the last one, so it cannot be told to do none.
+
+    Args:
+        may_stop: Tells from the log history whether the run was to end early.
+    """
+
+    def __init__(self, may_stop: Callable[[list[dict[str, float]]], bool] | None = None) -> None:
+        self._may_stop = may_stop
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Raise where there is nothing left to do."""
+        early = self._may_stop is not None and self._may_stop(state.log_history)
+        if state.global_step and (state.global_step >= state.max_steps or early):
+            raise AlreadyTrained
 
 
 class StopOnSignal(TrainerCallback):

@@ -24,6 +24,7 @@ PRECISIONS = (AUTO, "float32", "bf16", "fp16")
 TRAIN_DTYPES = ("float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+KEPT = ("best", "last")
 TRACKERS = ("none", "tensorboard", "wandb")
 
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
@@ -38,6 +39,9 @@ _OUTSIDE_IDENTITY = (
     "student",
     "out",
     "views",
+    "eval_forget",
+    "eval_retain",
+    "eval_attacks",
     "gradient_accumulation_steps",
     "logging_steps",
     "save_steps",
@@ -118,6 +122,24 @@ class RunConfig:
     """How the student is stored: `auto` is as the model it starts from is stored."""
     seed: int = 0
     """Decides the order of queries and the draw of views."""
+    eval_every: int = 0
+    """Optimizer steps between two evaluations on held-out queries; 0 makes none."""
+    eval_forget: tuple[str, ...] = ()
+    """Held-out queries with answers that the student should no longer give."""
+    eval_retain: tuple[str, ...] = ()
+    """Held-out queries with answers that it should still give."""
+    eval_attacks: tuple[str, ...] = ()
+    """Wrapper files or `@NAME`s: both are also asked behind each of them, and the worst counts."""
+    eval_limit: int | None = None
+    """Ask this many queries of each file, evenly spread over it; None asks all."""
+    eval_max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    eval_retain_drop: float = 3.0
+    """Points of held-out retain recall that the best step may lie below the base."""
+    keep: str = "best"
+    """With evaluations, whether the student is the `best` evaluated step or the `last`."""
+    early_stop: int | None = None
+    """Stop after this many evaluations in a row without less being told of what to forget."""
     logging_steps: int = 10
     """Optimizer steps between two log lines."""
     save_steps: int = 500
@@ -134,19 +156,27 @@ class RunConfig:
             "precision": PRECISIONS,
             "dtype": TRAIN_DTYPES,
             "save_dtype": SAVE_DTYPES,
+            "keep": KEPT,
             "report_to": TRACKERS,
         }.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
                 )
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_max_new_tokens",
+        ):
             self._check_whole(name, at_least=1)
-        for name in ("top_k", "positions", "max_steps", "lora_rank"):
+        for name in ("top_k", "positions", "max_steps", "lora_rank", "eval_limit", "early_stop"):
             if getattr(self, name) is not None:
                 self._check_whole(name, at_least=1)
         self._check_whole("seed", at_least=0)
-        self._check_whole("save_steps", at_least=0)
+        for name in ("save_steps", "eval_every"):
+            self._check_whole(name, at_least=0)
         for name in ("delta", "temperature"):
             self._check_number(name, zero_allowed=False)
             self._check_loss_takes(name)
@@ -158,6 +188,8 @@ class RunConfig:
             )
         if self.learning_rate != AUTO:
             self._check_number("learning_rate", zero_allowed=False)
+        self._check_number("eval_retain_drop")
+        self._check_evaluation()
         self._check_trained()
         if self.gradient_accumulation_steps > self.batch_size:
             raise ConfigurationError(
@@ -201,6 +233,19 @@ class RunConfig:
         raise ConfigurationError(
             f"{name} is {value!r}, but {reason}; leave it out, or choose loss {takers}"
         )
+
+    def _check_evaluation(self) -> None:
+        for name in ("eval_forget", "eval_retain"):
+            if self.eval_every and not getattr(self, name):
+                raise ConfigurationError(
+                    f"{name} is empty, expected held-out queries to ask every {self.eval_every} "
+                    "steps"
+                )
+        for name in ("eval_forget", "eval_retain", "eval_attacks", "early_stop"):
+            if getattr(self, name) and not self.eval_every:
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r} without evaluations; give eval_every too"
+                )
 
     def _check_trained(self) -> None:
         if self.layers is not None:

@@ -62,9 +62,9 @@ def evaluate(config: EvalConfig) -> EvalReport:
             long for a model.
     """
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
-    attacks = _load_attacks(config.attacks)
-    sets = _load_sets(config)
-    tasks = _list_tasks(sets, attacks)
+    attacks = load_attacks(config.attacks)
+    sets = load_sets(config)
+    tasks = list_tasks(sets, attacks)
     subjects = [
         _open_subject(config, spec, prefix if index == 0 else None, tasks)
         for index, spec in enumerate(config.models)
@@ -88,7 +88,7 @@ def evaluate(config: EvalConfig) -> EvalReport:
     )
 
 
-def _load_attacks(sources: Sequence[str]) -> tuple[Wrapper, ...]:
+def load_attacks(sources: Sequence[str]) -> tuple[Wrapper, ...]:
     """All wrappers, each text once, under names that differ."""
     attacks: dict[str, Wrapper] = {}
     for source in sources:
@@ -100,7 +100,7 @@ def _load_attacks(sources: Sequence[str]) -> tuple[Wrapper, ...]:
     return tuple(attacks.values())
 
 
-def _load_sets(config: EvalConfig) -> tuple[QuerySet, ...]:
+def load_sets(config: EvalConfig) -> tuple[QuerySet, ...]:
     """All query sets, each named by its split and, where the split has several, its file."""
     sets: list[QuerySet] = []
     for split, source in config.sources:
@@ -122,7 +122,8 @@ def spread(queries: Sequence[Query], limit: int) -> list[Query]:
     return [queries[i * len(queries) // count] for i in range(count)]
 
 
-def _list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Wrapper]) -> tuple[Task, ...]:
+def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Wrapper]) -> tuple[Task, ...]:
+    """Every query plainly, then every forget and retain query behind each attack."""
     return tuple(
         Task(set_name=query_set.name, query=query, attack=attack)
         for attack in (None, *attacks)
@@ -149,11 +150,16 @@ def _open_subject(
     limit = context_length(read_config(folder))
     for label, rendered in prompts.items():
         for task, prompt in zip(tasks, rendered, strict=True):
-            _check_length(task, len(prompt), label, limit, config.max_new_tokens)
+            check_length(task, len(prompt), label, limit, config.max_new_tokens)
     return _Subject(spec=spec, folder=folder, adapter=adapter, tokenizer=tokenizer, prompts=prompts)
 
 
-def _check_length(task: Task, length: int, label: str, limit: int | None, new_tokens: int) -> None:
+def check_length(task: Task, length: int, label: str, limit: int | None, new_tokens: int) -> None:
+    """Refuse a prompt that is empty or leaves no room for its answer.
+
+    Raises:
+        DataError: It is one of the two.
+    """
     where = f"query {task.query.query_id} of {task.set_name}"
     if task.attack is not None:
         where += f" under attack {task.attack.name}"

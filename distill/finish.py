@@ -1,6 +1,7 @@
 """The end of a run: what was trained becomes a student folder, its history beside it."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.save import save_model, versions, write_card, write_run_file
 from duet_unlearn.distill.student import load_weights
 from duet_unlearn.distill.views import describe_views
+from duet_unlearn.teacher_cache.files import write_error
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.trainer import DuetTrainer
@@ -34,14 +36,21 @@ def write_model(job: Job, trainer: "DuetTrainer", folder: Path) -> None:
     save_model(model, job.student, folder, dtype=job.config.save_dtype, state=state)
 
 
-def publish(job: Job, result: RunResult) -> None:
+def publish(job: Job, result: RunResult, *, best: Path | None = None) -> None:
     """Write the history beside the staged model and let the student appear; one process does.
+
+    Args:
+        job: The run.
+        result: What it came to.
+        best: The model folder that becomes the student, where it is not staged yet.
 
     Raises:
         CacheError: A folder cannot be written.
     """
     config, folder, student = job.config, job.folder, job.student
     staged = folder.staged_student
+    if best is not None:
+        _stage(best, staged)
     if config.merge:
         _merge(job, staged)
     shutil.copyfile(folder.work / LOG_FILE, staged / LOG_FILE)
@@ -60,6 +69,23 @@ def publish(job: Job, result: RunResult) -> None:
     write_config(staged, config, manifest.digest)
     write_card(staged, run_file, manifest.recipe)
     folder.publish()
+
+
+def _stage(best: Path, staged: Path) -> None:
+    """Put the best weights in place without moving them: a run that is killed now needs them."""
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(best, staged, copy_function=_link)
+    except OSError as error:  # copytree's own error is one of them
+        raise write_error(staged, error) from error
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+    return target
 
 
 def _merge(job: Job, staged: Path) -> None:

@@ -205,7 +205,8 @@ def _generate_batch(
     rows = [[fill] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     generate: Any = model.generate
-    with torch.inference_mode():
+    # Not inference mode: a model that is trained on could not use what it makes there.
+    with torch.no_grad():
         output = generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError
 from duet_unlearn.data.wrappers import Wrapper
@@ -12,6 +13,9 @@ from duet_unlearn.distill.run_folder import RunFolder
 from duet_unlearn.distill.student import Student, open_student
 from duet_unlearn.distill.views import describe_views, draw_weights, load_views
 from duet_unlearn.teacher_cache.reader import CacheReader
+
+if TYPE_CHECKING:
+    from duet_unlearn.distill.held_out import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,11 @@ class RunResult:
     parameters: int
     """Numbers of the whole student."""
     steps: int
-    """Optimizer steps from the base to the student."""
+    """Optimizer steps that were done."""
+    kept_step: int
+    """The step whose weights the student has."""
+    evaluations: list[dict[str, float]]
+    """Recalls on held-out queries, step 0 first; empty where none were made."""
     learning_rate: float
     """Peak learning rate."""
     loss: dict[str, list[float]]
@@ -55,6 +63,7 @@ class Job:
     reader: CacheReader
     student: Student
     views: tuple[Wrapper, ...]
+    held_out: "HeldOut | None"
     folder: RunFolder
 
 
@@ -87,6 +96,7 @@ def resolve_job(config: RunConfig) -> Job:
         lora_alpha=config.resolved_lora_alpha(),
         save_dtype=student.stored_dtype if config.save_dtype == AUTO else config.save_dtype,
     )
+    held_out = _load_held_out(config) if config.eval_every else None
     weights = draw_weights(views)
     identity = {
         "settings": resolved.identity(),
@@ -94,11 +104,25 @@ def resolve_job(config: RunConfig) -> Job:
         "base": student.weights,
         "views": [[view.name, view.text] for view in views],
         **({} if weights is None else {"view_weights": list(weights)}),
+        **({} if held_out is None else {"held_out": held_out.fingerprint}),
     }
     if views:
         logger.info("views: %s", describe_views(views))
     folder = RunFolder(out=out, identity=identity)
-    return Job(config=resolved, reader=reader, student=student, views=views, folder=folder)
+    return Job(
+        config=resolved,
+        reader=reader,
+        student=student,
+        views=views,
+        held_out=held_out,
+        folder=folder,
+    )
+
+
+def _load_held_out(config: RunConfig) -> "HeldOut":
+    from duet_unlearn.distill.held_out import HeldOut
+
+    return HeldOut(config)
 
 
 def _at_most(wanted: int | None, cached: int, name: str) -> int:

@@ -1,5 +1,7 @@
 """`duet-distill run`: fit a student to a teacher cache. Neither vLLM nor the teacher is needed."""
 
+import contextlib
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.student import check_cache_fits, load_weights
 from duet_unlearn.distill.trained import select_trained
 from duet_unlearn.distill.views import draw_weights
+from duet_unlearn.teacher_cache.location import is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from duet_unlearn.distill.callbacks import StopOnSignal
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +53,13 @@ def run(config: RunConfig) -> RunResult:
     reader = job.reader
     # A remote cache comes in while the model is loaded and trained, in the order of its use.
     reader.prefetch(epoch_order(reader.splits, reader.row_groups, seed=config.seed, epoch=0))
-    renderer = PromptRenderer(load_tokenizer(job.student.folder))
+    tokenizer = load_tokenizer(job.student.folder)
+    renderer = PromptRenderer(tokenizer)
     check_cache_fits(job.student, renderer, reader)
+    if job.held_out is not None:
+        job.held_out.prepare(job.student, renderer, tokenizer)
+        if not is_url(config.cache):  # its rows are not here yet
+            job.held_out.warn_of_trained(reader)
     args = training_arguments(job.config, job.folder.work)
     if args.process_index != 0:
         _wait_for_all(args)  # until the first process has made the work folder
@@ -67,28 +76,36 @@ def _wait_for_all(args: "TrainingArguments") -> None:
 
 
 def _train(job: Job, renderer: "PromptRenderer", args: "TrainingArguments") -> RunResult:
-    from duet_unlearn.distill.callbacks import StopOnSignal
+    from duet_unlearn.distill.callbacks import AlreadyTrained, StopOnSignal
     from duet_unlearn.distill.noise import perturb
+    from duet_unlearn.distill.watch import evaluations_of
 
     config, folder = job.config, job.folder
     stop = StopOnSignal()
     model, trained = select_trained(load_weights(job.student, config.dtype), config)
+    trainer, watch = _make_trainer(job, model, renderer, stop, args)
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
-    elif config.noise_alpha:
+    elif watch is not None:
+        watch.measure_base()
+    if checkpoint is None and config.noise_alpha:
         perturb(model, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
-    trainer = _make_trainer(job, model, renderer, stop, args)
     logger.info("learning rate %.3g", config.learning_rate)
     started = time.perf_counter()
-    with stop.handling():
+    with stop.handling(), contextlib.suppress(AlreadyTrained):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
-    step, steps = trainer.state.global_step, trainer.state.max_steps
-    if step < steps:
+    step, steps, history = (
+        trainer.state.global_step,
+        trainer.state.max_steps,
+        trainer.state.log_history,
+    )
+    if step < steps and not (watch is not None and watch.may_stop(history)):
         raise StoppedError(
             f"stopped and saved at step {step} of {steps}; run the same command again to go on"
         )
+    kept_step = step if watch is None else watch.chosen(history).step
     result = RunResult(
         out=str(folder.out),
         queries={split: job.reader.manifest.splits[split].rows for split in SPLITS},
@@ -96,14 +113,21 @@ def _train(job: Job, renderer: "PromptRenderer", args: "TrainingArguments") -> R
         trained=trained.what,
         trained_parameters=trained.parameters,
         parameters=trained.of,
-        steps=trainer.state.global_step,
+        steps=step,
+        kept_step=kept_step,
+        evaluations=[dataclasses.asdict(found) for found in evaluations_of(history)],
         learning_rate=float(config.learning_rate),
-        loss=_first_and_last(trainer.state.log_history),
+        loss=_first_and_last(history),
         seconds=round(seconds, 3),
     )
-    write_model(job, trainer, folder.staged_student)
+    best = None
+    if watch is None or config.keep == "last":
+        write_model(job, trainer, folder.staged_student)
+    else:
+        watch.warn_of_loss(history)
+        best = watch.best_folder(kept_step)
     if trainer.is_world_process_zero():
-        publish(job, result)
+        publish(job, result, best=best)
     _wait_for_all(args)
     return result
 
@@ -114,12 +138,13 @@ def _make_trainer(
     renderer: "PromptRenderer",
     stop: "StopOnSignal",
     args: "TrainingArguments",
-) -> "DuetTrainer":
+) -> "tuple[DuetTrainer, Watch | None]":
     from duet_unlearn.distill.batches import CacheDataset
-    from duet_unlearn.distill.callbacks import LogFile, LogLastStep, Progress
+    from duet_unlearn.distill.callbacks import LogFile, LogLastStep, Progress, StopIfDone
     from duet_unlearn.distill.losses import Loss
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.watch import Watch
 
     config, reader = job.config, job.reader
 
@@ -136,6 +161,11 @@ def _make_trainer(
             num_processes=num_processes,
         )
 
+    watch = None
+    if job.held_out is not None:
+        watch = Watch(
+            config, job.held_out, job.folder.work, lambda to: write_model(job, trainer, to)
+        )
     trainer = DuetTrainer(
         model=model,
         args=args,
@@ -149,10 +179,19 @@ def _make_trainer(
         ),
         make_sampler=make_sampler,
         loss=Loss(name=config.loss, delta=config.delta, temperature=config.temperature),
-        callbacks=[LogLastStep(), stop, Progress(), LogFile(job.folder.work / LOG_FILE)],
+        callbacks=[
+            StopIfDone(watch.may_stop if watch else None),
+            LogLastStep(),
+            stop,
+            Progress(),
+            LogFile(job.folder.work / LOG_FILE),
+            *([watch] if watch else []),
+        ],
     )
     stop.trainer = trainer
-    return trainer
+    if watch is not None:
+        watch.trainer = trainer
+    return trainer, watch
 
 
 def _first_and_last(history: list[dict[str, float]]) -> dict[str, list[float]]:

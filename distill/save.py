@@ -36,6 +36,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+SPLITS = ("forget", "retain")
 _VERSIONED = ("torch", "transformers", "accelerate", "numpy", "pyarrow", "safetensors")
 
 
@@ -182,6 +183,7 @@ held-out queries and under attacks before relying on it.
 | trained | {trained} |
 | training | {steps} steps of {batch_size} queries, learning rate {learning_rate:.3g}, seed {seed} |
 | loss, first to last | forget {loss_forget}, retain {loss_retain} |
+| held-out queries | {held_out} |
 
 Made by duet-unlearn {version}; `duet_run.yaml` trains it again, `duet_run.json` holds what it was
 made from and what came out, `duet_log.jsonl` the course of training. The base model's licence
@@ -221,6 +223,7 @@ def write_card(folder: Path, run: dict[str, Any], recipe: Recipe) -> None:
         batch_size=config["batch_size"],
         learning_rate=config["learning_rate"],
         seed=config["seed"],
+        held_out=_held_out(result),
         loss_forget=_course(result["loss"].get("forget")),
         loss_retain=_course(result["loss"].get("retain")),
         version=__version__,
@@ -244,6 +247,15 @@ def _trained(config: dict[str, Any], result: dict[str, Any]) -> str:
         kind += "merged into the base" if config["merge"] else "as an adapter of the base"
     counts = f"{result['trained_parameters']:,} parameters, the base has {result['parameters']:,}"
     return f"{result['trained']}{kind}: {counts}"
+
+
+def _held_out(result: dict[str, Any]) -> str:
+    if not result["evaluations"]:
+        return "not asked in training"
+    base = result["evaluations"][0]
+    kept = next(e for e in result["evaluations"] if e["step"] == result["kept_step"])
+    changes = ", ".join(f"{split} {base[split]:.1f} to {kept[split]:.1f}" for split in SPLITS)
+    return f"{changes} points of ROUGE-L recall, weights of step {kept['step']}"
 
 
 def _course(losses: list[float] | None) -> str:

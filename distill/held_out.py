@@ -1,0 +1,185 @@
+"""What a model still tells of held-out queries, asked in the middle of its training.
+
+Answers are those of `duet-distill eval` with the same queries, attacks and length: greedy, scored
+by ROUGE-L recall. Nothing of the training is left changed: not the model's mode or generation
+settings, not a random number.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn.data.model_folder import eos_token_ids
+from duet_unlearn.data.queries import text_from_messages
+from duet_unlearn.distill.choice import Evaluation
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.eval_config import EvalConfig, ModelSpec
+from duet_unlearn.distill.eval_report import EvalReport, Response, Task
+from duet_unlearn.distill.evaluate import check_length, list_tasks, load_attacks, load_sets
+from duet_unlearn.distill.generate import generate_answers
+from duet_unlearn.distill.scoring import score_response
+from duet_unlearn.distill.student import Student
+from duet_unlearn.teacher_cache.reader import CacheReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from duet_unlearn.data.prompts import PromptRenderer
+
+logger = logging.getLogger(__name__)
+
+_LABEL = "student"
+
+
+class HeldOut:
+    """The held-out queries of a run.
+
+    Args:
+        config: The run, with `eval_forget` and `eval_retain`.
+
+    Raises:
+        ConfigurationError: An attack is unknown.
+        DataError: A query file is missing or malformed, or a query has no answer.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = EvalConfig(
+            models=(ModelSpec(label=_LABEL, model=config.student),),
+            forget=config.eval_forget,
+            retain=config.eval_retain,
+            attacks=config.eval_attacks,
+            limit=config.eval_limit,
+            max_new_tokens=config.eval_max_new_tokens,
+        )
+        self._attacks = load_attacks(config.eval_attacks)
+        self._sets = load_sets(self._config)
+        self._tasks = list_tasks(self._sets, self._attacks)
+        self._prompts: list[list[int]] = []
+        self._tokenizer: Any = None
+        self._ends: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that is asked and expected."""
+        asked = [
+            [t.query.split, text_from_messages(t.query.messages), t.query.answer, _attack(t)]
+            for t in self._tasks
+        ]
+        return "sha256:" + hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def prepare(
+        self, student: Student, renderer: "PromptRenderer", tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
+        """Render all prompts.
+
+        Raises:
+            DataError: A query is too long for the student.
+        """
+        self._tokenizer = tokenizer
+        self._ends = eos_token_ids(student.folder)
+        self._prompts = [
+            renderer.student_ids(
+                task.query.messages
+                if task.attack is None
+                else task.attack.apply(task.query.messages)
+            )
+            for task in self._tasks
+        ]
+        tokens = self._config.max_new_tokens
+        for task, prompt in zip(self._tasks, self._prompts, strict=True):
+            check_length(task, len(prompt), _LABEL, student.max_length, tokens)
+
+    def warn_of_trained(self, reader: CacheReader) -> None:
+        """Log how many held-out queries the student is trained on: those are not held out."""
+        asked = {text_from_messages(query.messages) for s in self._sets for query in s.queries}
+        trained = asked & {query for _, _, query in reader.identities()}
+        if trained:
+            logger.warning(
+                "%d of %d held-out queries are in the cache and trained on: what is measured on "
+                "them says little about others",
+                len(trained),
+                len(asked),
+            )
+
+    def measure(
+        self, model: "PreTrainedModel", step: int, *, process: int = 0, processes: int = 1
+    ) -> Evaluation:
+        """Ask everything; several processes share the work and all get the result.
+
+        Args:
+            model: The student as it is now.
+            step: Optimizer steps done.
+            process: Index of this process.
+            processes: How many processes share the queries; 1 where each has to ask them all.
+        """
+        with _undisturbed(model):
+            answers = generate_answers(
+                model,
+                self._prompts[process::processes],
+                eos_token_ids=self._ends,
+                max_new_tokens=self._config.max_new_tokens,
+                batch_size=self._config.batch_size,
+            )
+        shares = [answers] if processes == 1 else _gather(answers)
+        everything: list[list[int]] = [[] for _ in self._prompts]
+        for number, share in enumerate(shares):
+            everything[number::processes] = share
+        return self._evaluate(everything, step)
+
+    def _evaluate(self, answers: Sequence[Sequence[int]], step: int) -> Evaluation:
+        decoded = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = [text.strip() for text in decoded]
+        responses = tuple(
+            Response(text=text, scores=score_response(task.query.answer or "", text))
+            for task, text in zip(self._tasks, texts, strict=True)
+        )
+        report = EvalReport(
+            config=self._config,
+            prefix=None,
+            attacks=self._attacks,
+            sets=self._sets,
+            tasks=self._tasks,
+            responses={_LABEL: responses},
+        )
+        forget = report.split_means(_LABEL, "forget").rouge_l_recall
+        retain = report.split_means(_LABEL, "retain").rouge_l_recall
+        worst_forget, worst_retain = report.worst_forget(_LABEL), report.worst_retain(_LABEL)
+        return Evaluation(
+            step=step,
+            forget=forget if worst_forget is None else max(forget, worst_forget),
+            retain=retain if worst_retain is None else min(retain, worst_retain),
+            forget_plain=forget,
+            retain_plain=retain,
+        )
+
+
+def _attack(task: Task) -> str | None:
+    return None if task.attack is None else task.attack.text
+
+
+def _gather(answers: list[list[int]]) -> list[list[list[int]]]:
+    from accelerate.utils import gather_object  # type: ignore[import-untyped]
+
+    gathered: list[list[list[int]]] = gather_object([answers])
+    return gathered
+
+
+@contextlib.contextmanager
+def _undisturbed(model: "PreTrainedModel") -> Iterator[None]:
+    """Answer in evaluation mode, and put everything back."""
+    import torch
+
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    training = model.training
+    kept = [(owner, owner.generation_config) for owner in (model, base)]
+    model.eval()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        model.train(training)
+        for owner, settings in kept:
+            owner.generation_config = settings
