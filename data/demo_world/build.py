@@ -65,6 +65,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     path = folder / "config.json"
+    # safetensors makes its files private; the user's own mask decides, as for the others.
+    (folder / "model.safetensors").chmod(path.stat().st_mode)
     config = json.loads(path.read_text())
     config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
