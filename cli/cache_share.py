@@ -16,8 +16,9 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.command("push")
 @click.argument("cache")
 @click.argument("url")
+@click.option("--check", is_flag=True, help="Read back what is there; send damaged shards again.")
 @_JSON
-def push_command(cache: str, url: str, as_json: bool) -> None:
+def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
     """Copy CACHE to URL: s3://BUCKET/NAME, hf://datasets/ORG/NAME, or a folder.
 
     The manifest goes last, so nobody sees half a cache. The same command goes on after a stop, and
@@ -25,7 +26,7 @@ def push_command(cache: str, url: str, as_json: bool) -> None:
     """
     from duet_unlearn.teacher_cache.share import push
 
-    _print_transfer(push(cache, url), as_json=as_json)
+    _print_transfer(push(cache, url, check=check), as_json=as_json)
 
 
 @click.command("pull")

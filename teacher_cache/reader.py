@@ -17,7 +17,7 @@ from duet_unlearn.data.errors import CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.location import is_url
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
-from duet_unlearn.teacher_cache.row_group import Identity, RowGroup
+from duet_unlearn.teacher_cache.row_group import Identity, RowGroup, all_finite
 from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.shards import ShardFile
 
@@ -217,9 +217,10 @@ class CacheReader:
             raise CorruptCacheError(f"{path}: the splits of its rows are not the manifest's")
         width = self.manifest.recipe.vocab_size
         for ids in (group.token_ids, group.prompt_ids, group.response_ids):
-            if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < width):
+            # Read as unsigned, a negative id is larger than any vocabulary.
+            if ids.size and int(ids.view(np.uint32).max()) >= width:
                 raise CorruptCacheError(f"{path}: token ids outside the vocabulary of {width}")
-        if not (np.isfinite(group.logits).all() and np.isfinite(group.logsumexp).all()):
+        if not (all_finite(group.logits) and all_finite(group.logsumexp)):
             raise CorruptCacheError(f"{path}: logits that are not finite; get the cache again")
 
     def _file(self, shard: int) -> ShardFile:

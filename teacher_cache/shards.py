@@ -47,6 +47,8 @@ from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statisti
 from duet_unlearn.teacher_cache.strict_json import parse_json
 
 _COMPRESSION_LEVEL = 3
+# A column of a row group in one page: smaller than several, and faster to read.
+_PAGE_BYTES = 1 << 24
 # What the Parquet library raises over a file that is no shard.
 _LIBRARY_ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
 _BYTE_STREAM_SPLIT = ("logits", "logsumexp", "token_ids")
@@ -144,6 +146,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
             row_group_size=group_rows,
             compression="zstd",
             compression_level=_COMPRESSION_LEVEL,
+            data_page_size=_PAGE_BYTES,
             use_dictionary=["split"],
             use_byte_stream_split=[f"{name}.list.element" for name in _BYTE_STREAM_SPLIT],
             write_page_checksum=True,

@@ -54,12 +54,14 @@ class TransferResult:
         return self.moved_shards == 0
 
 
-def push(cache: str | Path, url: str) -> TransferResult:
+def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
     """Copy a finished local cache to a URL.
 
     Args:
         cache: `PATH` or `PATH@sha256:DIGEST`.
         url: The place of this one cache, not of a collection.
+        check: Compare what lies there by content even below a manifest, and send damaged shards
+            again.
 
     Raises:
         CacheError: There is no finished cache, or the place cannot be written.
@@ -88,7 +90,7 @@ def push(cache: str | Path, url: str) -> TransferResult:
     if hub is not None:
         hub.create_repository()
     finished = _is_finished(store, manifest)
-    missing = _missing_there(store, folder, manifest, finished=finished)
+    missing = _missing_there(store, folder, manifest, sizes_do=finished and not check)
     with ThreadPoolExecutor(max_workers=JOBS) as pool:
         list(pool.map(lambda shard: check_bytes(folder, shard), missing))
     if hub is not None:
@@ -109,19 +111,19 @@ def _is_finished(store: Store, manifest: Manifest) -> bool:
 
 
 def _missing_there(
-    store: Store, folder: Path, manifest: Manifest, *, finished: bool
+    store: Store, folder: Path, manifest: Manifest, *, sizes_do: bool
 ) -> list[ShardEntry]:
     """Return the shards that have to be sent.
 
-    A manifest vouches for the shards beside it, so their sizes are enough; without one, what lies
-    there is compared by content.
+    A manifest vouches for the shards beside it, so their sizes do; without one, or to check, what
+    lies there is compared by content.
     """
     there = store.list(SHARD_FOLDER)
     _refuse_unlisted(store.where(SHARD_FOLDER), list(there), manifest)
 
     def is_there(shard: ShardEntry) -> bool:
         found = there.get(shard.name)
-        if found is None or finished:
+        if found is None or sizes_do:
             return found is not None and found.size == shard.bytes
         name = f"{SHARD_FOLDER}/{shard.name}"
         return store.has(folder / name, name, found, shard.sha256)

@@ -157,8 +157,8 @@ def _check_received(where: str, found: tuple[int, str], shard: ShardEntry) -> No
     else:
         return
     raise _WrongBytesError(
-        f"{where}: {problem}, the manifest says {expected}; the copy there is damaged: verify it "
-        "and push it again",
+        f"{where}: {problem}, the manifest says {expected}; the copy there is damaged: push it "
+        "again with --check",
         received=size,
     )
 

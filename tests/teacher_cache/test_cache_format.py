@@ -16,6 +16,7 @@ from duet_unlearn.data.errors import (
 from duet_unlearn.teacher_cache.manifest import Manifest, read_manifest, split_pin
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.teacher_cache.row_group import all_finite
 from duet_unlearn.teacher_cache.schema import CacheRow
 from duet_unlearn.teacher_cache.shards import ShardFile, ShardHeader, write_shard
 from duet_unlearn.teacher_cache.signals import Signal
@@ -121,9 +122,9 @@ def test_plain_pyarrow_reads_the_documented_columns_and_types(tmp_path: Path) ->
         "logsumexp",
     ]
     assert str(table.schema.field("split").type).startswith("dictionary<values=string")
-    assert str(table.schema.field("token_ids").type) == "list<element: int32>"
-    assert str(table.schema.field("logits").type) == "list<element: halffloat>"
-    assert str(table.schema.field("logsumexp").type) == "list<element: float>"
+    assert str(table.schema.field("token_ids").type) == "list<element: int32 not null>"
+    assert str(table.schema.field("logits").type) == "list<element: halffloat not null>"
+    assert str(table.schema.field("logsumexp").type) == "list<element: float not null>"
     metadata = table.schema.metadata
     assert metadata[b"duet.format_version"] == b"1"
     assert metadata[b"duet.recipe_id"].decode() == make_recipe(logit_dtype="float16").recipe_id
@@ -266,3 +267,14 @@ def test_many_row_groups_stay_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert [reader.row(i).query_id for i in reversed(range(20))] == [
         f"q{i}" for i in reversed(range(20))
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_values_that_are_not_finite_are_found(dtype: str) -> None:
+    sound = np.array([[0.0, -0.0, 1.5], [65504.0, -65504.0, 6e-8]], dtype)
+    assert all_finite(sound)
+    assert all_finite(sound[:0])
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        broken = sound.copy()
+        broken[1, 2] = bad
+        assert not all_finite(broken)

@@ -107,9 +107,9 @@ def test_what_the_library_gets_is_a_footer_of_ours(shard: Path, tmp_path: Path) 
     logits = "halffloat" if footer.logit_dtype == "float16" else "float"
     assert types == [
         *["string"] * 3,
-        *["list<element: int32>"] * 3,
-        f"list<element: {logits}>",
-        "list<element: float>",
+        *["list<element: int32 not null>"] * 3,
+        f"list<element: {logits} not null>",
+        "list<element: float not null>",
     ]
 
 

@@ -77,6 +77,20 @@ def test_a_shard_that_vanished_beside_its_manifest_is_sent_again(
     assert files(there) == files(shared_cache)
 
 
+def test_a_checked_push_repairs_a_damaged_shard_of_the_same_size(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    push(shared_cache, str(there))
+    sound = (there / SHARD).read_bytes()
+    (there / SHARD).write_bytes(bytes([*sound[:1000], sound[1000] ^ 1, *sound[1001:]]))
+    assert push(shared_cache, str(there)).hit  # a size is enough beside a manifest
+    assert push(shared_cache, str(there), check=True).moved_shards == 1
+    assert (there / SHARD).read_bytes() == sound
+    assert push(shared_cache, str(there), check=True).hit
+    assert verify(there).problems == ()
+
+
 def test_another_cache_is_never_replaced(shared_cache: Path, make_cache, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", prefix="Forget all.", seed=1)
     there = tmp_path / "there"

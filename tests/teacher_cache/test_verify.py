@@ -111,7 +111,7 @@ def _rewrite(cache: Path, column: str, change: Callable[[list[Any]], None]) -> N
     change(values)
     place = table.schema.get_field_index(column)
     array = pa.array(values, table.schema.field(column).type)
-    pq.write_table(table.set_column(place, table.schema.field(column), array), _shard(cache))
+    pq.write_table(table.set_column(place, column, array), _shard(cache))
     _list_in_manifest(cache)
 
 
