@@ -27,3 +27,6 @@ def main(verbose: bool) -> None:
 main.add_command(run_command)
 main.add_command(eval_command)
 main.add_command(demo_command)
+
+if __name__ == "__main__":  # torchrun and accelerate start a module or a script, no command
+    main(prog_name="duet-distill")

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -63,10 +64,15 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def configure_logging(*, verbose: bool) -> None:
-    """Send this project's log to standard error: notes and warnings, all with `--verbose`."""
+    """Send this project's log to standard error: notes and warnings, all with `--verbose`.
+
+    Of several processes only the first one speaks, the others of errors alone.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("duet_unlearn")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"  # torchrun sets it
+    spoken = logging.DEBUG if verbose else logging.INFO
+    logger.setLevel(spoken if first else logging.ERROR)
     logger.propagate = False

@@ -19,6 +19,9 @@ from duet_unlearn.teacher_cache.files import write_error
 if TYPE_CHECKING:
     from duet_unlearn.distill.trainer import DuetTrainer
 
+# Where the Trainer has TensorBoard write.
+_EVENTS = "runs"
+
 
 def write_model(job: Job, trainer: "DuetTrainer", folder: Path) -> None:
     """Write the weights as they are now as a model folder; every process has to call this.
@@ -54,6 +57,8 @@ def publish(job: Job, result: RunResult, *, best: Path | None = None) -> None:
     if config.merge:
         _merge(job, staged)
     shutil.copyfile(folder.work / LOG_FILE, staged / LOG_FILE)
+    if (folder.work / _EVENTS).is_dir():
+        shutil.copytree(folder.work / _EVENTS, staged / _EVENTS, dirs_exist_ok=True)
     manifest = job.reader.manifest
     run_file = {
         "config": config.to_json(),

@@ -107,7 +107,9 @@ class Watch(TrainerCallback):
         """Evaluate, keep the weights if they are the best so far, stop if it is time."""
         if state.global_step % self.config.eval_every and state.global_step < state.max_steps:
             return control
+        should_log = control.should_log
         self._log(self._measure(state.global_step))
+        control.should_log = should_log  # the line above is not the one of the loss
         if self.config.keep == "best" and self.chosen(state.log_history).step == state.global_step:
             self._remove_all_but(state, {self._best_saved})
             self._write_model(self.best_folder(state.global_step))

@@ -275,3 +275,9 @@ def test_training_needs_neither_vllm_nor_the_teacher(build_tiny_cache, tiny_mode
     assert done.returncode == 0, done.stderr
     assert (out / "model.safetensors").is_file()
     assert done.stdout == ""
+
+
+def test_tensorboard_gets_both_losses_and_keeps_them(train):
+    out = Path(train(report_to="tensorboard", epochs=1).out)
+    events = b"".join(path.read_bytes() for path in (out / "runs").rglob("events.*"))
+    assert {b"train/loss_forget" in events, b"train/loss_retain" in events} == {True}

@@ -96,10 +96,16 @@ def eval_lines(folder: str | Path) -> list[tuple[int, float, float]]:
     return [(e["step"], e["eval_forget"], e["eval_retain"]) for e in lines if "eval_forget" in e]
 
 
+def loss_lines(folder: str | Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (Path(folder) / "duet_log.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
 def test_evaluating_changes_nothing_of_the_training(train, watched):
     plain = train("plain")
     last = watched("last", keep="last")
     assert same_weights(plain.out, last.out)
+    assert loss_lines(plain.out) == loss_lines(last.out)
     assert (last.steps, last.kept_step) == (12, 12)
     assert [e["step"] for e in last.evaluations] == [0, 3, 6, 9, 12]
     assert last.evaluations[0]["forget"] == last.evaluations[0]["retain"] == 100
