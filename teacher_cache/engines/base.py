@@ -38,6 +38,9 @@ class Engine(Protocol):
 
     name: str
     """`vllm` or `transformers`."""
+    continuous: bool
+    """Whether prompts of one stream share batches whatever their order, so that a stream should be
+    long; if not, each `signals` call makes batches of its own and nothing is lost by short ones."""
 
     def signals(self, prompts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` for every `(index, prompt ids)`, in any order.

@@ -13,6 +13,7 @@ import numpy as np
 
 from duet_unlearn.data.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
+from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.engines.top_k import select_top_k
 from duet_unlearn.teacher_cache.signals import Signal
 
@@ -32,27 +33,25 @@ class TransformersEngine:
     """Runs the teacher with `AutoModelForCausalLM`, on a GPU if there is one."""
 
     name = "transformers"
+    continuous = False
 
-    def __init__(self, config: EngineConfig, *, batch_rows: int | None = None) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         """Load the model.
 
         Args:
-            config: What to run.
-            batch_rows: Most prompts in a batch; by default as many as memory bounds allow.
+            config: What to run; the options are `TRANSFORMERS_OPTIONS`. A batch holds as many
+                prompts as memory bounds allow, and no more than the option `batch_rows`.
 
         Raises:
-            ConfigurationError: `top_k` is larger than the vocabulary, or an option is unknown.
+            ConfigurationError: `top_k` is larger than the vocabulary, or an option is unusable.
             DuetError: The model does not load.
         """
         import torch
 
-        if config.engine_args:
-            raise ConfigurationError(
-                f"transformers engine: takes no options, found {sorted(config.engine_args)}; "
-                "use --engine vllm for them"
-            )
+        check_options(self.name, config.engine_args)
         self._config = config
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = _device(config.engine_args.get("device", default))
         self._model: Any = self._load()
         width = self._model.get_output_embeddings().weight.shape[0]
         if config.top_k > width:
@@ -60,7 +59,9 @@ class TransformersEngine:
                 f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
                 "lower --top-k"
             )
-        self._batch_rows = min(batch_rows or _WINDOW, max(1, _BATCH_LOGITS // width))
+        self._batch_rows = min(
+            config.engine_args.get("batch_rows", _WINDOW), max(1, _BATCH_LOGITS // width)
+        )
         known = inspect.signature(self._model.forward).parameters
         # Without explicit position ids a left-padded row would be read at wrong positions.
         self._can_pad = "position_ids" in known
@@ -205,7 +206,7 @@ class TransformersEngine:
         return {
             "engine": self.name,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "device": torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
             "settings": {
                 "dtype": self._config.compute_dtype,
                 "attention": self._model.config._attn_implementation,
@@ -213,6 +214,7 @@ class TransformersEngine:
                 "batch_tokens": _BATCH_TOKENS[self._device.type],
                 **({} if on_gpu else {"threads": torch.get_num_threads()}),
             },
+            **({"options": dict(self._config.engine_args)} if self._config.engine_args else {}),
         }
 
     def close(self) -> None:
@@ -222,3 +224,19 @@ class TransformersEngine:
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"transformers engine: device {name!r} is unknown; give cpu, cuda or cuda:N"
+        ) from error
+    if device.type not in _BATCH_TOKENS:
+        raise ConfigurationError(
+            f"transformers engine: device {name!r}, expected cpu, cuda or cuda:N"
+        )
+    return device

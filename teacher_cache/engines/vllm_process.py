@@ -23,7 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from duet_unlearn.teacher_cache.engines.base import cause
-from duet_unlearn.teacher_cache.engines.vllm_start import describe, start_engine
+from duet_unlearn.teacher_cache.engines.vllm_start import (
+    UnusableOptionError,
+    describe,
+    start_engine,
+)
 
 _EXIT_SECONDS = 10.0
 """Time for an orderly end, after which the whole process group is killed."""
@@ -237,8 +241,10 @@ def main() -> None:
             return
         try:
             host = Host(config, answers)
-            answers.put(("ready", describe(host.vllm_config)))
+            answers.put(("ready", describe(host.vllm_config, config["engine_args"])))
             host.run(messages)
+        except UnusableOptionError as error:
+            answers.put(("failed", "options", cause(error)))
         except Exception as error:
             traceback.print_exc()
             answers.put(("failed", "run" if host else "start", cause(error)))

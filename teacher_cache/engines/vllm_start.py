@@ -1,6 +1,8 @@
 """Start vLLM's engine: in vLLM's own process, never in the user's."""
 
 import contextlib
+import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,21 @@ _CPU_BLOCK = 32
 """Tokens in a KV block on a CPU: vLLM's default of 128 never reuses a short steering prefix."""
 
 
+class UnusableOptionError(Exception):
+    """vLLM has no such option, or not with that value; the message says which."""
+
+
 def start_engine(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the running `LLMEngine` and the configuration it resolved."""
+    """Return the running `LLMEngine` and the configuration it resolved.
+
+    Raises:
+        UnusableOptionError: This vLLM has no option of that name.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    _check_names(config["engine_args"], [field.name for field in dataclasses.fields(EngineArgs)])
     on_cpu = current_platform.is_cpu()
     options: dict[str, Any] = {
         "model": config["model"],
@@ -40,6 +51,16 @@ def start_engine(config: dict[str, Any]) -> tuple[Any, Any]:
     if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
         vllm_config.cache_config.kv_cache_memory_bytes = _cpu_kv_bytes(vllm_config)
     return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True), vllm_config
+
+
+def _check_names(options: dict[str, Any], known: list[str]) -> None:
+    import vllm
+
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
+            raise UnusableOptionError(f"vLLM {vllm.__version__} has no option {name}; {advice}")
 
 
 def _load_model_class(folder: Path) -> None:
@@ -77,8 +98,8 @@ def _cpu_kv_bytes(vllm_config: Any) -> int:
     return int(max(64 * 2**20, min(blocks * block * token, free // 4)))
 
 
-def describe(vllm_config: Any) -> dict[str, Any]:
-    """Return what may move the last bits of a logit."""
+def describe(vllm_config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what may move the last bits of a logit, and the options that the user gave."""
     import torch
     import transformers
     import vllm
@@ -107,4 +128,5 @@ def describe(vllm_config: Any) -> dict[str, Any]:
             "pipeline_parallel_size": parallel.pipeline_parallel_size,
             **({"threads": torch.get_num_threads()} if on_cpu else {}),
         },
+        **({"options": options} if options else {}),
     }

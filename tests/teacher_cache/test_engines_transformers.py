@@ -86,8 +86,10 @@ def test_the_batch_size_does_not_change_a_signal(tiny_model: Path) -> None:
     prompts = random_prompts(33)
     config = make_config(tiny_model, positions=2, eos_token_ids=())
 
-    one = dict(TransformersEngine(config, batch_rows=1).signals(prompts))
-    many = dict(TransformersEngine(config, batch_rows=32).signals(prompts))
+    one = dict(TransformersEngine(replace(config, engine_args={"batch_rows": 1})).signals(prompts))
+    many = dict(
+        TransformersEngine(replace(config, engine_args={"batch_rows": 32})).signals(prompts)
+    )
 
     for index, _ in prompts:
         assert one[index].response_ids.tolist() == many[index].response_ids.tolist()
@@ -110,9 +112,31 @@ def test_top_k_beyond_the_vocabulary_is_refused(tiny_model: Path) -> None:
         TransformersEngine(make_config(tiny_model, top_k=385))
 
 
-def test_options_are_vllms(tiny_model: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"takes no options, found \['seed'\]"):
-        TransformersEngine(make_config(tiny_model, engine_args={"seed": 1}))
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"seed": 1}, "has no option seed, expected batch_rows, .*; device"),
+        ({"batch_rows": 0}, "option batch_rows is 0, expected .* a number from 1"),
+        ({"batch_rows": True}, "option batch_rows is True"),
+        ({"device": 1}, "option device is 1, expected such as cpu"),
+        ({"device": "abacus"}, "device 'abacus' is unknown; give cpu"),
+        ({"device": "meta"}, "device 'meta', expected cpu, cuda or cuda:N"),
+    ],
+)
+def test_options_it_cannot_take_are_one_line(
+    tiny_model: Path, options: dict[str, object], line: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=line) as caught:
+        TransformersEngine(make_config(tiny_model, engine_args=options))
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_described(tiny_model: Path) -> None:
+    options = {"batch_rows": 2, "device": "cpu"}
+    described = TransformersEngine(make_config(tiny_model, engine_args=options)).describe()
+    assert described["options"] == options
+    assert described["settings"]["batch_rows"] == 2
+    assert "options" not in TransformersEngine(make_config(tiny_model)).describe()
 
 
 def test_a_folder_that_does_not_load_is_one_line(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def cramped(config: EngineConfig) -> Iterator[Engine]:
     """The whole vocabulary, prompts read in pieces, and memory that makes vLLM preempt."""
     block = 2 * 2 * 32 * 2 * 32 * 4  # key, value; layers; width; heads; tokens; float32
     options = {
-        "max_num_batched_tokens": "48",  # as text, as it comes from the command line
+        "max_num_batched_tokens": 48,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 6 * block,
     }
@@ -209,11 +209,26 @@ def test_describes_what_moves_the_last_bits(engine: Engine) -> None:
     assert set(described["versions"]) == {"vllm", "torch", "transformers"}
     assert described["settings"]["dtype"] == "float32"
     assert described["settings"]["prefix_caching"] is True
+    assert "options" not in described
 
 
-def test_unusable_options_and_models_are_one_line(config: EngineConfig) -> None:
-    with pytest.raises(DuetError, match="no_such_option") as caught:
-        VllmEngine(replace(config, engine_args={"no_such_option": 1}))
+def test_describes_the_options_it_was_given(cramped: Engine) -> None:
+    described = cramped.describe()
+    assert described["options"]["max_num_seqs"] == described["settings"]["max_num_seqs"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "line"),
+    [
+        ({"max_num_seq": 1}, ConfigurationError, "has no option max_num_seq; did you mean max_num"),
+        ({"max_num_seqs": "few"}, DuetError, "max_num_seqs"),
+    ],
+)
+def test_options_that_vllm_does_not_take_are_one_line(
+    config: EngineConfig, options: dict[str, object], error: type[DuetError], line: str
+) -> None:
+    with pytest.raises(error, match=line) as caught:
+        VllmEngine(replace(config, engine_args=options))
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,114 @@
+"""Options that a user passes through to an engine, and those that nobody may pass.
+
+An engine's options may decide how fast it runs and on what. They are no part of the recipe, so
+whatever decides a signal, or whether it can be captured, is not theirs to set.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from duet_unlearn.data.errors import ConfigurationError
+
+VLLM_RESERVED = frozenset(
+    {
+        "aux_output_config",
+        "code_revision",
+        "config_format",
+        "convert",
+        "default_mm_loras",
+        "disable_log_stats",
+        "dtype",
+        "enable_lora",
+        "enable_prompt_embeds",
+        "generation_config",
+        "hf_config_path",
+        "hf_overrides",
+        "hf_token",
+        "kv_cache_dtype",
+        "load_format",
+        "logits_processors",
+        "logprobs_mode",
+        "max_logprobs",
+        "model",
+        "model_class_overrides",
+        "model_weights",
+        "override_generation_config",
+        "pooler_config",
+        "quantization",
+        "quantization_config",
+        "revision",
+        "runner",
+        "seed",
+        "served_model_name",
+        "skip_tokenizer_init",
+        "spec_method",
+        "spec_model",
+        "spec_tokens",
+        "speculative_config",
+        "tokenizer",
+        "tokenizer_mode",
+        "tokenizer_revision",
+        "trust_remote_code",
+        "watermark",
+        "watermark_config",
+        "worker_cls",
+        "worker_extension_cls",
+    }
+)
+"""Options of vLLM that decide what a signal is, or whether it can be captured."""
+TRANSFORMERS_OPTIONS = {
+    "batch_rows": "most prompts in a batch, a number from 1",
+    "device": "such as cpu, cuda or cuda:1",
+}
+"""Options of the transformers engine; it has no others."""
+
+
+def check_options(engine: str, options: Mapping[str, Any]) -> None:
+    """Check options before the engine is started; imports nothing heavy.
+
+    What only vLLM itself knows, it checks when it starts.
+
+    Args:
+        engine: `vllm` or `transformers`.
+        options: By the engine's own names.
+
+    Raises:
+        ConfigurationError: An option is not the user's to set, unknown, or has an unusable value.
+    """
+    if engine == "vllm":
+        if reserved := sorted(VLLM_RESERVED & set(options)):
+            raise ConfigurationError(
+                f"vllm engine: option {reserved[0]} is set by the cache itself, because it decides "
+                "what a signal is or how it is captured; leave it out"
+            )
+        return
+    for name, value in options.items():
+        if name not in TRANSFORMERS_OPTIONS:
+            known = "; ".join(f"{key}, {what}" for key, what in TRANSFORMERS_OPTIONS.items())
+            raise ConfigurationError(
+                f"transformers engine: has no option {name}, expected {known}; leave it out, or "
+                "use --engine vllm for its options"
+            )
+        whole = type(value) is int and value >= 1
+        if not (whole if name == "batch_rows" else isinstance(value, str)):
+            raise ConfigurationError(
+                f"transformers engine: option {name} is {value!r}, expected "
+                f"{TRANSFORMERS_OPTIONS[name]}"
+            )
+
+
+def gpus_of_engine(engine: str, options: Mapping[str, Any]) -> int:
+    """Return how many GPUs one engine takes where there are some.
+
+    Raises:
+        ConfigurationError: A size of vLLM's parallelism is not a number from 1.
+    """
+    gpus = 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size") if engine == "vllm" else ():
+        size = options.get(name, 1)
+        if type(size) is not int or size < 1:
+            raise ConfigurationError(
+                f"vllm engine: option {name} is {size!r}, expected a number from 1"
+            )
+        gpus *= size
+    return gpus
