@@ -6,13 +6,17 @@ What `build` and `merge` share: both know which rows go where, and get the rows 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.errors import StoppedError
 from duet_unlearn.teacher_cache.card import write_card
 from duet_unlearn.teacher_cache.files import remove_temporary_files
+from duet_unlearn.teacher_cache.lock import remove_part_files
 from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry
+from duet_unlearn.teacher_cache.parts import Part
 from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.recipe import Recipe
 from duet_unlearn.teacher_cache.resume import (
     PlannedCache,
     finished_shards,
@@ -55,32 +59,38 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
 
 
 class Assembly:
-    """The shards of a planned cache; its folder is locked by the caller.
+    """The shards of a planned cache, or one part of them; the caller holds the lock on those.
 
     Finished shards of an earlier run are kept.
     """
 
-    def __init__(self, plan: PlannedCache) -> None:
+    def __init__(self, plan: PlannedCache, part: Part | None = None) -> None:
         self.plan = plan
-        remove_temporary_files(plan.folder)
-        remove_temporary_files(plan.folder / SHARD_FOLDER)
-        self._entries: dict[int, ShardEntry] = finished_shards(plan)
-        self.missing = [i for i in range(len(plan.shards)) if i not in self._entries]
+        count = len(plan.shards)
+        self.own = part.indices(count) if part else range(count)
+        """Indices of the shards that are written here."""
+        if part is None:
+            remove_temporary_files(plan.folder)
+        # Other parts are writing theirs at the same time.
+        names = {plan.shard_path(index).name for index in self.own}
+        remove_temporary_files(plan.folder / SHARD_FOLDER, names if part else None)
+        self._entries: dict[int, ShardEntry] = finished_shards(plan, self.own)
+        self.missing = self.unfinished
         """Indices of the shards that were not there at the start."""
         self.kept_rows = sum(entry.num_rows for entry in self._entries.values())
         """Rows in the shards that were."""
         if self._entries:
-            logger.info("kept %d of %d shards", len(self._entries), len(plan.shards))
+            logger.info("kept %d of %d shards", len(self._entries), len(self.own))
 
     @property
     def unfinished(self) -> list[int]:
         """Indices of the shards that are not there now."""
-        return [i for i in range(len(self.plan.shards)) if i not in self._entries]
+        return [i for i in self.own if i not in self._entries]
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
         """All shards in order, once none is unfinished."""
-        return tuple(self._entries[i] for i in range(len(self.plan.shards)))
+        return tuple(self._entries[i] for i in self.own)
 
     def write(self, index: int, rows: Sequence[CacheRow], engines: Engines) -> None:
         """Write one shard under its final name.
@@ -105,7 +115,7 @@ class Assembly:
     def stopped(self) -> StoppedError:
         """Return the error for a user's interrupt; it says how to go on."""
         return StoppedError(
-            f"stopped: {len(self._entries)} of {len(self.plan.shards)} shards are finished "
+            f"stopped: {len(self._entries)} of {len(self.own)} shards are finished "
             f"in {self.plan.folder}; run the same command again, it goes on from there"
         )
 
@@ -115,23 +125,50 @@ class Assembly:
         Raises:
             CacheError: The folder cannot be written.
         """
-        totals = {split: SplitStatistics() for split in SPLITS}
-        engines: list[dict[str, Any]] = []
-        for index in range(len(self.plan.shards)):
-            file = ShardFile(self.plan.shard_path(index))
-            for split in SPLITS:
-                totals[split] += file.statistics[split]
-            engines.extend(engine for engine in file.header.engines if engine not in engines)
-            file.close()
-        manifest = Manifest(
-            recipe=self.plan.recipe,
-            teacher=teacher,
-            queries=self.plan.queries,
-            engines=tuple(engines),
-            shards=self.shards,
-            splits=totals,
-            samples=samples,
-        )
-        manifest = replace(manifest, digest=manifest.to_json()["digest"])
-        write_card(self.plan.folder, manifest)
-        return manifest.write(self.plan.folder)
+        plan = self.plan
+        return finish_cache(plan.folder, plan.recipe, plan.queries, self.shards, teacher, samples)
+
+
+def finish_cache(
+    folder: Path,
+    recipe: Recipe,
+    queries: str,
+    shards: tuple[ShardEntry, ...],
+    teacher: str,
+    samples: Samples,
+) -> Manifest:
+    """Write the card and, last of all, the manifest of a cache that has all its shards.
+
+    Args:
+        folder: The cache.
+        recipe: Its recipe.
+        queries: Fingerprint of its set of queries.
+        shards: All shards in order.
+        teacher: The teacher's name.
+        samples: See `collect_samples`.
+
+    Raises:
+        CacheError: The folder cannot be written.
+    """
+    totals = {split: SplitStatistics() for split in SPLITS}
+    engines: list[dict[str, Any]] = []
+    for shard in shards:
+        file = ShardFile(folder / SHARD_FOLDER / shard.name)
+        for split in SPLITS:
+            totals[split] += file.statistics[split]
+        engines.extend(engine for engine in file.header.engines if engine not in engines)
+        file.close()
+    manifest = Manifest(
+        recipe=recipe,
+        teacher=teacher,
+        queries=queries,
+        engines=tuple(engines),
+        shards=shards,
+        splits=totals,
+        samples=samples,
+    )
+    manifest = replace(manifest, digest=manifest.to_json()["digest"])
+    write_card(folder, manifest)
+    manifest = manifest.write(folder)
+    remove_part_files(folder)
+    return manifest

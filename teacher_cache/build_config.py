@@ -1,11 +1,16 @@
 """What a build is asked to do, and the recipe that follows from it and the model folder."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.data.model_folder import eos_token_ids, head_width, read_config, stored_dtype
 from duet_unlearn.data.prompts import TEMPLATE_DATE
+from duet_unlearn.teacher_cache.engines import resolve_engine_name
+from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.fingerprint import (
     chat_template_fingerprint,
     config_fingerprint,
@@ -52,6 +57,13 @@ class BuildConfig:
     reuse: tuple[str, ...] = ()
     """Caches of the same recipe whose rows are taken over; they do not change what is built."""
 
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Options for the engine, by its own names; recorded with the rows, no part of the recipe."""
+    workers: int | None = None
+    """Engines that run at the same time on a Ray cluster; None for one engine without Ray."""
+    ray_address: str = "local"
+    """The Ray cluster's address; `local` starts one on this machine."""
+
     def __post_init__(self) -> None:
         """Check what needs no model.
 
@@ -70,6 +82,10 @@ class BuildConfig:
                 f"{', '.join(COMPUTE_DTYPES)}"
             )
         check_shard_rows(self.shard_rows, max(self.top_k, 1), max(self.positions, 1))
+        if self.workers is not None and self.workers < 1:
+            raise ConfigurationError(f"workers is {self.workers}, expected a number from 1")
+        if self.engine_args:
+            check_options(resolve_engine_name(self.engine), self.engine_args)
 
 
 def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
@@ -98,3 +114,31 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
         eos_token_ids=eos_token_ids(folder),
     )
+
+
+def command_of(config: BuildConfig) -> list[str]:
+    """Return the words of a `duet-cache build` that builds the same cache in one process."""
+    words = ["duet-cache", "build", "--teacher", config.teacher]
+    for option in ("forget", "retain", "reuse"):
+        words += [word for value in getattr(config, option) for word in (f"--{option}", value)]
+    words += ["--prefix", config.prefix, "--out", str(config.out)]
+    for name in (
+        "prefix_place",
+        "top_k",
+        "positions",
+        "engine",
+        "shard_rows",
+        "logit_dtype",
+        "teacher_dtype",
+    ):
+        value = getattr(config, name)
+        # Slots hide a field's default from the class.
+        if value != BuildConfig.__dataclass_fields__[name].default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in config.engine_args.items():
+        words += [
+            "--engine-arg",
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}",
+        ]
+    words += ["--no-retain-prefix"] * (not config.retain_prefix)
+    return words + ["--trust-remote-code"] * config.trust_remote_code

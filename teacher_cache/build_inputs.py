@@ -1,7 +1,7 @@
 """What goes into a build: the set of queries, and their prompts rendered to token ids."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from duet_unlearn.teacher_cache.build_config import BuildConfig
 from duet_unlearn.teacher_cache.schema import SPLITS
 
 logger = logging.getLogger(__name__)
+
+TokenIds = npt.NDArray[np.int32]
 
 
 def load_query_set(config: BuildConfig) -> list[Query]:
@@ -58,29 +60,44 @@ def load_query_set(config: BuildConfig) -> list[Query]:
 
 
 class RenderedPrompts:
-    """The student's and the teacher's prompts of some queries, as compact arrays."""
+    """The prompts of a planned cache: those of all its queries are checked, some are kept."""
 
     def __init__(
-        self, queries: Sequence[Query], renderer: PromptRenderer, *, retain_prefix: bool
+        self,
+        shards: Sequence[Sequence[Query]],
+        kept: Mapping[int, Container[int]],
+        renderer: PromptRenderer,
+        *,
+        retain_prefix: bool,
     ) -> None:
-        self.queries = queries
-        self.student: list[npt.NDArray[np.int32]] = []
-        """The student's prompts in order, each `[P]`."""
-        self._teacher: list[npt.NDArray[np.int32]] = []
-        for query in tqdm(queries, desc="prompts", unit=" queries", disable=None, leave=False):
-            student = np.array(renderer.student_ids(query.messages), np.int32)
-            steered = query.split == "forget" or retain_prefix
-            self.student.append(student)
-            self._teacher.append(
-                np.array(renderer.teacher_ids(query.messages), np.int32) if steered else student
-            )
-        self.longest = max(len(ids) for ids in self._teacher)
-        """Length of the teacher's longest prompt in tokens."""
+        """Render.
 
-    @property
-    def teacher(self) -> Iterator[list[int]]:
-        """The teacher's prompts in order."""
-        return (ids.tolist() for ids in self._teacher)
+        Args:
+            shards: The queries of every shard. All are rendered, so that the length of the longest
+                prompt, and with it the engine's settings, do not depend on what is left to do.
+            kept: For some shards, the numbers of the queries whose prompts are kept.
+            renderer: Makes the prompts.
+            retain_prefix: Whether the prefix stands in front of retain queries too.
+        """
+        self.student: dict[tuple[int, int], TokenIds] = {}
+        """The student's prompts by shard and number, each `[P]`."""
+        self.teacher: dict[tuple[int, int], TokenIds] = {}
+        """The teacher's prompts."""
+        self.longest = 0
+        """Length of the teacher's longest prompt in tokens."""
+        self._longest_query = shards[0][0]
+        places = [(i, n, query) for i, shard in enumerate(shards) for n, query in enumerate(shard)]
+        for index, number, query in tqdm(
+            places, desc="prompts", unit=" queries", disable=None, leave=False
+        ):
+            steered = query.split == "forget" or retain_prefix
+            student = renderer.student_ids(query.messages)
+            teacher = renderer.teacher_ids(query.messages) if steered else student
+            if len(teacher) > self.longest:
+                self.longest, self._longest_query = len(teacher), query
+            if number in kept.get(index, ()):
+                self.student[index, number] = np.array(student, np.int32)
+                self.teacher[index, number] = np.array(teacher, np.int32)
 
     def check_length(self, context: int | None, positions: int) -> None:
         """Check that every prompt fits the model's context.
@@ -88,10 +105,8 @@ class RenderedPrompts:
         Raises:
             ConfigurationError: One does not; the message names its query.
         """
-        needed = self.longest + positions
+        needed, query = self.longest + positions, self._longest_query
         if context is not None and needed > context:
-            longest = max(range(len(self.queries)), key=lambda i: len(self._teacher[i]))
-            query = self.queries[longest]
             raise ConfigurationError(
                 f"{query.split} query {query.query_id} ({query.text[:40]!r}...) needs {needed} "
                 f"tokens with prefix and {positions} positions, but the teacher reads {context}; "

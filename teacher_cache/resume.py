@@ -1,7 +1,7 @@
 """Take over the finished shards of a stopped build; refuse those of another one."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,11 @@ class PlannedCache:
         return shard_path(self.folder, index, len(self.shards))
 
 
-def finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
-    """Return the manifest entries of the shards that are already there, by shard index.
+def finished_shards(plan: PlannedCache, wanted: Collection[int]) -> dict[int, ShardEntry]:
+    """Return the manifest entries of the wanted shards that are already there, by shard index.
 
     A damaged shard of the plan is left out, so that it is computed again and replaced. No file is
-    ever deleted.
+    ever deleted. Shards that are not wanted are only asked what they belong to.
 
     Raises:
         MismatchError: A file under `shards/` belongs to another build, or is none of ours.
@@ -53,7 +53,7 @@ def finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
         _refuse_other_inputs(plan, file.header)
         if expected.get(path) != file.header.index:
             raise mismatch(plan.folder, [f"file {path.name}: shard {file.header.index} / none"])
-        entry = _checked_entry(plan, file)
+        entry = _checked_entry(plan, file) if file.header.index in wanted else None
         file.close()
         if entry is not None:
             entries[file.header.index] = entry

@@ -138,7 +138,8 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
     table = rows_to_table(rows, header.recipe.logit_dtype)
     table = table.replace_schema_metadata(_metadata(header, statistics))
     path = shard_path(cache, header.index, header.count)
-    group_rows = row_group_rows(rows, header.recipe.top_k, header.recipe.positions)
+    # What the file itself shows, so that who reads it back later finds the same number.
+    group_rows = min(len(rows), row_group_rows(rows, header.recipe.top_k, header.recipe.positions))
     with atomic_path(path) as temporary:
         pq.write_table(
             table,

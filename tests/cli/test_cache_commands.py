@@ -120,6 +120,54 @@ def test_what_a_tired_user_types_gets_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("engine_args", "code", "line"),
+    [
+        (["batch_rows"], 2, "'batch_rows': expected KEY=VALUE"),
+        (["batch_rows=2", "batch-rows=3"], 2, "batch_rows is given twice"),
+        (["batch_rows=two"], 1, "option batch_rows is 'two', expected most prompts in a batch"),
+        (["tensor_parallel_size=2"], 1, "transformers engine: has no option tensor_parallel_size"),
+    ],
+)
+def test_engine_options_that_cannot_work_get_one_line(
+    cache: Path, tiny_model: Path, tmp_path: Path, engine_args: list[str], code: int, line: str
+) -> None:
+    result = invoke(
+        *("build", "--teacher", tiny_model, "--forget", cache.parent / "queries.csv"),
+        *("--prefix", PREFIX, "--out", tmp_path / "out", "--engine", "transformers"),
+        *[word for text in engine_args for word in ("--engine-arg", text)],
+    )
+    assert result.exit_code == code
+    assert line in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_engine_options_are_recorded_and_leave_the_recipe_alone(
+    cache: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    queries = cache.parent / "queries.csv"
+    result = invoke(
+        *("build", "--teacher", tiny_model, "--forget", queries, "--retain", queries),
+        *("--prefix", PREFIX, "--out", tmp_path / "out", "--engine", "transformers"),
+        *("--top-k", 12, "--engine-arg", "batch_rows=1", "--engine-arg", "device=cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    plain, other = (
+        json.loads((folder / "manifest.json").read_text()) for folder in (cache, tmp_path / "out")
+    )
+    assert plain["recipe_id"] == other["recipe_id"]
+    assert other["engines"][0]["options"] == {"batch_rows": 1, "device": "cpu"}
+
+
+def test_ray_without_workers_is_wrong_usage(cache: Path, tiny_model: Path, tmp_path: Path) -> None:
+    result = invoke(
+        *("build", "--teacher", tiny_model, "--forget", cache.parent / "queries.csv"),
+        *("--prefix", PREFIX, "--out", tmp_path / "out", "--ray", "auto"),
+    )
+    assert result.exit_code == 2
+    assert "--ray needs --workers N" in result.stderr
+
+
 def test_help_and_inspect_import_neither_torch_nor_vllm(cache: Path) -> None:
     script = (
         "import sys\n"
@@ -130,7 +178,13 @@ def test_help_and_inspect_import_neither_torch_nor_vllm(cache: Path) -> None:
         "    heavy = {'torch', 'vllm', 'transformers', 'datasets', 'pandas'} & set(sys.modules)\n"
         "    assert not heavy, heavy\n"
     )
-    for arguments in (["--help"], ["build", "--help"], ["inspect", str(cache)], ["prefixes"]):
+    for arguments in (
+        ["--help"],
+        ["build", "--help"],
+        ["finish", "--help"],
+        ["inspect", str(cache)],
+        ["prefixes"],
+    ):
         result = subprocess.run(
             [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
         )

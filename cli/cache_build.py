@@ -1,0 +1,257 @@
+"""`duet-cache build` and `duet-cache finish`."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from duet_unlearn.teacher_cache.build import BuildResult, PartResult
+    from duet_unlearn.teacher_cache.parts import Part
+
+
+def _read_part(_ctx: click.Context, param: click.Parameter, value: str | None) -> "Part | None":
+    from duet_unlearn.data.errors import ConfigurationError
+    from duet_unlearn.teacher_cache.parts import Part
+
+    try:
+        return None if value is None else Part.parse(value)
+    except ConfigurationError as error:
+        raise click.BadParameter(str(error), param=param) from None
+
+
+def _read_engine_args(
+    _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any]:
+    """Read `KEY=VALUE`s: JSON where a value is some, such as `2` and `true`, else text."""
+    options: dict[str, Any] = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        # vLLM's own command line spells its options with hyphens.
+        key = key.strip().lstrip("-").replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"{text!r}: expected KEY=VALUE", param=param)
+        if key in options:
+            raise click.BadParameter(f"{key} is given twice", param=param)
+        try:
+            options[key] = json.loads(value, parse_constant=str)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+@click.command("build")
+@click.option("--teacher", required=True, metavar="MODEL", help="Model folder or hub id.")
+@click.option(
+    "--forget",
+    multiple=True,
+    metavar="FILE",
+    help="Queries to forget: JSONL, CSV, Parquet or hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+)
+@click.option(
+    "--retain", multiple=True, metavar="FILE", help="Queries to keep, same formats. Repeatable."
+)
+@click.option(
+    "--prefix",
+    required=True,
+    metavar="TEXT|@NAME",
+    help="The steering prefix, or a built-in one: see `duet-cache prefixes`.",
+)
+@click.option("--topic", metavar="TEXT", help="What to forget; fills {topic} in the prefix.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The cache folder to write."
+)
+@click.option(
+    "--prefix-place",
+    type=click.Choice(["system", "user", "raw"]),
+    default="system",
+    help="Where the prefix goes: system turn, front of the user turn, or in front of it all.",
+)
+@click.option(
+    "--retain-prefix/--no-retain-prefix",
+    default=True,
+    help="Put the prefix in front of retain queries too.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=100, help="Tokens kept a position.")
+@click.option(
+    "--positions", type=click.IntRange(min=1), default=1, help="Decoding steps kept a query."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "vllm", "transformers"]),
+    default="auto",
+    help="What runs the teacher; auto takes vLLM where it imports.",
+)
+@click.option(
+    "--shard-rows", type=click.IntRange(min=1), default=1024, help="Queries in one shard."
+)
+@click.option(
+    "--logit-dtype",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    help="How logits are stored.",
+)
+@click.option(
+    "--teacher-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="What the teacher computes in; auto is what its config.json names.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--reuse",
+    multiple=True,
+    metavar="CACHE",
+    help="Take over the rows of a cache of the same recipe. Repeatable.",
+)
+@click.option(
+    "--engine-arg",
+    "engine_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_read_engine_args,
+    help="An option for the engine, by its own name: tensor_parallel_size=2. Repeatable.",
+)
+@click.option(
+    "--shards",
+    "part",
+    callback=_read_part,
+    metavar="I/N",
+    help="Write only part I (1 to N) of the shards, beside other processes that write other "
+    "parts into the same folder; duet-cache finish joins them.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Run N engines at the same time on a Ray cluster.",
+)
+@click.option(
+    "--ray",
+    "ray_address",
+    metavar="ADDRESS",
+    help="The Ray cluster for --workers: its address, auto, or local for this machine.  "
+    "[default: local]",
+    show_default=False,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def build_command(
+    prefix: str,
+    topic: str | None,
+    part: "Part | None",
+    ray_address: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Run the teacher over all queries and write a cache.
+
+    The same command finds a finished cache again, and goes on with a stopped one.
+    """
+    from duet_unlearn.data.prefixes import resolve_prefix
+    from duet_unlearn.teacher_cache.build import build, build_part
+    from duet_unlearn.teacher_cache.build_config import BuildConfig
+
+    if ray_address is not None and settings["workers"] is None:
+        raise click.UsageError("--ray needs --workers N: how many engines to run there")
+    config = BuildConfig(
+        prefix=resolve_prefix(prefix, topic), ray_address=ray_address or "local", **settings
+    )
+    if part is None:
+        _print_build(config.out, build(config), as_json=as_json)
+    else:
+        _print_part(config.out, build_part(config, part), as_json=as_json)
+
+
+def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:
+    manifest = result.manifest
+    if as_json:
+        document = {
+            "cache": str(out),
+            "digest": manifest.digest,
+            "hit": result.hit,
+            "rows": manifest.num_rows,
+            "computed_rows": result.computed_rows,
+            "kept_rows": result.kept_rows,
+            "reused_rows": result.reused_rows,
+            "shards": len(manifest.shards),
+            "bytes": manifest.num_bytes,
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
+    done = "found finished" if result.hit else f"{result.computed_rows} queries computed"
+    if result.kept_rows:
+        done += f", {result.kept_rows} kept from before"
+    if result.reused_rows:
+        done += f", {result.reused_rows} taken from other caches"
+    click.echo(f"{out}: {splits} ({done}), {manifest.num_bytes} bytes")
+    click.echo(f"pin it as {out}@{manifest.digest}")
+
+
+def _print_part(out: Path, result: "PartResult", *, as_json: bool) -> None:
+    if as_json:
+        document = {
+            "cache": str(out),
+            "part": str(result.part),
+            "hit": result.hit,
+            "computed_rows": result.computed_rows,
+            "kept_rows": result.kept_rows,
+            "reused_rows": result.reused_rows,
+            "shards": result.shards,
+            "all_shards": result.all_shards,
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    if result.hit:
+        click.echo(f"{out}: found finished, nothing to do for part {result.part}")
+        return
+    done = f"{result.computed_rows} queries computed"
+    if result.kept_rows:
+        done += f", {result.kept_rows} kept from before"
+    if result.reused_rows:
+        done += f", {result.reused_rows} taken from other caches"
+    click.echo(
+        f"{out}: part {result.part} has its {result.shards} of {result.all_shards} shards ({done})"
+    )
+    click.echo(f"once all parts are done: duet-cache finish {shlex.quote(str(out))}")
+
+
+@click.command("finish")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--teacher",
+    metavar="MODEL",
+    help="Model folder or hub id whose tokenizer is read, where the one of the parts is not "
+    "at hand.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the tokenizer.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def finish_command(
+    cache: Path, teacher: str | None, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Join the parts of a build: check that all shards are there and write the manifest.
+
+    CACHE is the folder that `build --shards` wrote into. Nothing else is needed; a missing shard
+    is named, with the command that makes it.
+    """
+    from duet_unlearn.teacher_cache.finish import finish
+
+    result = finish(cache, teacher, trust_remote_code=trust_remote_code)
+    manifest = result.manifest
+    if as_json:
+        document = {
+            "cache": str(cache),
+            "digest": manifest.digest,
+            "hit": result.hit,
+            "rows": manifest.num_rows,
+            "shards": len(manifest.shards),
+            "bytes": manifest.num_bytes,
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
+    done = "found finished" if result.hit else f"{len(manifest.shards)} shards joined"
+    click.echo(f"{cache}: {splits} ({done}), {manifest.num_bytes} bytes")
+    click.echo(f"pin it as {cache}@{manifest.digest}")
