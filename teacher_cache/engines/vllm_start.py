@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from duet_unlearn.teacher_cache.engines.base import cause
+
 _CAPTURE = "duet_unlearn.teacher_cache.engines.vllm_capture"
 _CPU_BLOCK = 32
 """Tokens in a KV block on a CPU: vLLM's default of 128 never reuses a short steering prefix."""
@@ -20,7 +22,7 @@ def start_engine(config: dict[str, Any]) -> tuple[Any, Any]:
     """Return the running `LLMEngine` and the configuration it resolved.
 
     Raises:
-        UnusableOptionError: This vLLM has no option of that name.
+        UnusableOptionError: This vLLM has no option of that name, or does not take its value.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -47,7 +49,13 @@ def start_engine(config: dict[str, Any]) -> tuple[Any, Any]:
         options |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
         _load_model_class(Path(config["model"]))
     options |= config["engine_args"]
-    vllm_config = EngineArgs(**options).create_engine_config()
+    try:
+        vllm_config = EngineArgs(**options).create_engine_config()
+    except Exception as error:
+        if not config["engine_args"]:
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in config["engine_args"].items())
+        raise UnusableOptionError(f"vLLM does not take {given}: {cause(error)}") from error
     if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
         vllm_config.cache_config.kv_cache_memory_bytes = _cpu_kv_bytes(vllm_config)
     return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True), vllm_config

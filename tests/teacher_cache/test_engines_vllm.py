@@ -217,18 +217,10 @@ def test_describes_the_options_it_was_given(cramped: Engine) -> None:
     assert described["options"]["max_num_seqs"] == described["settings"]["max_num_seqs"] == 8
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "line"),
-    [
-        ({"max_num_seq": 1}, ConfigurationError, "has no option max_num_seq; did you mean max_num"),
-        ({"max_num_seqs": "few"}, DuetError, "max_num_seqs"),
-    ],
-)
-def test_options_that_vllm_does_not_take_are_one_line(
-    config: EngineConfig, options: dict[str, object], error: type[DuetError], line: str
-) -> None:
-    with pytest.raises(error, match=line) as caught:
-        VllmEngine(replace(config, engine_args=options))
+def test_an_option_that_vllm_has_not_is_one_line(config: EngineConfig) -> None:
+    line = "has no option max_num_seq; did you mean max_num_seqs"
+    with pytest.raises(ConfigurationError, match=line) as caught:
+        VllmEngine(replace(config, engine_args={"max_num_seq": 1}))
     assert "\n" not in str(caught.value)
 
 
