@@ -82,7 +82,8 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
 
     Args:
         config: What to build.
-        engine_factory: Starts the engine; by default the one `config.engine` names.
+        engine_factory: Starts the engine, in each worker if there are any; by default the one
+            that `config.engine` names.
 
     Raises:
         ConfigurationError: A setting cannot work with this model.
@@ -227,10 +228,24 @@ class _Build:
     def _open_teacher(
         self, engine_config: EngineConfig, engine_factory: EngineFactory | None
     ) -> Teacher:
-        from duet_unlearn.teacher_cache.engines import open_engine
+        """Start the engine, or those of the workers."""
+        # Imported here: a finished cache is found without them.
+        from duet_unlearn.teacher_cache.engines import open_engine, resolve_engine_name
+        from duet_unlearn.teacher_cache.workers import RayTeacher, WorkerJob
 
-        factory = engine_factory or partial(open_engine, self.config.engine)
-        return LocalTeacher(factory(engine_config))
+        config = self.config
+        if config.workers is None:
+            factory = engine_factory or partial(open_engine, config.engine)
+            return LocalTeacher(factory(engine_config))
+        is_folder = Path(config.teacher).expanduser().is_dir()
+        job = WorkerJob(
+            teacher=str(self.model) if is_folder else config.teacher,
+            recipe=self.recipe,
+            engine=resolve_engine_name(config.engine),
+            engine_config=engine_config,
+            engine_factory=engine_factory,
+        )
+        return RayTeacher(job, workers=config.workers, address=config.ray_address)
 
     def _answer(
         self,
