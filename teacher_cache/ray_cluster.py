@@ -79,7 +79,9 @@ def connected(address: str) -> Iterator[Any]:
         stack.enter_context(contextlib.redirect_stdout(_Log()))
         if not ray.is_initialized():
             local = {"include_dashboard": False} if address == "local" else {}
-            with _environment(RAY_USAGE_STATS_ENABLED="0"), _same_signal_handlers():
+            # Ray makes workers nice: beside other work on this machine they would get nothing.
+            quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+            with _environment(quiet), _same_signal_handlers():
                 try:
                     ray.init(
                         address=address,
@@ -106,7 +108,7 @@ class _Log(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def _environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update({name: os.environ.get(name, value) for name, value in values.items()})
     try:
