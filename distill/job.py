@@ -139,6 +139,7 @@ def _check_splits(reader: CacheReader) -> None:
         )
     if not rows["retain"]:
         logger.warning(
-            "%s: no retain queries; nothing holds the student's other knowledge in place",
+            "%s: no retain queries; nothing holds the student's other knowledge in place: on the "
+            "demo world all of it that is near the topic was lost (docs/method.md)",
             reader.folder,
         )

@@ -106,6 +106,7 @@ def _train(job: Job, renderer: "PromptRenderer", args: "TrainingArguments") -> R
             f"stopped and saved at step {step} of {steps}; run the same command again to go on"
         )
     kept_step = step if watch is None else watch.chosen(history).step
+    trainer.check_weights()
     result = RunResult(
         out=str(folder.out),
         queries={split: job.reader.manifest.splits[split].rows for split in SPLITS},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.batches import CacheDataset, Example, collate
@@ -103,11 +104,33 @@ class DuetTrainer(Trainer):
             return
         bad = [name for name, ok in zip(inputs["names"], finite.tolist(), strict=True) if not ok]
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        raise ConfigurationError(
-            f"the loss is not finite at step {self.state.global_step + 1} (queries: {shown}); "
-            f"learning rate {self.args.learning_rate:g} is too high for this student or its "
-            "weights are damaged: lower --learning-rate"
+        raise self._diverged(
+            f"the loss is not finite at step {self.state.global_step + 1} (queries: {shown})"
         )
+
+    def _diverged(self, what: str) -> ConfigurationError:
+        kept = get_last_checkpoint(self.args.output_dir)
+        state = f"; its state of step {kept.rpartition('-')[2]} is kept in {kept}" if kept else ""
+        return ConfigurationError(
+            f"{what}; learning rate {self.args.learning_rate:g} is too high for this student or "
+            f"its weights are damaged: lower --learning-rate{state}"
+        )
+
+    def check_weights(self) -> None:
+        """Make sure that there is something to keep: a loss tells of a bad step one step later.
+
+        Raises:
+            ConfigurationError: A trained weight is not finite.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise self._diverged(
+                    f"weights are not finite after step {self.state.global_step} ({name})"
+                )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights()  # the checkpoint before is removed only for a sound one
+        super()._save_checkpoint(model, trial)
 
     def _count(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
         counted = (inputs["weight"] > 0).to(losses_B.dtype)

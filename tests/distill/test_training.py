@@ -13,6 +13,7 @@ import torch
 
 from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.distill.config import LOSS_NAMES
+from duet_unlearn.distill.trainer import DuetTrainer
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,29 @@ def test_a_diverging_run_names_step_and_queries(train, tmp_path):
     assert not (tmp_path / "student").exists()
 
 
+def test_a_run_that_diverges_keeps_its_last_sound_state(train, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        # The weights break after step 3, and no loss has told of it when step 4 is saved.
+        plain = DuetTrainer.training_step
+
+        def training_step(self, model, *args, **kwargs):
+            loss = plain(self, model, *args, **kwargs)
+            if self.state.global_step == 3:
+                next(model.parameters()).grad.fill_(float("nan"))
+            return loss
+
+        patched.setattr(DuetTrainer, "training_step", training_step)
+        with pytest.raises(ConfigurationError, match="weights are not finite after step 4") as told:
+            train(save_steps=2)
+        with pytest.raises(ConfigurationError, match="weights are not finite after step 4"):
+            train("short", save_steps=0, max_steps=4)
+    kept = tmp_path / "student.unfinished" / "checkpoint-2"
+    assert str(told.value).endswith(f"its state of step 2 is kept in {kept}")
+    assert [path.name for path in kept.parent.glob("checkpoint-*")] == [kept.name]
+    assert not (tmp_path / "short").exists()
+    train(save_steps=2)
+
+
 def test_settings_that_do_not_fit_the_cache(train, build_tiny_cache, tiny_model, tmp_path):
     with pytest.raises(ConfigurationError, match="top_k is 21, but the cache holds 20"):
         train(top_k=21)
@@ -252,6 +276,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
+from duet_unlearn.distill.trainer import DuetTrainer
 
 cache, student, out = sys.argv[1:]
 run(RunConfig(cache=cache, student=student, out=out, max_steps=2))
