@@ -34,7 +34,11 @@ def shards_of(gigabytes: float) -> int:
 
 
 def write_cache(
-    folder: Path, shards: int, positions: int = 32, shard_positions: int = SHARD_POSITIONS
+    folder: Path,
+    shards: int,
+    positions: int = 32,
+    shard_positions: int = SHARD_POSITIONS,
+    prompt_tokens: int = 48,
 ) -> None:
     """Write a cache of random signals, `positions` in each row."""
     from duet_unlearn.teacher_cache.manifest import Manifest
@@ -63,7 +67,7 @@ def write_cache(
     engines = ({"engine": "random"},)
     entries, totals = [], {split: SplitStatistics() for split in SPLITS}
     for index in range(shards):
-        rows = _rows(rng, index, positions, shard_positions)
+        rows = _rows(rng, index, positions, shard_positions, prompt_tokens)
         header = ShardHeader(recipe=recipe, queries=sha, index=index, count=shards, engines=engines)
         entries.append(write_shard(folder, rows, header))
         for split, sums in rows_statistics(rows, "float16").items():
@@ -79,7 +83,9 @@ def write_cache(
     ).write(folder)
 
 
-def _rows(rng: np.random.Generator, shard: int, positions: int, shard_positions: int) -> list:
+def _rows(
+    rng: np.random.Generator, shard: int, positions: int, shard_positions: int, prompt_tokens: int
+) -> list:
     """Return the rows of a shard: distinct ids in random order, falling logits."""
     from duet_unlearn.teacher_cache.schema import CacheRow
     from duet_unlearn.teacher_cache.signals import Signal
@@ -95,7 +101,7 @@ def _rows(rng: np.random.Generator, shard: int, positions: int, shard_positions:
             query_id=f"q{shard}-{number}",
             split="forget" if number < count // 2 else "retain",
             query=f"query {number} of shard {shard}",
-            prompt_ids=np.arange(48, dtype=np.int32),
+            prompt_ids=np.arange(prompt_tokens, dtype=np.int32),
             signal=Signal(
                 response_ids=ids[place, 0],
                 token_ids=ids[place],
