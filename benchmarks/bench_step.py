@@ -10,8 +10,10 @@ gradient clipping, and a process is told when to take its next step, so that two
 - ours: the product's trainer, from the cache's files to the updated weights;
 - bare: forward and backward with the head on the scored positions only, batches already in memory;
 - online: a teacher of the same size beside the student, logits of every position of both, forward
-  KL over the whole vocabulary with a mask, as distillation scripts do;
-- GKD: the same two models under `trl`'s generalized JSD loss, on the positions it is given;
+  KL over the whole vocabulary with a mask, as distillation scripts do; the teacher reads a steering
+  prefix of 32 tokens in front, which is what makes it a teacher (`--prefix 0` leaves it out);
+- GKD: the same two models under `trl`'s generalized JSD loss, which knows one prompt for both, on
+  the scored positions;
 - ours, kl-tail: a loss that needs the student's whole vocabulary at every scored position.
 
 Medians over the rounds; peak memory is the process's own (on a GPU, the allocator's).
@@ -19,6 +21,7 @@ Medians over the rounds; peak memory is the process's own (on a GPU, the allocat
 
 import argparse
 import contextlib
+import functools
 import json
 import resource
 import statistics
@@ -177,7 +180,9 @@ def run_baseline(arguments: argparse.Namespace, side: str) -> None:
     if arguments.bf16:
         precision = torch.autocast(device.type, dtype=torch.bfloat16)
     teacher = make_model(arguments, 1).to(device).eval() if side != BARE else None
-    loss_of = {BARE: bare_loss, ONLINE: online_loss, GKD: gkd_loss}[side]
+    losses = {BARE: bare_loss, GKD: gkd_loss}
+    losses[ONLINE] = functools.partial(online_loss, prefix=arguments.prefix)
+    loss_of = losses[side]
     batches = [
         {name: value for name, value in batch.items() if hasattr(value, "to")}
         for batch, _ in zip(trainer.get_train_dataloader(), range(4), strict=False)
@@ -211,13 +216,28 @@ def bare_loss(model: Any, teacher: Any, batch: dict[str, Any]) -> Any:  # noqa: 
     return logits_of(model, batch, batch["position_mask"].shape[1]).mean()
 
 
-def online_loss(model: Any, teacher: Any, batch: dict[str, Any]) -> Any:
+def behind_prefix(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Put the same number of tokens in front of every row."""
+    import torch
+
+    rows, device = len(batch["input_ids"]), batch["input_ids"].device
+    prefix = torch.arange(1, tokens + 1, device=device).expand(rows, -1)
+    mask = torch.cat([torch.ones_like(prefix), batch["attention_mask"]], dim=1)
+    return {
+        "input_ids": torch.cat([prefix, batch["input_ids"]], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def online_loss(model: Any, teacher: Any, batch: dict[str, Any], *, prefix: int) -> Any:
     """Forward KL over the whole vocabulary at the scored positions, the others masked."""
     import torch
     from torch.nn.functional import kl_div
 
     with torch.no_grad():
-        target = logits_of(teacher, batch).float().log_softmax(-1)
+        target = logits_of(teacher, behind_prefix(batch, prefix))[:, prefix:]
+        target = target.float().log_softmax(-1)
     found = logits_of(model, batch).float().log_softmax(-1)
     losses = kl_div(found, target, reduction="none", log_target=True).sum(-1)
     mask = torch.zeros_like(losses)
@@ -319,6 +339,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--hidden", type=int, default=384, help="Width, a multiple of 64.")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--prefix", type=int, default=32, help="Tokens before the online teacher.")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -327,6 +348,7 @@ def main() -> None:
         run_side(arguments)
         return
     flags = ["--hidden", str(arguments.hidden), "--layers", str(arguments.layers)]
+    flags += ["--prefix", str(arguments.prefix)]
     flags += ["--bf16"] if arguments.bf16 else []
     for positions in arguments.positions:
         print(f"\n{positions} position{'s' if positions > 1 else ''}\n")

@@ -74,11 +74,14 @@ class ScoresWithTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, token_ids_NK: Tensor) -> Tensor:
         """Return `[N, K + 1]` in float32 (float64 stays)."""
-        scores = [
-            scores_of(hidden_NH[part] @ weight_VH.T, token_ids_NK[part], tail=True)
-            for part in _pieces(token_ids_NK[:, :1], len(weight_VH))
-        ]
-        scores_NS = torch.cat(scores)
+        positions, top_k = token_ids_NK.shape
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        scores_NS = hidden_NH.new_empty(positions, top_k + 1, dtype=dtype)
+        for part in _pieces(token_ids_NK[:, :1], len(weight_VH)):
+            logits_nV = single(hidden_NH[part] @ weight_VH.T)
+            scores_NS[part, :-1] = logits_nV.gather(-1, token_ids_NK[part])
+            logits_nV.scatter_(-1, token_ids_NK[part], -math.inf)
+            scores_NS[part, -1] = logits_nV.logsumexp(dim=-1)
         ctx.save_for_backward(hidden_NH, weight_VH, token_ids_NK, scores_NS[:, -1:])
         return scores_NS
 

@@ -131,8 +131,13 @@ def loss_and_gradients(
     rows = row_means(losses, batch["position_mask"])
     model.zero_grad()
     (rows * torch.tensor([0.5, 0.2, 0.3])).sum().backward()
-    named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    named = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     return rows.detach(), named
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """Return a copy of a gradient, gathered where FSDP has split it."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
 
 
 def assert_same(one, other, **tolerance) -> None:
@@ -256,12 +261,23 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, sharded])
 @pytest.mark.parametrize("name", ["huber", "jsd"])
-def test_the_head_is_lean_behind_ddp(name, batch, one_process):
+def test_the_head_is_lean_behind_ddp_and_fsdp(name, wrap, batch, one_process):
     torch.manual_seed(0)
     model = llama().double()
     plain = loss_and_gradients(model, model, batch, name, lean=False)
-    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped = wrap(model)
     result = []
     run = lambda: result.append(loss_and_gradients(model, wrapped, batch, name, lean=True))  # noqa: E731
     assert set(widths(model, run)) == {TOP_K + Loss(name=name).tail}
