@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_read import TOP_K, VOCABULARY, write_cache
+from bench_read import VOCABULARY, write_cache
 
 BATCH, PROMPT = 16, 64
 OURS, TAIL, BARE, ONLINE, GKD = "ours", "ours, kl-tail", "bare", "online", "GKD"
