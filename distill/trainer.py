@@ -63,6 +63,7 @@ class DuetTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
         self.remove_callback(PrinterCallback)  # it prints to standard output
+        self._student = model
         self._dataset = dataset
         self._make_sampler = make_sampler
         self._loss = loss
@@ -109,7 +110,7 @@ class DuetTrainer(Trainer):
         )
 
     def _diverged(self, what: str) -> ConfigurationError:
-        kept = get_last_checkpoint(self.args.output_dir)
+        kept = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
         state = f"; its state of step {kept.rpartition('-')[2]} is kept in {kept}" if kept else ""
         return ConfigurationError(
             f"{what}; learning rate {self.args.learning_rate:g} is too high for this student or "
@@ -122,7 +123,7 @@ class DuetTrainer(Trainer):
         Raises:
             ConfigurationError: A trained weight is not finite.
         """
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._student.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise self._diverged(
                     f"weights are not finite after step {self.state.global_step} ({name})"
