@@ -296,8 +296,8 @@ class Side:
         self.seconds.clear()
 
     def _ask(self, word: str) -> Any:
-        assert self._process.stdin is not None  # noqa: S101
-        assert self._process.stdout is not None  # noqa: S101
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
