@@ -92,7 +92,7 @@ def connected(address: str) -> Iterator[Any]:
                 except Exception as error:  # connection, value and runtime errors, as it comes
                     raise ConfigurationError(
                         f"no Ray cluster at {address!r}: {cause(error)}; start one with `ray start "
-                        "--head`, or give --ray local"
+                        "--head`, set its RAY_AUTH_TOKEN if it has one, or give --ray local"
                     ) from error
             stack.callback(ray.shutdown)
         yield ray
