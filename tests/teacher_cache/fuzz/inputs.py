@@ -35,8 +35,8 @@ MEMORY = 1 << 30
 """Address space beyond what the libraries take, in bytes."""
 SECONDS = 5.0
 """Processor time above which a single input counts as a hang; sound ones take milliseconds."""
-HANG = 120.0
-"""Seconds after which an input that does not end is given up."""
+HANG = 900.0
+"""Seconds after which an input that does not end is given up, on however busy a machine."""
 RESIDENT = 192 << 20
 """Most resident memory that one input may take, in bytes; a sound cache decodes to kilobytes."""
 
