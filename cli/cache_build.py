@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from duet_unlearn.cli.cache_result import print_cache
+
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.build import BuildResult, PartResult
     from duet_unlearn.teacher_cache.parts import Part
@@ -165,29 +167,23 @@ def build_command(
 
 
 def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:
-    manifest = result.manifest
-    if as_json:
-        document = {
-            "cache": str(out),
-            "digest": manifest.digest,
-            "hit": result.hit,
-            "rows": manifest.num_rows,
-            "computed_rows": result.computed_rows,
-            "kept_rows": result.kept_rows,
-            "reused_rows": result.reused_rows,
-            "shards": len(manifest.shards),
-            "bytes": manifest.num_bytes,
-        }
-        click.echo(json.dumps(document, indent=2))
-        return
-    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
-    done = "found finished" if result.hit else f"{result.computed_rows} queries computed"
+    counts = {
+        "computed_rows": result.computed_rows,
+        "kept_rows": result.kept_rows,
+        "reused_rows": result.reused_rows,
+    }
+    print_cache(
+        out, result.manifest, hit=result.hit, done=_done(result), counts=counts, as_json=as_json
+    )
+
+
+def _done(result: "BuildResult | PartResult") -> str:
+    done = f"{result.computed_rows} queries computed"
     if result.kept_rows:
         done += f", {result.kept_rows} kept from before"
     if result.reused_rows:
         done += f", {result.reused_rows} taken from other caches"
-    click.echo(f"{out}: {splits} ({done}), {manifest.num_bytes} bytes")
-    click.echo(f"pin it as {out}@{manifest.digest}")
+    return done
 
 
 def _print_part(out: Path, result: "PartResult", *, as_json: bool) -> None:
@@ -207,13 +203,9 @@ def _print_part(out: Path, result: "PartResult", *, as_json: bool) -> None:
     if result.hit:
         click.echo(f"{out}: found finished, nothing to do for part {result.part}")
         return
-    done = f"{result.computed_rows} queries computed"
-    if result.kept_rows:
-        done += f", {result.kept_rows} kept from before"
-    if result.reused_rows:
-        done += f", {result.reused_rows} taken from other caches"
     click.echo(
-        f"{out}: part {result.part} has its {result.shards} of {result.all_shards} shards ({done})"
+        f"{out}: part {result.part} has its {result.shards} of {result.all_shards} shards "
+        f"({_done(result)})"
     )
     click.echo(f"once all parts are done: duet-cache finish {shlex.quote(str(out))}")
 
@@ -239,19 +231,5 @@ def finish_command(
     from duet_unlearn.teacher_cache.finish import finish
 
     result = finish(cache, teacher, trust_remote_code=trust_remote_code)
-    manifest = result.manifest
-    if as_json:
-        document = {
-            "cache": str(cache),
-            "digest": manifest.digest,
-            "hit": result.hit,
-            "rows": manifest.num_rows,
-            "shards": len(manifest.shards),
-            "bytes": manifest.num_bytes,
-        }
-        click.echo(json.dumps(document, indent=2))
-        return
-    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
-    done = "found finished" if result.hit else f"{len(manifest.shards)} shards joined"
-    click.echo(f"{cache}: {splits} ({done}), {manifest.num_bytes} bytes")
-    click.echo(f"pin it as {cache}@{manifest.digest}")
+    done = f"{len(result.manifest.shards)} shards joined"
+    print_cache(cache, result.manifest, hit=result.hit, done=done, counts={}, as_json=as_json)

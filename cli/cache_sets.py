@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from duet_unlearn.cli.cache_result import print_cache
 from duet_unlearn.data.errors import DuetError
 
 _DIFFERENT, _TROUBLE = 1, 2
@@ -32,27 +33,15 @@ def merge_command(caches: tuple[str, ...], out: Path, shard_rows: int, as_json: 
     from duet_unlearn.teacher_cache.merge import merge
 
     result = merge(caches, out, shard_rows=shard_rows)
-    manifest = result.manifest
-    if as_json:
-        document = {
-            "cache": str(out),
-            "digest": manifest.digest,
-            "hit": result.hit,
-            "rows": manifest.num_rows,
-            "repeated_rows": result.repeated_rows,
-            "differing_rows": result.differing_rows,
-            "renamed_rows": result.renamed_rows,
-            "shards": len(manifest.shards),
-            "bytes": manifest.num_bytes,
-        }
-        click.echo(json.dumps(document, indent=2))
-        return
-    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
-    done = "found finished" if result.hit else f"{len(caches)} caches joined"
+    done = f"{len(caches)} caches joined"
     if result.repeated_rows:
         done += f", {result.repeated_rows} repeated queries left out"
-    click.echo(f"{out}: {splits} ({done}), {manifest.num_bytes} bytes")
-    click.echo(f"pin it as {out}@{manifest.digest}")
+    counts = {
+        "repeated_rows": result.repeated_rows,
+        "differing_rows": result.differing_rows,
+        "renamed_rows": result.renamed_rows,
+    }
+    print_cache(out, result.manifest, hit=result.hit, done=done, counts=counts, as_json=as_json)
 
 
 @click.command("diff")
