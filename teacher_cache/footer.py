@@ -3,7 +3,7 @@
 Parquet libraries believe a footer, and one that contradicts itself ends the process: pyarrow 26
 aborts where a column's description and the schema disagree. So the library never sees the footer
 of a file. It is read here, into the few values that decoding needs, each within its limits, and
-what the library gets is a footer made of these values (`Footer.for_parquet`). Statistics, an
+what the library gets is a footer made of these values (`footer_writer`). Statistics, an
 embedded Arrow schema and whatever else a footer may hold is passed over. See docs/decisions/0011.
 
 Field numbers and enum values are those of parquet.thrift of the Apache Parquet format, 2.12.
@@ -21,24 +21,18 @@ from duet_unlearn.teacher_cache.schema import (
     SHARD_COLUMNS,
 )
 from duet_unlearn.teacher_cache.thrift import (
-    Encoded,
     ListOf,
     Scalar,
     Struct,
     StructOf,
-    i32,
-    i64,
-    list_of,
     read_struct,
-    struct,
-    text,
 )
 
-_MAGIC = b"PAR1"
+MAGIC = b"PAR1"
 _TAIL_BYTES = 8
 
 # Physical types, repetitions, and the annotations that mean what our columns are.
-_INT32, _FLOAT, _BYTE_ARRAY, _FIXED = 1, 4, 6, 7
+_INT32, _FLOAT, _BYTE_ARRAY, FIXED_LENGTH = 1, 4, 6, 7
 _REQUIRED, _OPTIONAL, _REPEATED = 0, 1, 2
 _UTF8, _LIST, _INT_32 = 0, 3, 17
 _LOGICAL_STRING, _LOGICAL_LIST, _LOGICAL_INTEGER, _LOGICAL_FLOAT16 = 1, 3, 10, 15
@@ -141,29 +135,7 @@ class Footer:
     def logit_dtype(self) -> str:
         """`float16` or `float32`: how logits are stored."""
         leaf = self.nodes[SHARD_COLUMNS.index("logits")][-1]
-        return "float16" if leaf.physical == _FIXED else "float32"
-
-    def for_parquet(self) -> bytes:
-        """Return a Parquet file without pages whose footer says this, and nothing else."""
-        root = struct({4: text(b"schema"), 5: i32(len(SHARD_COLUMNS))})
-        elements = [_element(node) for column in self.nodes for node in column]
-        groups = [self._group(group) for group in self.groups]
-        footer = struct(
-            {
-                1: i32(2),
-                2: list_of([root, *elements]),
-                3: i64(self.num_rows),
-                4: list_of(groups),
-            }
-        ).data
-        return _MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC
-
-    def _group(self, group: GroupPlace) -> Encoded:
-        columns = [
-            _chunk(chunk, nodes) for chunk, nodes in zip(group.columns, self.nodes, strict=True)
-        ]
-        size = sum(chunk.size for chunk in group.columns)
-        return struct({1: list_of(columns), 2: i64(size), 3: i64(group.rows)})
+        return "float16" if leaf.physical == FIXED_LENGTH else "float32"
 
 
 def read_footer(file: BinaryIO, size: int) -> Footer:
@@ -178,17 +150,17 @@ def read_footer(file: BinaryIO, size: int) -> Footer:
             columns are not those of the format.
         OSError: The file cannot be read.
     """
-    if size < len(_MAGIC) + _TAIL_BYTES:
+    if size < len(MAGIC) + _TAIL_BYTES:
         raise ValueError(f"{size} bytes, too short for a Parquet file")
     file.seek(0)
-    magic = bytes(file.read(len(_MAGIC)))
+    magic = bytes(file.read(len(MAGIC)))
     file.seek(size - _TAIL_BYTES)
     tail = bytes(file.read(_TAIL_BYTES))
-    if not magic == tail[4:] == _MAGIC:
+    if not magic == tail[4:] == MAGIC:
         raise ValueError("no Parquet file: it does not begin and end with PAR1")
     length = int.from_bytes(tail[:4], "little")
     end = size - _TAIL_BYTES - length
-    if length > MAX_FOOTER_BYTES or end < len(_MAGIC):
+    if length > MAX_FOOTER_BYTES or end < len(MAGIC):
         raise ValueError(
             f"a footer of {length} bytes in a file of {size}, expected at most {MAX_FOOTER_BYTES}"
         )
@@ -280,7 +252,7 @@ def _is_float32(leaf: Struct) -> bool:
 
 
 def _is_logit(leaf: Struct) -> bool:
-    half = leaf.get(1) == _FIXED and leaf.get(2) == 2 and _LOGICAL_FLOAT16 in leaf.get(10, {})
+    half = leaf.get(1) == FIXED_LENGTH and leaf.get(2) == 2 and _LOGICAL_FLOAT16 in leaf.get(10, {})
     return half or _is_float32(leaf)
 
 
@@ -315,7 +287,7 @@ def _list_nodes(parts: Sequence[Struct]) -> list[SchemaNode]:
             name=b"element",
             repetition=leaf[3],
             physical=leaf[1],
-            logical=_LOGICAL_FLOAT16 if leaf[1] == _FIXED else None,
+            logical=_LOGICAL_FLOAT16 if leaf[1] == FIXED_LENGTH else None,
         ),
     ]
 
@@ -360,7 +332,7 @@ def _column(
         length=length,
         size=size,
     )
-    if chunk.start < len(_MAGIC) or length < 1 or chunk.start + length > end:
+    if chunk.start < len(MAGIC) or length < 1 or chunk.start + length > end:
         raise ValueError(f"column {name!r} lies outside the file's pages")
     if codec not in _CODECS:
         raise ValueError(f"column {name!r} with compression {codec}, which no shard uses")
@@ -384,35 +356,3 @@ def _metadata(pairs: Sequence[Struct]) -> dict[bytes, bytes]:
             raise ValueError(f"metadata that names {key[:40]!r} twice")
         metadata[key] = pair.get(2, b"")
     return metadata
-
-
-def _element(node: SchemaNode) -> Encoded:
-    fields = {3: i32(node.repetition), 4: text(node.name)}
-    if node.physical is not None:
-        fields[1] = i32(node.physical)
-    if node.physical == _FIXED:
-        fields[2] = i32(2)
-    if node.children:
-        fields[5] = i32(node.children)
-    if node.converted is not None:
-        fields[6] = i32(node.converted)
-    if node.logical is not None:
-        fields[10] = struct({node.logical: struct({})})
-    return struct(fields)
-
-
-def _chunk(chunk: ColumnChunk, nodes: Sequence[SchemaNode]) -> Encoded:
-    fields = {
-        1: i32(nodes[-1].physical or 0),
-        # Which encodings there are is in the pages; plain ones are what the list has to name.
-        2: list_of([i32(0), i32(3)]),
-        3: list_of([text(node.name) for node in nodes]),
-        4: i32(chunk.codec),
-        5: i64(chunk.values),
-        6: i64(chunk.size),
-        7: i64(chunk.length),
-        9: i64(chunk.data_offset),
-    }
-    if chunk.dictionary_offset is not None:
-        fields[11] = i64(chunk.dictionary_offset)
-    return struct({2: i64(0), 3: struct(fields)})

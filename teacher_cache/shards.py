@@ -14,6 +14,7 @@ from duet_unlearn.data.errors import CacheError, CorruptCacheError
 from duet_unlearn.teacher_cache.files import atomic_path
 from duet_unlearn.teacher_cache.fingerprint import sha256_file
 from duet_unlearn.teacher_cache.footer import read_footer
+from duet_unlearn.teacher_cache.footer_writer import parquet_without_pages
 from duet_unlearn.teacher_cache.manifest import ShardEntry, shard_name
 from duet_unlearn.teacher_cache.recipe import Recipe
 from duet_unlearn.teacher_cache.row_group import (
@@ -211,7 +212,7 @@ class ShardFile:
                 raise CorruptCacheError(f"{path}: the shard is missing; get the cache again")
             self._bytes = pa.OSFile(str(path))
             self._footer = read_footer(self._bytes, self._bytes.size())
-            description = pa.BufferReader(self._footer.for_parquet())
+            description = pa.BufferReader(parquet_without_pages(self._footer))
             self._file = pq.ParquetFile(
                 self._bytes,
                 metadata=pq.read_metadata(description),
