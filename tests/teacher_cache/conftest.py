@@ -205,8 +205,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, path: str, data: bytes) -> None:
-        self.wfile.write(data)
+        # Counted first: whoever has read it may look at once.
         self.web.sent[path] = self.web.sent.get(path, 0) + len(data)
+        self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         pass
