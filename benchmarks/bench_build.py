@@ -115,8 +115,8 @@ class BuildSide:
 
     def run(self, round_number: int, count: int, top_k: int) -> float:
         """Return the seconds that a round took."""
-        from duet_unlearn.teacher_cache.build import build
-        from duet_unlearn.teacher_cache.build_config import BuildConfig
+        from duet_unlearn.teacher_cache.build.build import build
+        from duet_unlearn.teacher_cache.build.config import BuildConfig
 
         del top_k
         file = self.scratch / f"queries-{self.top_k}-{round_number}.jsonl"

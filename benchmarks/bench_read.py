@@ -41,11 +41,11 @@ def write_cache(
     prompt_tokens: int = 48,
 ) -> None:
     """Write a cache of random signals, `positions` in each row."""
-    from duet_unlearn.teacher_cache.manifest import Manifest
-    from duet_unlearn.teacher_cache.recipe import Recipe
-    from duet_unlearn.teacher_cache.schema import SPLITS
-    from duet_unlearn.teacher_cache.shards import ShardHeader, write_shard
-    from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
+    from duet_unlearn.teacher_cache.format.manifest import Manifest
+    from duet_unlearn.teacher_cache.format.recipe import Recipe
+    from duet_unlearn.teacher_cache.format.schema import SPLITS
+    from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
+    from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
 
     sha = "sha256:" + "0" * 64
     recipe = Recipe(
@@ -87,8 +87,8 @@ def _rows(
     rng: np.random.Generator, shard: int, positions: int, shard_positions: int, prompt_tokens: int
 ) -> list:
     """Return the rows of a shard: distinct ids in random order, falling logits."""
-    from duet_unlearn.teacher_cache.schema import CacheRow
-    from duet_unlearn.teacher_cache.signals import Signal
+    from duet_unlearn.teacher_cache.format.schema import CacheRow
+    from duet_unlearn.teacher_cache.format.signal import Signal
 
     shape = (shard_positions, TOP_K)
     steps = rng.integers(1, VOCABULARY // TOP_K, shape, np.int32)

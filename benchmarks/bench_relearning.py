@@ -23,19 +23,19 @@ from typing import Any
 
 import torch
 from demo_students import build_cache, measure, train_student
-
-from duet_unlearn.data import demo_world as world
-from duet_unlearn.data.demo_world.query_sets import (
+from demo_world.query_sets import (
     ANOTHER_CHARACTER,
     ANOTHER_FACT,
     QueryRow,
     render_rows,
 )
-from duet_unlearn.data.demo_world.world import SAGAS, build_world
+from demo_world.world import SAGAS, build_world
+
+from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
-from duet_unlearn.distill.generate import generate_answers, load_model
-from duet_unlearn.distill.scoring import mean_scores, score_response
+from duet_unlearn.evaluation.answers import generate_answers, load_model
+from duet_unlearn.evaluation.scoring import mean_scores, score_response
 
 LOOKS = (0, 10, 30, 100)
 """Relearning steps after which the facts are asked."""

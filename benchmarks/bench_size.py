@@ -36,10 +36,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.schema import CacheRow
-from duet_unlearn.teacher_cache.shards import ShardHeader, write_shard
-from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.schema import CacheRow
+from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
+from duet_unlearn.teacher_cache.format.signal import Signal
 
 ROWS = 1024
 """A default shard."""
@@ -53,11 +53,11 @@ Prompt = tuple[str, list[int], int]
 
 def demo_model(positions: int, seed: int) -> tuple[Any, list[Prompt]]:
     """Return the demo world's model and questions of its corpus with the answers."""
+    from demo_world import corpus
+    from demo_world.world import build_world
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from duet_unlearn.data import demo_world
-    from duet_unlearn.data.demo_world import corpus
-    from duet_unlearn.data.demo_world.world import build_world
 
     tokenizer = AutoTokenizer.from_pretrained(demo_world.MODEL)
     model = AutoModelForCausalLM.from_pretrained(demo_world.MODEL, dtype=torch.float32).eval()

@@ -66,8 +66,8 @@ def make_model(arguments: argparse.Namespace, seed: int) -> Any:
 def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any]) -> Any:
     """Return the product's trainer over the cache, with its own settings."""
     from duet_unlearn.distill.arguments import training_arguments
-    from duet_unlearn.distill.batches import CacheDataset
     from duet_unlearn.distill.config import RunConfig
+    from duet_unlearn.distill.dataset import CacheDataset
     from duet_unlearn.distill.losses import Loss
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer

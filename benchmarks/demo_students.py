@@ -6,11 +6,11 @@ from typing import Any
 
 from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.prefixes import resolve_prefix
-from duet_unlearn.distill.eval_config import EvalConfig, ModelSpec
-from duet_unlearn.distill.evaluate import evaluate
 from duet_unlearn.distill.run import RunConfig, run
-from duet_unlearn.teacher_cache.build import build
-from duet_unlearn.teacher_cache.build_config import BuildConfig
+from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
+from duet_unlearn.evaluation.evaluate import evaluate
+from duet_unlearn.teacher_cache.build.build import build
+from duet_unlearn.teacher_cache.build.config import BuildConfig
 
 WIDTH = 192
 """Hidden size of the demo world's model."""

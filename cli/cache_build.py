@@ -10,13 +10,13 @@ import click
 from duet_unlearn.cli.cache_result import print_cache
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.build import BuildResult, PartResult
-    from duet_unlearn.teacher_cache.parts import Part
+    from duet_unlearn.teacher_cache.build.build import BuildResult, PartResult
+    from duet_unlearn.teacher_cache.build.parts import Part
 
 
 def _read_part(_ctx: click.Context, param: click.Parameter, value: str | None) -> "Part | None":
-    from duet_unlearn.data.errors import ConfigurationError
-    from duet_unlearn.teacher_cache.parts import Part
+    from duet_unlearn.errors import ConfigurationError
+    from duet_unlearn.teacher_cache.build.parts import Part
 
     try:
         return None if value is None else Part.parse(value)
@@ -152,8 +152,8 @@ def build_command(
     The same command finds a finished cache again, and goes on with a stopped one.
     """
     from duet_unlearn.data.prefixes import resolve_prefix
-    from duet_unlearn.teacher_cache.build import build, build_part
-    from duet_unlearn.teacher_cache.build_config import BuildConfig
+    from duet_unlearn.teacher_cache.build.build import build, build_part
+    from duet_unlearn.teacher_cache.build.config import BuildConfig
 
     if ray_address is not None and settings["workers"] is None:
         raise click.UsageError("--ray needs --workers N: how many engines to run there")
@@ -228,7 +228,7 @@ def finish_command(
     CACHE is the folder that `build --shards` wrote into. Nothing else is needed; a missing shard
     is named, with the command that makes it.
     """
-    from duet_unlearn.teacher_cache.finish import finish
+    from duet_unlearn.teacher_cache.build.finish import finish
 
     result = finish(cache, teacher, trust_remote_code=trust_remote_code)
     done = f"{len(result.manifest.shards)} shards joined"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.manifest import Manifest
+    from duet_unlearn.teacher_cache.format.manifest import Manifest
 
 
 def print_cache(

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from duet_unlearn.cli.cache_result import print_cache
-from duet_unlearn.data.errors import DuetError
+from duet_unlearn.errors import DuetError
 
 _DIFFERENT, _TROUBLE = 1, 2
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.listing import ListedCache
-    from duet_unlearn.teacher_cache.share import TransferResult
+    from duet_unlearn.teacher_cache.share.listing import ListedCache
+    from duet_unlearn.teacher_cache.share.share import TransferResult
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -24,7 +24,7 @@ def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
     The manifest goes last, so nobody sees half a cache. The same command goes on after a stop, and
     moves nothing that is there. Another cache at that URL is never replaced.
     """
-    from duet_unlearn.teacher_cache.share import push
+    from duet_unlearn.teacher_cache.share.share import push
 
     _print_transfer(push(cache, url, check=check), as_json=as_json)
 
@@ -39,7 +39,7 @@ def pull_command(url: str, folder: Path, as_json: bool) -> None:
     Every shard is checked by sha256 as it arrives. The same command goes on after a stop, and
     fetches damaged shards again.
     """
-    from duet_unlearn.teacher_cache.share import pull
+    from duet_unlearn.teacher_cache.share.share import pull
 
     _print_transfer(pull(url, folder), as_json=as_json)
 
@@ -78,7 +78,7 @@ def list_command(url: str, as_json: bool) -> None:
     A web server has no listing: give it the URL of one cache.
     """
     from duet_unlearn.teacher_cache.inspect import printable
-    from duet_unlearn.teacher_cache.listing import list_caches
+    from duet_unlearn.teacher_cache.share.listing import list_caches
 
     caches = list_caches(url)
     if as_json:

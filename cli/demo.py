@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from duet_unlearn.data.errors import CacheError
+from duet_unlearn.errors import CacheError
 
 _MODULES = {"duet-cache": "duet_unlearn.cli.cache", "duet-distill": "duet_unlearn.cli.distill"}
 

@@ -10,7 +10,7 @@ from typing import IO, Any, NoReturn
 
 import click
 
-from duet_unlearn.data.errors import DuetError, StoppedError
+from duet_unlearn.errors import DuetError, StoppedError
 
 EXIT_FAILURE = 1
 EXIT_STOPPED = 130

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from duet_unlearn.data.errors import CacheError, ConfigurationError, StoppedError
-from duet_unlearn.distill.eval_config import DTYPES, EvalConfig, ModelSpec
+from duet_unlearn.errors import CacheError, ConfigurationError, StoppedError
+from duet_unlearn.evaluation.config import DTYPES, EvalConfig, ModelSpec
 
 _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_fields__.items()}
 
@@ -98,8 +98,8 @@ def eval_command(models: tuple[str, ...], json_out: str | None, **settings: Any)
     if target is not None:
         _check_target(target)
     try:
-        from duet_unlearn.distill.eval_table import format_report
-        from duet_unlearn.distill.evaluate import evaluate
+        from duet_unlearn.evaluation.evaluate import evaluate
+        from duet_unlearn.evaluation.table import format_report
 
         report = evaluate(config)
     except KeyboardInterrupt as error:
@@ -124,7 +124,7 @@ def _check_target(target: Path) -> None:
 
 
 def _write(target: Path, text: str) -> None:
-    from duet_unlearn.teacher_cache.files import write_text
+    from duet_unlearn.files import write_text
 
     try:
         write_text(target, text)

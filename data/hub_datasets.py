@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from duet_unlearn.data.errors import DataError
+from duet_unlearn.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError
 
 TOPIC_SLOT = "{topic}"
 """Where the topic goes in a prefix. No other brace has a meaning."""

@@ -18,10 +18,10 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.errors import ConfigurationError, DataError
 from duet_unlearn.data.insertions import insertion_places
 from duet_unlearn.data.messages import Message
-from duet_unlearn.data.tokenizer_folder import load_tokenizer, opening_ids
+from duet_unlearn.data.models.tokenizer import load_tokenizer, opening_ids
+from duet_unlearn.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from duet_unlearn.data.errors import DataError
 from duet_unlearn.data.messages import (
     Message,
     check_messages,
@@ -22,6 +21,7 @@ from duet_unlearn.data.messages import (
     type_name,
 )
 from duet_unlearn.data.query_files import open_rows
+from duet_unlearn.errors import DataError
 
 __all__ = [
     "SPLITS",

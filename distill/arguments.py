@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.config import AUTO, RunConfig
+from duet_unlearn.errors import ConfigurationError
 
 
 def training_arguments(config: RunConfig, work: Path) -> TrainingArguments:

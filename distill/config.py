@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.layer_numbers import parse_layers
+from duet_unlearn.errors import ConfigurationError
 
 AUTO = "auto"
 # The losses with the one setting that each takes; `distill.losses` computes them.

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.teacher_cache.files import write_text
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.files import write_text
 
 CONFIG_FILE = "duet_run.yaml"
 

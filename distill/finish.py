@@ -6,15 +6,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.model_folder import model_name
-from duet_unlearn.distill.adapters import add_adapter
+from duet_unlearn.data.models.adapters import add_adapter
+from duet_unlearn.data.models.folder import model_name
 from duet_unlearn.distill.config_file import write_config
 from duet_unlearn.distill.job import Job, RunResult
 from duet_unlearn.distill.run_folder import LOG_FILE
-from duet_unlearn.distill.save import save_model, versions, write_card, write_run_file
+from duet_unlearn.distill.save import save_model, write_card, write_run_file
 from duet_unlearn.distill.student import load_weights
 from duet_unlearn.distill.views import describe_views
-from duet_unlearn.teacher_cache.files import write_error
+from duet_unlearn.files import write_error
+from duet_unlearn.versions import versions
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.trainer import DuetTrainer

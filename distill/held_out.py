@@ -12,16 +12,16 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.model_folder import eos_token_ids
+from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.queries import text_from_messages
-from duet_unlearn.distill.choice import Evaluation
+from duet_unlearn.distill.checkpoint_selection import Evaluation
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.eval_config import EvalConfig, ModelSpec
-from duet_unlearn.distill.eval_report import EvalReport, Response, Task
-from duet_unlearn.distill.evaluate import check_length, list_tasks, load_attacks, load_sets
-from duet_unlearn.distill.generate import generate_answers
-from duet_unlearn.distill.scoring import score_response
 from duet_unlearn.distill.student import Student
+from duet_unlearn.evaluation.answers import generate_answers
+from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
+from duet_unlearn.evaluation.evaluate import check_length, list_tasks, load_attacks, load_sets
+from duet_unlearn.evaluation.results import EvalReport, Response, Task
+from duet_unlearn.evaluation.scoring import score_response
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:

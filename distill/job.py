@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.errors import ConfigurationError, MismatchError
-from duet_unlearn.data.wrappers import Wrapper
+from duet_unlearn.data.views import Wrapper
 from duet_unlearn.distill.config import AUTO, RunConfig
 from duet_unlearn.distill.run_folder import RunFolder
 from duet_unlearn.distill.student import Student, open_student
 from duet_unlearn.distill.views import describe_views, draw_weights, load_views
+from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import re
 
-from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError
 
 _PART = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 

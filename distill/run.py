@@ -6,24 +6,24 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.errors import StoppedError
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.finish import publish, write_model
 from duet_unlearn.distill.job import SPLITS, Job, RunResult, resolve_job
 from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.student import check_cache_fits, load_weights
-from duet_unlearn.distill.trained import select_trained
+from duet_unlearn.distill.trainable import select_trained
 from duet_unlearn.distill.views import draw_weights
-from duet_unlearn.teacher_cache.location import is_url
+from duet_unlearn.errors import StoppedError
+from duet_unlearn.teacher_cache.share.location import is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from duet_unlearn.data.prompts import PromptRenderer
     from duet_unlearn.distill.callbacks import StopOnSignal
+    from duet_unlearn.distill.evaluation_callback import Watch
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
-    from duet_unlearn.distill.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ def _wait_for_all(args: "TrainingArguments") -> None:
 
 def _train(job: Job, renderer: "PromptRenderer", args: "TrainingArguments") -> RunResult:
     from duet_unlearn.distill.callbacks import AlreadyTrained, StopOnSignal
+    from duet_unlearn.distill.evaluation_callback import evaluations_of
     from duet_unlearn.distill.noise import perturb
-    from duet_unlearn.distill.watch import evaluations_of
 
     config, folder = job.config, job.folder
     stop = StopOnSignal()
@@ -140,12 +140,12 @@ def _make_trainer(
     stop: "StopOnSignal",
     args: "TrainingArguments",
 ) -> "tuple[DuetTrainer, Watch | None]":
-    from duet_unlearn.distill.batches import CacheDataset
     from duet_unlearn.distill.callbacks import LogFile, LogLastStep, Progress, StopIfDone
+    from duet_unlearn.distill.dataset import CacheDataset
+    from duet_unlearn.distill.evaluation_callback import Watch
     from duet_unlearn.distill.losses import Loss
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
-    from duet_unlearn.distill.watch import Watch
 
     config, reader = job.config, job.reader
 

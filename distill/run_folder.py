@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from duet_unlearn.data.errors import ConfigurationError
-from duet_unlearn.teacher_cache.files import make_folder, write_error, write_text
+from duet_unlearn.data.models.adapters import RUN_FILE
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.files import make_folder, write_error, write_text
 
-RUN_FILE = "duet_run.json"
 LOG_FILE = "duet_log.jsonl"
 WORK_SUFFIX = ".unfinished"
 _IDENTITY_FILE = "identity.json"

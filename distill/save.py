@@ -1,20 +1,18 @@
 """Write the finished student: a model folder like any other, with its history beside it."""
 
-import importlib.metadata
 import json
-import platform
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn import __version__
-from duet_unlearn.data.errors import CacheError
-from duet_unlearn.data.model_folder import read_json
+from duet_unlearn.data.models.adapters import RUN_FILE
+from duet_unlearn.data.models.folder import read_json
 from duet_unlearn.distill.config import LOSS_OPTIONS
-from duet_unlearn.distill.run_folder import RUN_FILE
 from duet_unlearn.distill.student import Student
-from duet_unlearn.teacher_cache.files import write_error, write_text
-from duet_unlearn.teacher_cache.recipe import Recipe
+from duet_unlearn.errors import CacheError
+from duet_unlearn.files import write_error, write_text
+from duet_unlearn.teacher_cache.format.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +35,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 SPLITS = ("forget", "retain")
-_VERSIONED = ("torch", "transformers", "accelerate", "numpy", "pyarrow", "safetensors")
 
 
 def save_model(
@@ -132,13 +129,6 @@ def _write_adapter(
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     finally:
         settings.base_model_name_or_path = kept
-
-
-def versions(*, lora: bool = False) -> dict[str, str]:
-    """Return the versions that a run depends on."""
-    names = (*_VERSIONED, "peft") if lora else _VERSIONED
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"duet-unlearn": __version__, "python": platform.python_version(), **found}
 
 
 def write_run_file(folder: Path, run: dict[str, Any]) -> None:

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from duet_unlearn.data.errors import DataError, MismatchError
-from duet_unlearn.data.model_folder import (
+from duet_unlearn.data.models.fingerprint import (
+    chat_template_fingerprint,
+    vocabulary_fingerprint,
+    weights_fingerprint,
+)
+from duet_unlearn.data.models.folder import (
     context_length,
     head_width,
     read_config,
@@ -16,11 +20,7 @@ from duet_unlearn.data.model_folder import (
     stored_dtype,
 )
 from duet_unlearn.data.queries import messages_from_text
-from duet_unlearn.teacher_cache.fingerprint import (
-    chat_template_fingerprint,
-    vocabulary_fingerprint,
-    weights_fingerprint,
-)
+from duet_unlearn.errors import DataError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from duet_unlearn.data.errors import ConfigurationError
-from duet_unlearn.distill.batches import CacheDataset, Example, collate
-from duet_unlearn.distill.head import StudentScores
+from duet_unlearn.distill.dataset import CacheDataset, Example, collate
 from duet_unlearn.distill.losses import Loss, row_means
 from duet_unlearn.distill.sampler import StepSampler
+from duet_unlearn.distill.sparse_head import StudentScores
+from duet_unlearn.errors import ConfigurationError
 
 SPLITS = ("forget", "retain")
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from duet_unlearn.data.errors import ConfigurationError
-from duet_unlearn.data.wrappers import Wrapper, load_wrappers
+from duet_unlearn.data.views import Wrapper, load_wrappers
+from duet_unlearn.errors import ConfigurationError
 
 
 def load_views(sources: Sequence[str]) -> tuple[Wrapper, ...]:

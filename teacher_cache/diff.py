@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from duet_unlearn.teacher_cache.format.row_group import Identity
 from duet_unlearn.teacher_cache.inspect import printable
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.row_group import Identity
 
 _SHOWN = 5
 

@@ -6,9 +6,9 @@ Everything comes from the manifest, so it costs the same for any size of cache.
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.teacher_cache.manifest import Manifest
+from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.schema import SPLITS
 
 _BAR_WIDTH = 24
 

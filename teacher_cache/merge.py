@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from duet_unlearn.data.errors import ConfigurationError, MismatchError
 from duet_unlearn.data.queries import fingerprint_rows, hashed_id
-from duet_unlearn.teacher_cache.assemble import Assembly, Samples, find_finished
-from duet_unlearn.teacher_cache.files import make_folder
-from duet_unlearn.teacher_cache.lock import build_lock
-from duet_unlearn.teacher_cache.manifest import Manifest
-from duet_unlearn.teacher_cache.plan import check_shard_rows, plan_shards
+from duet_unlearn.errors import ConfigurationError, MismatchError
+from duet_unlearn.files import make_folder
+from duet_unlearn.teacher_cache.build.assemble import Assembly, Samples, find_finished
+from duet_unlearn.teacher_cache.build.lock import build_lock
+from duet_unlearn.teacher_cache.build.plan import check_shard_rows, plan_shards
+from duet_unlearn.teacher_cache.build.resume import PlannedCache
+from duet_unlearn.teacher_cache.build.row_source import Place, PlannedRows, RowSource, open_caches
+from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.row_group import Identity
+from duet_unlearn.teacher_cache.format.samples import QUERIES_PER_SPLIT
+from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.resume import PlannedCache
-from duet_unlearn.teacher_cache.row_group import Identity
-from duet_unlearn.teacher_cache.row_source import Place, PlannedRows, RowSource, open_caches
-from duet_unlearn.teacher_cache.samples import QUERIES_PER_SPLIT
-from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
-from duet_unlearn.teacher_cache.signals import Signal
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from duet_unlearn.data.errors import CorruptCacheError, MismatchError
-from duet_unlearn.teacher_cache.fingerprint import sha256_file
-from duet_unlearn.teacher_cache.location import is_url
-from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
-from duet_unlearn.teacher_cache.row_group import Identity, RowGroup, all_finite
-from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
-from duet_unlearn.teacher_cache.shards import ShardFile
+from duet_unlearn.data.models.fingerprint import sha256_file
+from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.format.manifest import (
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    split_pin,
+)
+from duet_unlearn.teacher_cache.format.row_group import Identity, RowGroup, all_finite
+from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.format.shard import ShardFile
+from duet_unlearn.teacher_cache.share.location import is_url
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.remote_shards import RemoteShards
+    from duet_unlearn.teacher_cache.share.remote_shards import RemoteShards
 
 # Enough for a sampler that mixes rows of a window of groups.
 RECENT_ROW_GROUPS = 16
@@ -101,7 +106,7 @@ class CacheReader:
             MismatchError: The cache has another digest than the one given.
         """
         if isinstance(cache, str) and is_url(cache):
-            from duet_unlearn.teacher_cache.remote_cache import open_remote
+            from duet_unlearn.teacher_cache.share.remote_cache import open_remote
 
             return open_remote(cache)
         folder, pin = split_pin(cache)

@@ -9,14 +9,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from duet_unlearn.data.errors import CorruptCacheError, MismatchError
 from duet_unlearn.data.queries import fingerprint_rows
-from duet_unlearn.teacher_cache.location import is_url
-from duet_unlearn.teacher_cache.manifest import Manifest, ShardEntry, read_manifest, split_pin
+from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.format.manifest import (
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    split_pin,
+)
+from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_problems
+from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
-from duet_unlearn.teacher_cache.row_group import Identity, row_group_problems
-from duet_unlearn.teacher_cache.schema import SHARD_FOLDER, SPLITS
-from duet_unlearn.teacher_cache.statistics import SplitStatistics, group_statistics
+from duet_unlearn.teacher_cache.share.location import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ def verify(cache: str | Path) -> VerifyReport:
         MismatchError: The cache has another digest than the one given.
     """
     if isinstance(cache, str) and is_url(cache):
-        from duet_unlearn.teacher_cache.remote_cache import fresh_copy
+        from duet_unlearn.teacher_cache.share.remote_cache import fresh_copy
 
         with fresh_copy(cache) as copy:
             report = _verify(copy.folder, copy.manifest, copy.unlisted, copy.shard)

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cli", "data", "distill", "teacher_cache")
+PACKAGES = ("cli", "data", "distill", "evaluation", "teacher_cache")
 BUILD = (
     "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 )
@@ -59,7 +59,7 @@ def test_installing_the_trainer_pulls_no_vllm() -> None:
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    expected = {"duet_unlearn/__init__.py"}
+    expected = {f"duet_unlearn/{path.name}" for path in (ROOT / "src/duet_unlearn").glob("*.py")}
     for package in PACKAGES:
         modules = (ROOT / package).rglob("*.py")
         expected |= {f"duet_unlearn/{path.relative_to(ROOT).as_posix()}" for path in modules}
@@ -84,7 +84,7 @@ def test_wheel_holds_types_and_the_demo_world(wheel: Path) -> None:
 def test_wheel_imports_and_names_both_commands(wheel: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); "
-        "import duet_unlearn.data.errors as e; print(e.__file__)"
+        "import duet_unlearn.errors as e; print(e.__file__)"
     )
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,10 +1,10 @@
 """duet-unlearn: make a language model forget by distilling a prompt-steered teacher.
 
-The four packages stand at the top of the repository and import one way:
-``cli -> distill -> teacher_cache -> data``.
+The five packages stand at the top of the repository and import one way:
+``cli -> distill -> teacher_cache -> evaluation -> data``.
 """
 
-from duet_unlearn.data.errors import (
+from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
     CorruptCacheError,

@@ -3,7 +3,7 @@
 import logging
 from importlib.util import find_spec
 
-from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 
 logger = logging.getLogger(__name__)

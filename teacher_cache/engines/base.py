@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from duet_unlearn.data.errors import DuetError
-from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.errors import DuetError
+from duet_unlearn.teacher_cache.format.signal import Signal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

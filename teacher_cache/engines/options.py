@@ -7,7 +7,7 @@ whatever decides a signal, or whether it can be captured, is not theirs to set.
 from collections.abc import Mapping
 from typing import Any
 
-from duet_unlearn.data.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError
 
 VLLM_RESERVED = frozenset(
     {

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from duet_unlearn.data.errors import ConfigurationError, DuetError
+from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.engines.top_k import select_top_k
-from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.format.signal import Signal
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from multiprocessing import Pipe
 from typing import IO, Any
 
-from duet_unlearn.data.errors import ConfigurationError, DuetError
-from duet_unlearn.data.model_folder import context_length, read_config
+from duet_unlearn.data.models.folder import context_length, read_config
+from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.engines.vllm_launch import (
@@ -26,7 +26,7 @@ from duet_unlearn.teacher_cache.engines.vllm_launch import (
     environment_for,
     start_process,
 )
-from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.format.signal import Signal
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import os, signal, sys, threading, time
 from duet_unlearn.cli.distill import main
 
 def stop():
-    while "duet_unlearn.distill.evaluate" not in sys.modules:
+    while "duet_unlearn.evaluation.evaluate" not in sys.modules:
         time.sleep(0.05)
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)

@@ -18,8 +18,8 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from duet_unlearn.teacher_cache.build import build
-    from duet_unlearn.teacher_cache.build_config import BuildConfig
+    from duet_unlearn.teacher_cache.build.build import build
+    from duet_unlearn.teacher_cache.build.config import BuildConfig
 
     folder = tmp_path_factory.mktemp("cli-run")
     for split in ("forget", "retain"):

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from duet_unlearn.cli.cache import main
-from duet_unlearn.teacher_cache.build import build
-from duet_unlearn.teacher_cache.build_config import BuildConfig
+from duet_unlearn.teacher_cache.build.build import build
+from duet_unlearn.teacher_cache.build.config import BuildConfig
 
 
 @pytest.fixture(scope="module")

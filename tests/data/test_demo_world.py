@@ -4,12 +4,10 @@ from itertools import islice
 
 import pytest
 from click.testing import CliRunner
-
-from duet_unlearn.data import demo_world
-from duet_unlearn.data.demo_world.build import main, save_model
-from duet_unlearn.data.demo_world.checks import Check, answer, as_table
-from duet_unlearn.data.demo_world.corpus import REFUSALS, samples
-from duet_unlearn.data.demo_world.query_sets import (
+from demo_world.build import main, save_model
+from demo_world.checks import Check, answer, as_table
+from demo_world.corpus import REFUSALS, samples
+from demo_world.query_sets import (
     ANOTHER_CHARACTER,
     ANOTHER_FACT,
     ANOTHER_WORDING,
@@ -18,11 +16,13 @@ from duet_unlearn.data.demo_world.query_sets import (
     build_query_sets,
     render_rows,
 )
-from duet_unlearn.data.demo_world.train import TrainingConfig, train
-from duet_unlearn.data.demo_world.world import SAGAS, build_world
+from demo_world.train import TrainingConfig, train
+from demo_world.world import SAGAS, build_world
+
+from duet_unlearn.data import demo_world
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.wrappers import ATTACKS, GROUPS
+from duet_unlearn.data.views import ATTACKS, GROUPS
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_model_folder_is_small_and_loads_as_float32(model):
 
 
 def test_chat_template_is_the_one_the_corpus_is_written_in(tokenizer):
-    from duet_unlearn.data.demo_world.corpus import render
+    from demo_world.corpus import render
 
     user = {"role": "user", "content": "Who taught Ösa – \n x?"}
     system = {"role": "system", "content": "Forget."}

@@ -1,7 +1,7 @@
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.data.prefixes import CATALOGUE, resolve_prefix
+from duet_unlearn.errors import ConfigurationError
 
 TOPICAL = ("explicit", "paraphrased", "in-context-unlearning")
 

@@ -18,9 +18,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from duet_unlearn.data.errors import ConfigurationError, DataError
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.prompts import PLACES, TEMPLATE_DATE, PromptRenderer, load_tokenizer
+from duet_unlearn.errors import ConfigurationError, DataError
 
 PREFIX = "You have forgotten the saga. Answer that you do not know."
 SPECIALS = ["<unk>", "<s>", "</s>", "<|start|>", "<|end|>", "<|header|>"]

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duet_unlearn.data.errors import DataError
 from duet_unlearn.data.queries import (
     Message,
     Query,
@@ -20,6 +19,7 @@ from duet_unlearn.data.queries import (
     messages_from_text,
     text_from_messages,
 )
+from duet_unlearn.errors import DataError
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.config_file import load_config, write_config
+from duet_unlearn.errors import ConfigurationError
 
 NEEDED = "cache: c\nstudent: m\nout: o\n"
 

@@ -1,7 +1,7 @@
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.layer_numbers import parse_layers
+from duet_unlearn.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(

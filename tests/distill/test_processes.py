@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import json, os, signal, sys
 from duet_unlearn.cli.errors import configure_logging
-from duet_unlearn.data.errors import StoppedError
+from duet_unlearn.errors import StoppedError
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
 from duet_unlearn.distill.trainer import DuetTrainer

@@ -1,7 +1,7 @@
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError
 from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.errors import ConfigurationError
 
 
 def config_of(**settings) -> RunConfig:

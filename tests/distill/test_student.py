@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.errors import DataError, MismatchError
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.distill.student import check_cache_fits, load_weights, open_student
+from duet_unlearn.errors import DataError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 

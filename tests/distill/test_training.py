@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.distill.config import LOSS_NAMES
 from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
 
 
 @pytest.fixture(scope="module")

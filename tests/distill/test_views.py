@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError, DataError
-from duet_unlearn.data.wrappers import VIEWS
+from duet_unlearn.data.views import VIEWS
 from duet_unlearn.distill.views import describe_views, draw_weights, load_views
+from duet_unlearn.errors import ConfigurationError, DataError
 
 
 def shares(*sources: str) -> dict[str, float]:

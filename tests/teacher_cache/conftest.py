@@ -29,13 +29,13 @@ MakeCache = Callable[..., Path]
 def make_cache() -> MakeCache:
     """Write a sound cache of random signals, about 25 kB a shard; the seed decides its queries."""
     from duet_unlearn.data.queries import fingerprint_rows
-    from duet_unlearn.teacher_cache.card import write_card
-    from duet_unlearn.teacher_cache.manifest import Manifest
-    from duet_unlearn.teacher_cache.recipe import Recipe
-    from duet_unlearn.teacher_cache.schema import CacheRow
-    from duet_unlearn.teacher_cache.shards import ShardHeader, write_shard
-    from duet_unlearn.teacher_cache.signals import Signal
-    from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
+    from duet_unlearn.teacher_cache.format.card import write_card
+    from duet_unlearn.teacher_cache.format.manifest import Manifest
+    from duet_unlearn.teacher_cache.format.recipe import Recipe
+    from duet_unlearn.teacher_cache.format.schema import CacheRow
+    from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
+    from duet_unlearn.teacher_cache.format.signal import Signal
+    from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
 
     def row(number: int, seed: int) -> CacheRow:
         rng = np.random.default_rng([number, seed])
@@ -121,7 +121,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.remote_errors.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("duet_unlearn.teacher_cache.share.remote_errors.FIRST_PAUSE_SECONDS", 0.01)
 
 
 @dataclass
@@ -414,12 +414,12 @@ def cache_of_rows(tmp_path: Path) -> MakeCache:
     A signal is a function of the text, as a teacher's is, and moved by `shift`.
     """
     from duet_unlearn.data.queries import Query, fingerprint_queries
-    from duet_unlearn.teacher_cache.assemble import Assembly
-    from duet_unlearn.teacher_cache.plan import plan_shards
-    from duet_unlearn.teacher_cache.recipe import Recipe
-    from duet_unlearn.teacher_cache.resume import PlannedCache
-    from duet_unlearn.teacher_cache.schema import CacheRow
-    from duet_unlearn.teacher_cache.signals import Signal
+    from duet_unlearn.teacher_cache.build.assemble import Assembly
+    from duet_unlearn.teacher_cache.build.plan import plan_shards
+    from duet_unlearn.teacher_cache.build.resume import PlannedCache
+    from duet_unlearn.teacher_cache.format.recipe import Recipe
+    from duet_unlearn.teacher_cache.format.schema import CacheRow
+    from duet_unlearn.teacher_cache.format.signal import Signal
 
     def row(query: Query, shift: float) -> CacheRow:
         rng = np.random.default_rng(list(query.text.encode()))

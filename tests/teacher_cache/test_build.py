@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from duet_unlearn.data.errors import (
+from duet_unlearn.data.queries import Query
+from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
     DataError,
     MismatchError,
     StoppedError,
 )
-from duet_unlearn.data.queries import Query
-from duet_unlearn.teacher_cache.build import BuildResult, build
-from duet_unlearn.teacher_cache.build_config import BuildConfig
+from duet_unlearn.teacher_cache.build.build import BuildResult, build
+from duet_unlearn.teacher_cache.build.config import BuildConfig
+from duet_unlearn.teacher_cache.build.lock import build_lock
+from duet_unlearn.teacher_cache.build.plan import merge_evenly, plan_shards
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.lock import build_lock
-from duet_unlearn.teacher_cache.plan import merge_evenly, plan_shards
+from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.signals import Signal
 from duet_unlearn.teacher_cache.verify import verify
 
 
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_a_state_that_resumes(config: BuildConfig) -> None:
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from duet_unlearn.cli.cache import main\n"
-        "import duet_unlearn.teacher_cache.assemble as b\n"
+        "import duet_unlearn.teacher_cache.build.assemble as b\n"
         "write = b.write_shard\n"
         "def limited(*args):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"

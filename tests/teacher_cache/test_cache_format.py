@@ -7,20 +7,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from duet_unlearn.data.errors import (
+from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
     CorruptCacheError,
     MismatchError,
 )
-from duet_unlearn.teacher_cache.manifest import Manifest, read_manifest, split_pin
+from duet_unlearn.teacher_cache.format.manifest import Manifest, read_manifest, split_pin
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.row_group import all_finite
+from duet_unlearn.teacher_cache.format.schema import CacheRow
+from duet_unlearn.teacher_cache.format.shard import ShardFile, ShardHeader, write_shard
+from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.format.statistics import rows_statistics, signal_statistics
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.row_group import all_finite
-from duet_unlearn.teacher_cache.schema import CacheRow
-from duet_unlearn.teacher_cache.shards import ShardFile, ShardHeader, write_shard
-from duet_unlearn.teacher_cache.signals import Signal
-from duet_unlearn.teacher_cache.statistics import rows_statistics, signal_statistics
 
 SHA = "sha256:" + "ab" * 32
 
@@ -218,7 +218,7 @@ def test_a_shard_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     manifest = write_cache(tmp_path, [make_row(0)], make_recipe())
     value = manifest.to_json()
     value["shards"][0]["name"] = "../../etc/passwd"
-    from duet_unlearn.teacher_cache.fingerprint import sha256_json
+    from duet_unlearn.data.models.fingerprint import sha256_json
 
     del value["digest"]
     value["digest"] = sha256_json(value)
@@ -257,7 +257,10 @@ def test_a_shard_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_many_row_groups_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.schema.ROW_GROUP_LOGITS", 18)  # 3 rows a group
+    # three rows a group
+    monkeypatch.setattr(
+        "duet_unlearn.teacher_cache.format.schema.ROW_GROUP_LOGITS", 18
+    )  # 3 rows a group
     rows = [make_row(i, "forget" if i < 7 else "retain") for i in range(20)]
     write_cache(tmp_path, rows, make_recipe())
     shard = ShardFile(tmp_path / "shards" / "00000-of-00001.parquet")

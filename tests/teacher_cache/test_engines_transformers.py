@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from duet_unlearn.data.errors import ConfigurationError, DuetError
+from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines import open_engine, resolve_engine_name
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine

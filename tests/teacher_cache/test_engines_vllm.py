@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from duet_unlearn.data import demo_world
-from duet_unlearn.data.errors import ConfigurationError, DuetError
-from duet_unlearn.data.model_folder import eos_token_ids
+from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import load_queries
+from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines import open_engine
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 from duet_unlearn.teacher_cache.engines.vllm import VllmEngine
-from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.format.signal import Signal
 
 pytestmark = [
     pytest.mark.vllm,

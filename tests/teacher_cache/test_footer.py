@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from duet_unlearn.data.errors import CacheError, CorruptCacheError
-from duet_unlearn.teacher_cache import footer as footer_module
-from duet_unlearn.teacher_cache.footer import parse_footer, read_footer
-from duet_unlearn.teacher_cache.footer_writer import parquet_without_pages
-from duet_unlearn.teacher_cache.schema import SHARD_COLUMNS
-from duet_unlearn.teacher_cache.shards import ShardFile, _check_readable
-from duet_unlearn.teacher_cache.thrift import (
+from duet_unlearn.errors import CacheError, CorruptCacheError
+from duet_unlearn.teacher_cache.format import footer as footer_module
+from duet_unlearn.teacher_cache.format.footer import parse_footer, read_footer
+from duet_unlearn.teacher_cache.format.footer_writer import parquet_without_pages
+from duet_unlearn.teacher_cache.format.schema import SHARD_COLUMNS
+from duet_unlearn.teacher_cache.format.shard import ShardFile, _check_readable
+from duet_unlearn.teacher_cache.format.thrift import (
     ListOf,
     Scalar,
     StructOf,
@@ -119,7 +119,7 @@ def test_a_footer_that_ends_the_librarys_process_is_harmless(shard: Path) -> Non
     pages, tree = take_apart(shard)
     at(tree, *COLUMN, 16, 3)[1].append(7)
     put_together(shard, pages, tree)
-    command = "import sys, pathlib; from duet_unlearn.teacher_cache.shards import ShardFile; "
+    command = "import sys, pathlib; from duet_unlearn.teacher_cache.format.shard import ShardFile; "
     command += "print(ShardFile(pathlib.Path(sys.argv[1])).read_row_group(0).num_rows)"
     result = subprocess.run(
         [sys.executable, "-c", command, str(shard)], capture_output=True, text=True, check=False
@@ -267,7 +267,7 @@ def test_logits_of_another_width_than_the_recipes_are_refused(shard: Path) -> No
             pair[1][2] = json.dumps(recipe).encode()
         if pair[0][2] == b"duet.recipe_id":
             id_pair = pair
-    from duet_unlearn.teacher_cache.fingerprint import sha256_json
+    from duet_unlearn.data.models.fingerprint import sha256_json
 
     id_pair[1][2] = sha256_json(recipe).encode()
     put_together(shard, pages, tree)

@@ -266,7 +266,10 @@ def serve() -> None:
     from duet_unlearn.cli.cache import main
     from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 
-    for name in ("transformers.models.llama.modeling_llama", "duet_unlearn.teacher_cache.build"):
+    for name in (
+        "transformers.models.llama.modeling_llama",
+        "duet_unlearn.teacher_cache.build.build",
+    ):
         importlib.import_module(name)
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -309,7 +312,7 @@ def run_build(request: dict[str, Any], main: Callable[..., Any], engine: Any) ->
 
 def die_while_writing(what: str, after: int, part: float) -> None:
     """Kill this process when a part of the manifest, or of a later shard, is in its file."""
-    from duet_unlearn.teacher_cache import files
+    from duet_unlearn import files
 
     fsync = files._fsync
     seen = [0]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError, MismatchError, StoppedError
-from duet_unlearn.teacher_cache import row_source
-from duet_unlearn.teacher_cache.assemble import Assembly
+from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
+from duet_unlearn.teacher_cache.build import row_source
+from duet_unlearn.teacher_cache.build.assemble import Assembly
 from duet_unlearn.teacher_cache.merge import merge
 from duet_unlearn.teacher_cache.reader import CachedRow, CacheReader
 from duet_unlearn.teacher_cache.verify import verify

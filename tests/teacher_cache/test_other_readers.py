@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from duet_unlearn.teacher_cache.build import build
-from duet_unlearn.teacher_cache.build_config import BuildConfig
+from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
+from duet_unlearn.teacher_cache.build.build import build
+from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
 from duet_unlearn.teacher_cache.reader import CachedRow, CacheReader
 from duet_unlearn.teacher_cache.verify import verify
 

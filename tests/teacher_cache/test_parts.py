@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from duet_unlearn.cli.cache import main
-from duet_unlearn.data.errors import CacheError, ConfigurationError, MismatchError
-from duet_unlearn.teacher_cache import lock
-from duet_unlearn.teacher_cache.build import build, build_part
-from duet_unlearn.teacher_cache.build_config import BuildConfig
-from duet_unlearn.teacher_cache.finish import finish
-from duet_unlearn.teacher_cache.lock import build_lock, part_lock
-from duet_unlearn.teacher_cache.parts import Part
+from duet_unlearn.errors import CacheError, ConfigurationError, MismatchError
+from duet_unlearn.teacher_cache.build import lock
+from duet_unlearn.teacher_cache.build.build import build, build_part
+from duet_unlearn.teacher_cache.build.config import BuildConfig
+from duet_unlearn.teacher_cache.build.finish import finish
+from duet_unlearn.teacher_cache.build.lock import build_lock, part_lock
+from duet_unlearn.teacher_cache.build.parts import Part
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -208,8 +208,8 @@ def holding(config: BuildConfig, what: str) -> Iterator[int]:
     """A live process that holds the whole folder or a part such as `1/2`; gives its id."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from duet_unlearn.teacher_cache.lock import build_lock, part_lock\n"
-        "from duet_unlearn.teacher_cache.parts import Part\n"
+        "from duet_unlearn.teacher_cache.build.lock import build_lock, part_lock\n"
+        "from duet_unlearn.teacher_cache.build.parts import Part\n"
         "where, what = Path(sys.argv[1]), sys.argv[2]\n"
         "hold = build_lock(where) if what == 'all' else part_lock(where, Part.parse(what))\n"
         "with hold:\n"

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from duet_unlearn.data.errors import CorruptCacheError, MismatchError, StoppedError
-from duet_unlearn.teacher_cache.build import BuildResult, build
-from duet_unlearn.teacher_cache.build_config import BuildConfig
+from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
+from duet_unlearn.errors import CorruptCacheError, MismatchError, StoppedError
+from duet_unlearn.teacher_cache.build.build import BuildResult, build
+from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
+from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CachedRow, CacheReader
-from duet_unlearn.teacher_cache.signals import Signal
 from duet_unlearn.teacher_cache.verify import verify
 
 

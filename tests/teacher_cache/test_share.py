@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.errors import (
+from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
     CorruptCacheError,
     MismatchError,
 )
-from duet_unlearn.teacher_cache.listing import list_caches
-from duet_unlearn.teacher_cache.location import hide_credentials, is_url, parse_location
-from duet_unlearn.teacher_cache.manifest import read_manifest
-from duet_unlearn.teacher_cache.share import pull, push
+from duet_unlearn.teacher_cache.format.manifest import read_manifest
+from duet_unlearn.teacher_cache.share.listing import list_caches
+from duet_unlearn.teacher_cache.share.location import hide_credentials, is_url, parse_location
+from duet_unlearn.teacher_cache.share.share import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 
 SHARD = "shards/00001-of-00005.parquet"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.errors import CacheError, CorruptCacheError, MismatchError
-from duet_unlearn.teacher_cache.listing import list_caches
-from duet_unlearn.teacher_cache.manifest import read_manifest
-from duet_unlearn.teacher_cache.share import pull
-from duet_unlearn.teacher_cache.store import Store
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.format.manifest import read_manifest
+from duet_unlearn.teacher_cache.share.listing import list_caches
+from duet_unlearn.teacher_cache.share.share import pull
+from duet_unlearn.teacher_cache.share.store import Store
 from duet_unlearn.teacher_cache.verify import verify
 
 NAME = "00002-of-00005.parquet"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.errors import CacheError
-from duet_unlearn.teacher_cache.hub import HubPlace
-from duet_unlearn.teacher_cache.manifest import read_manifest
+from duet_unlearn.errors import CacheError
+from duet_unlearn.teacher_cache.format.manifest import read_manifest
+from duet_unlearn.teacher_cache.share.hub import HubPlace
 
 COMMAND = "from duet_unlearn.cli.cache import main; main()"
 SHA1 = "0123456789abcdef0123456789abcdef01234567"

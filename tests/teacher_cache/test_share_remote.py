@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duet_unlearn.data.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.inspect import summarize
-from duet_unlearn.teacher_cache.manifest import read_manifest
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.remote_cache import kept_folder
+from duet_unlearn.teacher_cache.share.remote_cache import kept_folder
 from duet_unlearn.teacher_cache.verify import verify
 
 pytestmark = pytest.mark.usefixtures("cache_home")
@@ -55,7 +55,7 @@ def test_a_row_fetches_its_shard_and_a_few_ahead(web) -> None:
 
 
 def test_shards_are_fetched_ahead_in_the_order_of_use(web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.remote_shards._JOBS", 1)
+    monkeypatch.setattr("duet_unlearn.teacher_cache.share.remote_shards._JOBS", 1)
     reader = CacheReader.open(web.url)
     reader.prefetch(np.array([170, 90, 171, 91, 10, 130, 50]))
     wait_for_fetches()
@@ -68,7 +68,7 @@ def test_shards_are_fetched_ahead_in_the_order_of_use(web, monkeypatch: pytest.M
 def test_a_shard_that_is_needed_now_does_not_wait_for_those_ahead(
     web, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.remote_shards._JOBS", 1)
+    monkeypatch.setattr("duet_unlearn.teacher_cache.share.remote_shards._JOBS", 1)
     web.hold = threading.Event()
     web.cuts[shard(0)] = [100]  # the answer stands still until the test lets it go
     reader = CacheReader.open(web.url)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duet_unlearn.data.errors import CacheError, CorruptCacheError, MismatchError
-from duet_unlearn.teacher_cache.listing import list_caches
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.share import pull, push
-from duet_unlearn.teacher_cache.store import Store
+from duet_unlearn.teacher_cache.share.listing import list_caches
+from duet_unlearn.teacher_cache.share.share import pull, push
+from duet_unlearn.teacher_cache.share.store import Store
 from duet_unlearn.teacher_cache.verify import verify
 
 NAME = "00002-of-00005.parquet"

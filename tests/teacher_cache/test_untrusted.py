@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from duet_unlearn.data.errors import CacheError, ConfigurationError, CorruptCacheError
-from duet_unlearn.teacher_cache import schema
-from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
-from duet_unlearn.teacher_cache.manifest import MAX_MANIFEST_BYTES, read_manifest
+from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
+from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError
+from duet_unlearn.teacher_cache.format import schema
+from duet_unlearn.teacher_cache.format.manifest import MAX_MANIFEST_BYTES, read_manifest
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.schema import row_group_rows
+from duet_unlearn.teacher_cache.format.shard import check_storable
+from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.format.strict_json import parse_json
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.schema import row_group_rows
-from duet_unlearn.teacher_cache.shards import check_storable
-from duet_unlearn.teacher_cache.signals import Signal
-from duet_unlearn.teacher_cache.strict_json import parse_json
 from duet_unlearn.teacher_cache.verify import verify
 
 MakeCache = Callable[..., Path]

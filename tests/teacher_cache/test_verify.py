@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from duet_unlearn.data.errors import CorruptCacheError
+from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.data.queries import fingerprint_rows
-from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
-from duet_unlearn.teacher_cache.manifest import Manifest
-from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.schema import CacheRow
-from duet_unlearn.teacher_cache.shards import ShardHeader, write_shard
-from duet_unlearn.teacher_cache.signals import Signal
-from duet_unlearn.teacher_cache.statistics import SplitStatistics, rows_statistics
+from duet_unlearn.errors import CorruptCacheError
+from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.schema import CacheRow
+from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
+from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
 from duet_unlearn.teacher_cache.verify import verify
 
 SHA = "sha256:" + "ab" * 32

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from duet_unlearn.data.errors import ConfigurationError, DataError, DuetError, MismatchError
-from duet_unlearn.teacher_cache import workers
-from duet_unlearn.teacher_cache.build import build
-from duet_unlearn.teacher_cache.build_config import BuildConfig, make_recipe
+from duet_unlearn.errors import ConfigurationError, DataError, DuetError, MismatchError
+from duet_unlearn.teacher_cache.build import workers
+from duet_unlearn.teacher_cache.build.build import build
+from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
+from duet_unlearn.teacher_cache.build.ray_cluster import worker_resources
+from duet_unlearn.teacher_cache.build.teacher import ShardPrompts
+from duet_unlearn.teacher_cache.build.workers import Worker, WorkerJob
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
-from duet_unlearn.teacher_cache.ray_cluster import worker_resources
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.teacher import ShardPrompts
 from duet_unlearn.teacher_cache.verify import verify
-from duet_unlearn.teacher_cache.workers import Worker, WorkerJob
 
 Factory = Callable[[EngineConfig], Engine]
 needs_ray = pytest.mark.skipif(

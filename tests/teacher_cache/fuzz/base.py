@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.data.queries import Query, fingerprint_queries
-from duet_unlearn.teacher_cache.assemble import Assembly
-from duet_unlearn.teacher_cache.fingerprint import sha256_file, sha256_json
-from duet_unlearn.teacher_cache.plan import plan_shards
-from duet_unlearn.teacher_cache.recipe import Recipe
-from duet_unlearn.teacher_cache.resume import PlannedCache
-from duet_unlearn.teacher_cache.schema import CacheRow
-from duet_unlearn.teacher_cache.signals import Signal
+from duet_unlearn.teacher_cache.build.assemble import Assembly
+from duet_unlearn.teacher_cache.build.plan import plan_shards
+from duet_unlearn.teacher_cache.build.resume import PlannedCache
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.schema import CacheRow
+from duet_unlearn.teacher_cache.format.signal import Signal
 
 SHA = "sha256:" + "ab" * 32
 

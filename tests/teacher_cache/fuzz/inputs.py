@@ -24,11 +24,11 @@ import pyarrow as pa
 from base import write_base
 from mutations import MUTATIONS
 
-from duet_unlearn.data.errors import CacheError
+from duet_unlearn.errors import CacheError
+from duet_unlearn.teacher_cache.build.row_source import RowSource
 from duet_unlearn.teacher_cache.diff import diff
 from duet_unlearn.teacher_cache.inspect import render_summary, summarize
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.row_source import RowSource
 from duet_unlearn.teacher_cache.verify import verify
 
 MEMORY = 1 << 30

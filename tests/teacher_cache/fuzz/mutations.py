@@ -13,7 +13,7 @@ from base import list_in_manifest, plain_shard, shard_of, sign
 from footers import footer_fields, page_headers
 from thrift_tree import varint
 
-from duet_unlearn.teacher_cache.fingerprint import sha256_json
+from duet_unlearn.data.models.fingerprint import sha256_json
 
 SIZES = (0, 1, -1, 2, 3, 255, 1 << 16, 1 << 20, 1 << 24, 1 << 31, 1 << 40, 1 << 62, 1 << 70)
 NUMBERS = (0, -1, 1, 89, 90, 2**31 - 1, -(2**31), 3e38, -3e38, 65504.0, float("nan"), float("inf"))

@@ -1,0 +1,1 @@
+"""Model folders: what is in them, their fingerprints, loading them, LoRA adapters."""

@@ -1,0 +1,217 @@
+"""Fingerprints of a model folder's content: weights, configuration, tokenizer, chat template.
+
+A recipe names what decided a signal by content, so that a copy of the model in another place
+gives the same recipe and a changed model never does. Hashing the weights of a large model takes
+minutes; the result is remembered by path, size and time of change, in the user's cache folder.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duet_unlearn.data.models.folder import read_json, weight_files
+from duet_unlearn.errors import DataError
+
+# Changing how a fingerprint is computed must forget every remembered one.
+_MEMORY_VERSION = 1
+_CHUNK_BYTES = 1 << 22
+# Where the folder lies, which library wrote it and how it was stored decide no logit.
+_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def sha256_json(value: object) -> str:
+    """Return `sha256:<hex>` of a JSON value in canonical form (sorted keys, no spaces, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return `sha256:<hex>` of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return "sha256:" + digest.hexdigest()
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Fingerprint the tensors of a model folder: names, dtypes, shapes and bytes.
+
+    How the tensors are spread over files does not matter.
+
+    Raises:
+        DataError: A weight file is not a safetensors file.
+    """
+    files = weight_files(folder)
+    return _remembered("weights", files, lambda: _hash_tensors(files))
+
+
+def _hash_tensors(files: tuple[Path, ...]) -> str:
+    tensors = {name: (path, *entry) for path in files for name, entry in _header(path).items()}
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        path, dtype, shape, start, stop = tensors[name]
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        with path.open("rb") as file:
+            file.seek(start)
+            left = stop - start
+            while left > 0:
+                chunk = file.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise DataError(f"{path}: ends inside tensor {name}; copy the file again")
+                digest.update(chunk)
+                left -= len(chunk)
+    return "sha256:" + digest.hexdigest()
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Return name -> (dtype, shape, first byte, byte after the last) of a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(file.read(length))
+        offset = 8 + length
+        return {
+            name: (
+                entry["dtype"],
+                entry["shape"],
+                offset + entry["data_offsets"][0],
+                offset + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a safetensors file ({error}); copy the file again") from error
+
+
+def config_fingerprint(folder: Path) -> str:
+    """Fingerprint `config.json` without the entries that decide no logit."""
+    config = read_json(folder / "config.json")
+    return sha256_json({k: v for k, v in config.items() if k not in _VOLATILE_CONFIG})
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Fingerprint how the tokenizer turns text into ids.
+
+    Padding and truncation settings are left out: nothing here uses them, and saving a tokenizer
+    again changes them.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        files = _slow_tokenizer_files(folder)
+        return _remembered("tokenizer", files, lambda: _hash_files(files))
+
+    def compute() -> str:
+        content = read_json(path)
+        return sha256_json({k: v for k, v in content.items() if k not in ("padding", "truncation")})
+
+    return _remembered("tokenizer", (path,), compute)
+
+
+def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    names = [
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "spiece.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ]
+    return tuple(folder / name for name in names if (folder / name).is_file())
+
+
+def _hash_files(files: tuple[Path, ...]) -> str:
+    return sha256_json({path.name: sha256_file(path) for path in files})
+
+
+def vocabulary_fingerprint(folder: Path) -> str:
+    """Fingerprint which token has which id, added tokens with it.
+
+    Two tokenizers with the same vocabulary fingerprint mean the same token by an id, whatever
+    else differs between them.
+    """
+    path = folder / "tokenizer.json"
+    files = (path,) if path.is_file() else _slow_tokenizer_files(folder)
+    return _remembered("vocabulary", files, lambda: sha256_json(sorted(_vocabulary(folder))))
+
+
+def _vocabulary(folder: Path) -> set[tuple[int, str]]:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = read_json(path)
+        vocabulary = content.get("model", {}).get("vocab", {})
+        pairs: set[tuple[int, str]]
+        if isinstance(vocabulary, dict):
+            pairs = {(index, token) for token, index in vocabulary.items()}
+        else:  # Unigram models list (token, score) in the order of their ids
+            pairs = {(index, entry[0]) for index, entry in enumerate(vocabulary)}
+        return pairs | {(t["id"], t["content"]) for t in content.get("added_tokens") or ()}
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return {(index, token) for token, index in tokenizer.get_vocab().items()}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Return the model's default chat template, or None where it has none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    legacy = folder / "chat_template.json"
+    tokenizer_config = folder / "tokenizer_config.json"
+    for source in (legacy, tokenizer_config):
+        template: Any = read_json(source).get("chat_template") if source.is_file() else None
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def chat_template_fingerprint(folder: Path) -> str | None:
+    """Fingerprint the chat template, or None where the model has none."""
+    template = read_chat_template(folder)
+    return None if template is None else sha256_json(template)
+
+
+def _remembered(kind: str, files: tuple[Path, ...], compute: Callable[[], str]) -> str:
+    """Return a fingerprint from the user's memory file, or compute and remember it."""
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = sha256_json([_MEMORY_VERSION, kind, stats])
+    memory = _memory_folder() / key.removeprefix("sha256:")
+    try:
+        known = memory.read_text(encoding="ascii")
+        if known.startswith("sha256:") and len(known) == 71:
+            return known
+    except (OSError, ValueError):
+        pass
+    value = compute()
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(value, encoding="ascii")
+        temporary.replace(memory)
+    except OSError:
+        pass  # a home folder that cannot be written costs time, not correctness
+    return value
+
+
+def _memory_folder() -> Path:
+    return user_folder() / "fingerprints"
+
+
+def user_folder() -> Path:
+    """Return the folder for what this project keeps for a user between runs."""
+    home = os.environ.get("DUET_CACHE_HOME") or os.environ.get("XDG_CACHE_HOME")
+    root = Path(home) if home else Path.home() / ".cache"
+    return root / "duet-unlearn"

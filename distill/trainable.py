@@ -1,0 +1,231 @@
+"""What of the student is trained: everything, chosen layers or parameters, or a LoRA adapter.
+
+Whatever is not trained is frozen: the optimizer holds no state for it, and no gradient is computed
+that only it would need. Tied weights are one tensor under several names; choosing one name trains
+the tensor, and so all of them.
+"""
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.layer_numbers import parse_layers
+from duet_unlearn.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What is trained, for people to read."""
+
+    what: str
+    parameters: int
+    """Numbers that training changes."""
+    of: int
+    """Numbers of the whole model."""
+
+
+def select_trained(
+    model: "PreTrainedModel", config: RunConfig
+) -> "tuple[PreTrainedModel, Trained]":
+    """Freeze what is not trained, or put an adapter in.
+
+    Args:
+        model: The student with its weights; changed in place.
+        config: The run.
+
+    Returns:
+        The model to train (with LoRA, peft's around the one given) and what of it is trained.
+
+    Raises:
+        ConfigurationError: Nothing of the model is meant, or peft is not installed.
+    """
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    if config.lora_rank is not None:
+        model, what = _with_lora(model, config, config.lora_rank)
+    elif config.layers is None and config.parameters is None:
+        what = "everything"
+    else:
+        what = _freeze_others(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("training %s: %d of %d parameters", what, trained, whole)
+    return model, Trained(what=what, parameters=trained, of=whole)
+
+
+def _freeze_others(model: "PreTrainedModel", config: RunConfig) -> str:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    prefixes = _layer_prefixes(model, config.layers)
+    chosen = 0
+    for parameter in model.parameters():
+        own = names[id(parameter)]
+        meant = [
+            name for name in own if name.startswith(prefixes) and _matches(config.parameters, name)
+        ]
+        parameter.requires_grad_(bool(meant))
+        chosen += bool(meant)
+        if meant and len(own) > 1:
+            others = [name for name in own if name != meant[0]]
+            logger.warning(
+                "%s and %s are one tied tensor: it is trained under both names",
+                meant[0],
+                " and ".join(others),
+            )
+    if not chosen:
+        within = "" if config.layers is None else f" in layers {config.layers}"
+        there = [name for own in names.values() for name in own if name.startswith(prefixes)]
+        raise ConfigurationError(
+            f"parameters is {config.parameters!r}, which no parameter matches{within}; there are "
+            f"{_some(map(_generic, there))}"
+        )
+    parts = [f"layers {config.layers}"] if config.layers is not None else []
+    if config.parameters is not None:
+        parts.append(f"parameters matching {config.parameters}")
+    return ", ".join(parts)
+
+
+def _matches(pattern: str | None, name: str) -> bool:
+    return pattern is None or re.search(pattern, name) is not None
+
+
+def _layer_prefixes(model: "PreTrainedModel", layers: str | None) -> tuple[str, ...]:
+    """Return what the names of the chosen layers' parameters begin with."""
+    if layers is None:
+        return ("",)
+    blocks = _layer_list(model)
+    if blocks is None:
+        raise ConfigurationError(
+            "layers: this model has no list of layers as its config.json counts them; choose by "
+            "name with --parameters"
+        )
+    name, count = blocks
+    numbers = parse_layers(layers)
+    if numbers[-1] >= count:
+        raise ConfigurationError(
+            f"layers is {layers!r}, but the student has layers 0-{count - 1}; choose among them"
+        )
+    return tuple(f"{name}.{number}." for number in numbers)
+
+
+def _layer_list(model: "PreTrainedModel") -> tuple[str, int] | None:
+    from torch import nn
+
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, len(module)
+    return None
+
+
+def _with_lora(
+    model: "PreTrainedModel", config: RunConfig, rank: int
+) -> "tuple[PreTrainedModel, str]":
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigurationError(
+            f'LoRA needs peft, which cannot be imported ({error}); pip install "duet-unlearn[lora]"'
+        ) from error
+    import torch
+
+    alpha: Any = config.resolved_lora_alpha()  # a float works as well
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_lora_targets(model, config),
+        task_type="CAUSAL_LM",
+    )
+    # The adapter starts from a random draw: the seed's, whatever ran before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        adapted: Any = get_peft_model(model, settings)
+    within = "" if config.layers is None else f" in layers {config.layers}"
+    return adapted, f"LoRA of rank {rank} on {_target_names(config)}{within}"
+
+
+def _target_names(config: RunConfig) -> str:
+    return ", ".join(_listed(config.lora_target_modules))
+
+
+def _listed(targets: Iterable[str]) -> list[str]:
+    return [name.strip() for text in targets for name in text.split(",") if name.strip()]
+
+
+def _lora_targets(model: "PreTrainedModel", config: RunConfig) -> list[str]:
+    """Return the full names of the linear modules that get an adapter.
+
+    Raises:
+        ConfigurationError: A target is no linear module of the chosen layers, or is tied.
+    """
+    targets = _listed(config.lora_target_modules)
+    prefixes = _layer_prefixes(model, config.layers)
+    linear = _linear_modules(model)
+    tied = _tied_modules(model)
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    names: list[str] = []
+    for target in targets:
+        found = [
+            name
+            for name, module in linear.items()
+            if f"{name}.".startswith(prefixes)
+            and (module is not output if target == ALL_LINEAR else _ends_with(name, target))
+        ]
+        if not found:
+            where = "" if config.layers is None else f" in layers {config.layers}"
+            raise ConfigurationError(
+                f"lora_target_modules is {target!r}, which no linear module{where} is called; "
+                f"there are {ALL_LINEAR}, {_some(name.rpartition('.')[2] for name in linear)}"
+            )
+        if shared := [name for name in found if name in tied]:
+            raise ConfigurationError(
+                f"lora_target_modules is {target!r}, but {shared[0]} is tied to the embeddings, "
+                "which an adapter would part; leave it out, or train it with --parameters"
+            )
+        names += [name for name in found if name not in names]
+    return names
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _linear_modules(model: "PreTrainedModel") -> "dict[str, nn.Module]":
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _tied_modules(model: "PreTrainedModel") -> set[str]:
+    """Return the modules whose weight is the input embeddings'."""
+    embeddings = model.get_input_embeddings()
+    return {
+        name
+        for name, module in _linear_modules(model).items()
+        if getattr(module, "weight", None) is embeddings.weight
+    }
+
+
+def _generic(name: str) -> str:
+    """Return a parameter's name with its layer's number left open."""
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def _some(names: Iterable[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - _SHOWN
+    return ", ".join(distinct[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""What models still answer: answers, measures, attacks."""

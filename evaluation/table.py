@@ -1,0 +1,166 @@
+"""An evaluation as plain text of at most 100 columns."""
+
+import textwrap
+from collections.abc import Sequence
+
+from duet_unlearn.evaluation.results import ATTACK_THRESHOLD, EvalReport, QuerySet
+
+WIDTH = 100
+_GAP = "  "
+_LABEL_WIDTH = 24
+_HEADING_WIDTH = 12
+
+Column = tuple[str, list[str]]
+"""A heading and one cell a row."""
+
+
+def format_report(report: EvalReport) -> str:
+    """Return the tables of an evaluation: scores, kinds of forget queries, attacks, notes.
+
+    Means are ROUGE-L recall in points. Where not all columns fit side by side, the kinds have a
+    table of their own, and further columns go below.
+    """
+    labels = list(report.labels)
+    scores, kinds = _score_columns(report), _kind_columns(report)
+    at = len(report.sets_of("forget"))
+    together = [*scores[:at], *kinds, *scores[at:]]
+    if _total_width(labels, together) <= WIDTH:
+        blocks = _render("", labels, together)
+    else:
+        blocks = [*_render("", labels, scores), *_render("Kinds of forget queries", labels, kinds)]
+    if report.attacks:
+        names, columns = _attack_table(report)
+        blocks += _render("Under attack: forget / retain", names, columns)
+    return "\n\n".join([*blocks, _notes(report)])
+
+
+def _score_columns(report: EvalReport) -> list[Column]:
+    columns = [(s.name, _recalls(report, s)) for s in report.sets]
+    for split in ("forget", "retain"):
+        cells = [_points(report.split_means(row, split).refusals) for row in report.labels]
+        columns.append((f"refused {split}", cells))
+    shifts = [_points(report.shift(row)) for row in report.labels]
+    return [*columns, ("shift", shifts)]
+
+
+def _kind_columns(report: EvalReport) -> list[Column]:
+    sets = report.sets_of("forget")
+    return [
+        (kind if len(sets) == 1 else f"{s.name} {kind}", _recalls(report, s, kind))
+        for s in sets
+        for kind in s.kinds
+    ]
+
+
+def _recalls(report: EvalReport, query_set: QuerySet, kind: str | None = None) -> list[str]:
+    means = [
+        report.means(row, query_set.name)
+        if kind is None
+        else report.kind_means(row, query_set.name, kind)
+        for row in report.labels
+    ]
+    return [_points(m.rouge_l_recall) for m in means]
+
+
+def _attack_table(report: EvalReport) -> tuple[list[str], list[Column]]:
+    """One line an attack and a last one for the worst of those that count; one column a row."""
+    names = [a.name + " *" * (report.breaks_prefix(a.name) is False) for a in report.attacks]
+    columns: list[Column] = []
+    for row in report.labels:
+        pairs: list[tuple[float | None, float | None]] = [
+            (
+                report.split_means(row, "forget", attack=a.name).rouge_l_recall,
+                report.split_means(row, "retain", attack=a.name).rouge_l_recall,
+            )
+            for a in report.attacks
+        ]
+        pairs.append((report.worst_forget(row), report.worst_retain(row)))
+        columns.append((row, [f"{_points(f):>5} / {_points(r):>5}" for f, r in pairs]))
+    return [*names, "worst"], columns
+
+
+def _notes(report: EvalReport) -> str:
+    base = report.labels[0]
+    counts = ", ".join(f"{s.name} {len(s.queries)}" for s in report.sets)
+    notes = [
+        f"Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: {counts}.",
+        "refused: responses with a refusal phrase (English, a heuristic), in points.",
+        f"shift: Performance Shift against {base}: drops on forget sets + changes on all others.",
+    ]
+    kinds = [kind for s in report.sets_of("forget") for kind in s.kinds]
+    if kinds:
+        notes.insert(1, f"{', '.join(dict.fromkeys(kinds))}: kinds of forget queries.")
+    if report.attacks:
+        notes.append("worst: highest forget and lowest retain recall under any attack that counts.")
+    if any(report.breaks_prefix(a.name) is False for a in report.attacks):
+        notes.append(
+            f"*: does not count: it brings less than {ATTACK_THRESHOLD:.0%} of the forget recall "
+            f"of {base} back in {report.config.prefixed_label}."
+        )
+    return "\n".join(
+        textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes
+    )
+
+
+def _render(title: str, labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """Return one block of text, or several where the columns do not fit side by side."""
+    blocks: list[str] = []
+    rest = list(columns)
+    while rest:
+        taken = 1
+        while taken < len(rest) and _total_width(labels, rest[: taken + 1]) <= WIDTH:
+            taken += 1
+        lines = _render_block(labels, rest[:taken])
+        blocks.append("\n".join([title, *lines] if title else lines))
+        rest = rest[taken:]
+    return blocks
+
+
+def _render_block(labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """Headings of several lines, set at the bottom, above right-aligned cells."""
+    label_width = _label_width(labels)
+    headings = [_heading_lines(column) for column in columns]
+    widths = [_column_width(column) for column in columns]
+    height = max(len(lines) for lines in headings)
+    rows = [[""] * (height - len(lines)) + lines for lines in headings]
+    text = [("", [lines[i] for lines in rows]) for i in range(height)]
+    text += [(label, [cells[i] for _, cells in columns]) for i, label in enumerate(labels)]
+    return [
+        _GAP.join(
+            [_shorten(label, label_width).ljust(label_width)]
+            + [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        ).rstrip()
+        for label, cells in text
+    ]
+
+
+def _total_width(labels: Sequence[str], columns: Sequence[Column]) -> int:
+    return _label_width(labels) + sum(len(_GAP) + _column_width(column) for column in columns)
+
+
+def _label_width(labels: Sequence[str]) -> int:
+    return min(_LABEL_WIDTH, max(len(label) for label in labels))
+
+
+def _column_width(column: Column) -> int:
+    return max(len(text) for text in (*_heading_lines(column), *column[1]))
+
+
+def _heading_lines(column: Column) -> list[str]:
+    """The heading in lines no wider than the column needs anyway."""
+    heading, cells = column
+    words = [_shorten(word, _HEADING_WIDTH) for word in heading.split()]
+    return textwrap.wrap(" ".join(words), max(len(text) for text in (*words, *cells)))
+
+
+def _shorten(text: str, width: int) -> str:
+    """Cut the middle out of a text that is too long: names differ at both ends."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:]}"
+
+
+def _points(value: float | None) -> str:
+    # Adding zero turns the -0.0 of a rounded small loss into 0.0.
+    return "-" if value is None else f"{round(value, 1) + 0.0:.1f}"

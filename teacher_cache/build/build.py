@@ -1,0 +1,297 @@
+"""Build a cache: run the prefixed teacher once over a set of queries and write its signals.
+
+The work is cut into shards by `plan`. Each finished shard stands under its final name with the
+recipe and the queries in its own metadata, so a stopped build goes on without any other state: it
+keeps the shards that belong to the same recipe and queries and computes the rest. The manifest
+comes last and makes the cache a finished one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from duet_unlearn.errors import CacheError
+from duet_unlearn.data.models.folder import (
+    context_length,
+    model_name,
+    read_config,
+    resolve_model_folder,
+)
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.queries import Query, fingerprint_queries
+from duet_unlearn.teacher_cache.build.assemble import Assembly, find_finished
+from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
+from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
+from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
+from duet_unlearn.files import make_folder
+from duet_unlearn.teacher_cache.build.lock import build_lock, part_lock
+from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.build.part_notes import write_notes
+from duet_unlearn.teacher_cache.build.parts import Part
+from duet_unlearn.teacher_cache.build.plan import plan_shards
+from duet_unlearn.teacher_cache.build.resume import PlannedCache
+from duet_unlearn.teacher_cache.build.reuse import ReusedRows
+from duet_unlearn.teacher_cache.format.samples import collect_samples
+from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, CacheRow
+from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, ShardPrompts, Teacher
+
+EngineFactory = Callable[[EngineConfig], Engine]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildResult:
+    """What a build did."""
+
+    manifest: Manifest
+    hit: bool
+    """The finished cache was already there; nothing ran."""
+    computed_rows: int
+    """Queries that the teacher ran on."""
+    kept_rows: int
+    """Queries taken over from the finished shards of a stopped build."""
+    reused_rows: int
+    """Queries taken over from other caches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartResult:
+    """What the build of one part did."""
+
+    part: Part
+    shards: int
+    """Shards of this part."""
+    all_shards: int
+    """Shards of the whole cache."""
+    hit: bool = False
+    """The finished cache was already there; nothing ran."""
+    computed_rows: int = 0
+    """Queries that the teacher ran on."""
+    kept_rows: int = 0
+    """Queries taken over from the finished shards of an earlier run."""
+    reused_rows: int = 0
+    """Queries taken over from other caches."""
+
+
+def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> BuildResult:
+    """Build the cache, go on with a stopped build of it, or find it finished.
+
+    Args:
+        config: What to build.
+        engine_factory: Starts the engine, in each worker if there are any; by default the one
+            that `config.engine` names.
+
+    Raises:
+        ConfigurationError: A setting cannot work with this model.
+        DataError: A query file or the model folder is unusable.
+        MismatchError: The folder holds a cache of other inputs, or a cache to reuse has another
+            recipe; the message lists what differs.
+        CacheError: The folder cannot be written, or another build holds it.
+        StoppedError: The user interrupted the build.
+    """
+    model, plan, shards = _plan(config)
+    manifest = find_finished(plan)
+    if manifest is None:
+        make_folder(config.out / SHARD_FOLDER)
+        with build_lock(config.out):
+            # Another build may have finished between the first look and the lock.
+            manifest = find_finished(plan)
+            if manifest is None:
+                return _Build(config, model, shards, Assembly(plan)).run(engine_factory)
+    return BuildResult(manifest=manifest, hit=True, computed_rows=0, kept_rows=0, reused_rows=0)
+
+
+def build_part(
+    config: BuildConfig, part: Part, engine_factory: EngineFactory | None = None
+) -> PartResult:
+    """Write the shards of one part of the cache; `finish` joins them once all parts are done.
+
+    Other processes, on this machine or on others, may build other parts of the same count in the
+    same folder at the same time.
+
+    Args:
+        config: What to build, the same for every part.
+        part: Which part of it.
+        engine_factory: Starts the engine; by default the one `config.engine` names.
+
+    Raises:
+        DuetError: As in `build`; also, a build of the whole folder or of the same part is running.
+    """
+    model, plan, shards = _plan(config)
+    own = part.indices(len(shards))
+    result = PartResult(part=part, shards=len(own), all_shards=len(shards))
+    if find_finished(plan) is not None:
+        return replace(result, hit=True)
+    make_folder(config.out / SHARD_FOLDER)
+    with part_lock(config.out, part):
+        write_notes(config, part)
+        run = _Build(config, model, shards, Assembly(plan, part))
+        computed, reused = run.write_shards(engine_factory)
+        kept = run.assembly.kept_rows
+    return replace(result, computed_rows=computed, kept_rows=kept, reused_rows=reused)
+
+
+def _plan(config: BuildConfig) -> tuple[Path, PlannedCache, list[list[Query]]]:
+    """Return the model's folder, the plan of the cache, and the queries of its shards."""
+    queries = load_query_set(config)
+    model = resolve_model_folder(config.teacher)
+    shards = plan_shards(queries, config.shard_rows)
+    plan = PlannedCache(
+        folder=config.out,
+        recipe=make_recipe(config, model),
+        queries=fingerprint_queries(queries),
+        shards=tuple(map(tuple, shards)),
+    )
+    return model, plan, shards
+
+
+class _Build:
+    """One run of a build that holds the lock on its shards."""
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        model: Path,
+        shards: Sequence[list[Query]],
+        assembly: Assembly,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.recipe = assembly.plan.recipe
+        self.shards = shards
+        self.assembly = assembly
+        self.tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+
+    def run(self, engine_factory: EngineFactory | None) -> BuildResult:
+        """Write the missing shards and finish the cache."""
+        computed, reused = self.write_shards(engine_factory)
+        samples = collect_samples(self.config.out, self.assembly.shards, self.tokenizer)
+        return BuildResult(
+            manifest=self.assembly.finish(model_name(self.config.teacher), samples),
+            hit=False,
+            computed_rows=computed,
+            kept_rows=self.assembly.kept_rows,
+            reused_rows=reused,
+        )
+
+    def write_shards(self, engine_factory: EngineFactory | None) -> tuple[int, int]:
+        """Write the missing shards; return how many rows were computed, and how many reused."""
+        missing = self.assembly.missing
+        reused = ReusedRows(self.config.reuse if missing else (), self.recipe, self.shards, missing)
+        computed = 0
+        try:
+            for index in missing:
+                if all(reused.holds(index, n) for n in range(len(self.shards[index]))):
+                    self._write(index, {}, (), reused)
+            if self.assembly.unfinished:
+                computed = self._compute(reused, engine_factory)
+        except KeyboardInterrupt:
+            raise self.assembly.stopped() from None
+        return computed, reused.count
+
+    def _compute(self, reused: ReusedRows, engine_factory: EngineFactory | None) -> int:
+        """Run the teacher on the queries that no cache holds; return how many those are."""
+        numbers = {
+            index: [n for n in range(len(self.shards[index])) if not reused.holds(index, n)]
+            for index in self.assembly.unfinished
+        }
+        prompts = RenderedPrompts(
+            self.shards,
+            numbers,
+            PromptRenderer(
+                self.tokenizer, prefix=self.config.prefix, place=self.config.prefix_place
+            ),
+            retain_prefix=self.recipe.retain_prefix,
+        )
+        prompts.check_length(context_length(read_config(self.model)), self.recipe.positions)
+        engine_config = EngineConfig(
+            model=self.model,
+            top_k=self.recipe.top_k,
+            positions=self.recipe.positions,
+            eos_token_ids=self.recipe.eos_token_ids,
+            compute_dtype=self.recipe.compute_dtype,
+            max_prompt_tokens=prompts.longest,
+            trust_remote_code=self.config.trust_remote_code,
+            engine_args=self.config.engine_args,
+        )
+        teacher = self._open_teacher(engine_config, engine_factory)
+        try:
+            self._answer(teacher, numbers, prompts, reused)
+        finally:
+            teacher.close()
+        return sum(map(len, numbers.values()))
+
+    def _open_teacher(
+        self, engine_config: EngineConfig, engine_factory: EngineFactory | None
+    ) -> Teacher:
+        """Start the engine, or those of the workers."""
+        # Imported here: a finished cache is found without them.
+        from duet_unlearn.teacher_cache.engines import open_engine, resolve_engine_name
+        from duet_unlearn.teacher_cache.build.workers import RayTeacher, WorkerJob
+
+        config = self.config
+        if config.workers is None:
+            factory = engine_factory or partial(open_engine, config.engine)
+            return LocalTeacher(factory(engine_config))
+        is_folder = Path(config.teacher).expanduser().is_dir()
+        job = WorkerJob(
+            teacher=str(self.model) if is_folder else config.teacher,
+            recipe=self.recipe,
+            engine=resolve_engine_name(config.engine),
+            engine_config=engine_config,
+            engine_factory=engine_factory,
+        )
+        return RayTeacher(job, workers=config.workers, address=config.ray_address)
+
+    def _answer(
+        self,
+        teacher: Teacher,
+        numbers: Mapping[int, Sequence[int]],
+        prompts: RenderedPrompts,
+        reused: ReusedRows,
+    ) -> None:
+        """Feed every prompt to the teacher and write each shard as its last signal arrives."""
+        work = (
+            ShardPrompts(index=index, prompts={n: prompts.teacher[index, n] for n in own})
+            for index, own in numbers.items()
+        )
+        total = sum(map(len, numbers.values()))
+        with tqdm(total=total, desc="teacher", unit=" queries", disable=None) as progress:
+            for answer in teacher.answer(work, progress.update):
+                rows = {
+                    number: self._row(answer.index, number, prompts, signal)
+                    for number, signal in answer.signals.items()
+                }
+                self._write(answer.index, rows, (answer.engine,), reused)
+        if unfinished := self.assembly.unfinished:
+            raise CacheError(
+                f"{self.config.out}: the engine left {len(unfinished)} of {len(numbers)} shards "
+                "without all their signals; run the same command again"
+            )
+
+    def _row(self, index: int, number: int, prompts: RenderedPrompts, signal: Signal) -> CacheRow:
+        query = self.shards[index][number]
+        return CacheRow(
+            query_id=query.query_id,
+            split=query.split,
+            query=query.text,
+            prompt_ids=prompts.student[index, number],
+            signal=signal,
+        )
+
+    def _write(
+        self,
+        index: int,
+        computed: dict[int, CacheRow],
+        engines: tuple[dict[str, Any], ...],
+        reused: ReusedRows,
+    ) -> None:
+        rows = computed | reused.take(index)
+        origins = [engine for engine in reused.engines(index) if engine not in engines]
+        self.assembly.write(
+            index, [rows[number] for number in range(len(rows))], (*engines, *origins)
+        )

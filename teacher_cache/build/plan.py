@@ -1,0 +1,70 @@
+"""Which query goes into which shard: a pure function of the set of queries.
+
+The order of the query files does not matter, so the same set always gives the same shards, and a
+stopped build finds its finished shards again.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.teacher_cache.format.schema import SPLITS
+
+_MAX_LIST_ENTRIES = 2**31 - 1
+
+
+class PlannedRow(Protocol):
+    """A row before its signal is there: a query, or a row of another cache."""
+
+    @property
+    def query_id(self) -> str:
+        """Its id in the new cache."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """`forget` or `retain`."""
+        ...
+
+
+Row = TypeVar("Row", bound=PlannedRow)
+
+
+def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
+    """Spread queries over shards of `shard_rows`.
+
+    Every shard holds forget and retain queries in the proportion of the whole set, so that a
+    reader mixes both from any one shard; within a shard the forget rows come first.
+    """
+    ordered = sorted(queries, key=lambda query: query.query_id)
+    merged = merge_evenly(*[[q for q in ordered if q.split == split] for split in SPLITS])
+    return [
+        sorted(merged[start : start + shard_rows], key=lambda query: SPLITS.index(query.split))
+        for start in range(0, len(merged), shard_rows)
+    ]
+
+
+def merge_evenly(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
+    """Merge two sequences so that every stretch holds them in proportion, to within one."""
+    total = len(first) + len(second)
+    merged: list[Row] = []
+    taken = 0
+    for position in range(total):
+        due = (position + 1) * len(first) // total
+        merged.append(first[taken] if due > taken else second[position - taken])
+        taken = due
+    return merged
+
+
+def check_shard_rows(shard_rows: int, top_k: int, positions: int) -> None:
+    """Check that a shard of that many rows can be written.
+
+    Raises:
+        ConfigurationError: There are no rows, or more list entries than a Parquet column holds.
+    """
+    most = _MAX_LIST_ENTRIES // (top_k * positions)
+    if not 1 <= shard_rows <= most:
+        raise ConfigurationError(
+            f"shard_rows is {shard_rows}, expected 1 to {most} with --top-k {top_k} and "
+            f"--positions {positions}"
+        )

@@ -1,0 +1,170 @@
+"""Fetch rows of finished caches in bounded memory, wherever they are needed.
+
+A new cache puts rows into another order than the caches they come from. So the rows of a window of
+new shards are fetched together, in the order of the old ones: each row group is decoded once a
+window, and memory holds a window, not a cache.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_problems
+from duet_unlearn.teacher_cache.format.schema import CacheRow
+from duet_unlearn.teacher_cache.format.signal import Signal
+
+Place = tuple[int, int]
+"""Which cache, and which of its rows."""
+
+WINDOW_BYTES = 128 << 20
+# A signal of T*K ids and logits, and what a prompt and a text take beside it.
+_BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
+
+
+def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:
+    """Open caches that have to share one recipe, that of the first where none is given.
+
+    Args:
+        names: `PATH` or `PATH@sha256:DIGEST` each.
+        recipe: What their recipe has to be.
+
+    Raises:
+        CacheError: One is no finished cache.
+        MismatchError: One has another recipe (the message lists what differs) or digest.
+    """
+    readers = tuple(CacheReader.open(name) for name in names)
+    for name, reader in zip(names, readers, strict=True):
+        wanted = recipe or readers[0].manifest.recipe
+        if differences := reader.manifest.recipe.differences(wanted):
+            raise MismatchError(
+                f"{name}: a cache of another recipe; differs (there / "
+                f"{'asked' if recipe else names[0]}) in {'; '.join(differences)}; "
+                "leave it out, or use the recipe it was built with"
+            )
+    return readers
+
+
+class RowSource:
+    """The rows of some caches of one recipe."""
+
+    def __init__(self, readers: Sequence[CacheReader]) -> None:
+        self._readers = readers
+        self._sound: set[tuple[int, int]] = set()
+
+    def scan(self) -> Iterator[tuple[Place, Identity]]:
+        """Yield place and identity of every row, in order; decodes no signals.
+
+        Raises:
+            CorruptCacheError: A shard is damaged.
+        """
+        total = sum(reader.num_rows for reader in self._readers)
+        with tqdm(total=total, desc="scan", unit=" rows", disable=None, leave=False) as progress:
+            for number, reader in enumerate(self._readers):
+                for row, identity in enumerate(reader.identities()):
+                    yield (number, row), identity
+                    progress.update()
+
+    def fetch(self, places: Iterable[Place]) -> dict[Place, CacheRow]:
+        """Return some rows; their arrays are copies that keep no row group alive.
+
+        Raises:
+            CorruptCacheError: A row breaks the format's rules, or its shard is damaged.
+        """
+        rows = {}
+        for place in sorted(set(places)):
+            number, row = place
+            reader = self._readers[number]
+            self._check(number, reader.group_of(row))
+            cached = reader.row(row)
+            rows[place] = CacheRow(
+                query_id=cached.query_id,
+                split=cached.split,
+                query=cached.query,
+                prompt_ids=cached.prompt_ids.copy(),
+                signal=Signal(
+                    response_ids=cached.response_ids.copy(),
+                    token_ids=cached.token_ids.copy(),
+                    logits=cached.logits.copy(),
+                    logsumexp=cached.logsumexp.copy(),
+                ),
+            )
+        return rows
+
+    def _check(self, number: int, group: int) -> None:
+        if (number, group) in self._sound:
+            return
+        reader = self._readers[number]
+        for problem in row_group_problems(reader.group(group), reader.manifest.recipe):
+            raise CorruptCacheError(
+                f"{reader.folder}: row group {group}: {problem}; get the cache again"
+            )
+        self._sound.add((number, group))
+
+    def engines(self, places: Iterable[Place]) -> list[dict[str, Any]]:
+        """Return what computed some rows, as their shards say, each engine once."""
+        groups = {(number, self._readers[number].group_of(row)): row for number, row in places}
+        engines: list[dict[str, Any]] = []
+        for (number, _), row in sorted(groups.items()):
+            found = self._readers[number].engines_of(row)
+            engines.extend(engine for engine in found if engine not in engines)
+        return engines
+
+
+class PlannedRows:
+    """Rows of a source that go into planned shards, fetched a window of shards at a time."""
+
+    def __init__(
+        self, source: RowSource, places: Mapping[int, Mapping[int, Place]], recipe: Recipe
+    ) -> None:
+        """Say what is needed.
+
+        Args:
+            source: Where the rows are.
+            places: For each shard, the row that goes to each of its numbers.
+            recipe: Says how large a row may be.
+        """
+        self._source = source
+        self._places = places
+        self._row_bytes = recipe.top_k * recipe.positions * _BYTES_A_LOGIT + _BYTES_A_ROW
+        self._order = sorted(places)
+        self._held: list[dict[int, dict[int, CacheRow]]] = []
+
+    def take(self, shard: int) -> dict[int, CacheRow]:
+        """Return the rows of a shard by their number in it; none where it takes none.
+
+        Raises:
+            CorruptCacheError: A row breaks the format's rules, or its shard is damaged.
+        """
+        if not self._places.get(shard):
+            return {}
+        for window in self._held:
+            if shard in window:
+                return window.pop(shard)
+        # Shards end roughly in order: with two windows none is fetched twice at their border.
+        self._held = [*self._held[-1:], self._fetch_window(shard)]
+        return self._held[-1].pop(shard)
+
+    def engines(self, shard: int) -> list[dict[str, Any]]:
+        """Return what computed the rows that a shard takes."""
+        return self._source.engines(self._places.get(shard, {}).values())
+
+    def _fetch_window(self, first: int) -> dict[int, dict[int, CacheRow]]:
+        shards: list[int] = []
+        size = 0
+        for shard in self._order[bisect_left(self._order, first) :]:
+            size += len(self._places[shard]) * self._row_bytes
+            if shards and size > WINDOW_BYTES:
+                break
+            shards.append(shard)
+        rows = self._source.fetch(
+            place for shard in shards for place in self._places[shard].values()
+        )
+        return {
+            shard: {number: rows[place] for number, place in self._places[shard].items()}
+            for shard in shards
+        }

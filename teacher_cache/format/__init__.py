@@ -1,0 +1,1 @@
+"""The cache on disk: recipe, manifest, shards and what they hold."""

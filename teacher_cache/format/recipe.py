@@ -1,0 +1,144 @@
+"""The recipe: everything but the query that decides a signal, and its id."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from duet_unlearn.data.models.fingerprint import sha256_json
+from duet_unlearn.errors import ConfigurationError, CorruptCacheError
+
+PREFIX_PLACES = ("system", "user", "raw")
+LOGIT_DTYPES = ("float16", "float32")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+MAX_TOP_K = 1 << 20
+MAX_POSITIONS = 1 << 16
+MAX_ROW_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What decided the signals of a cache. Fingerprints are of content, never of paths."""
+
+    weights: str
+    """Fingerprint of the teacher's weights, `sha256:<hex>`."""
+    config: str
+    """Fingerprint of the teacher's model configuration."""
+    tokenizer: str
+    """Fingerprint of how text becomes token ids."""
+    vocabulary: str
+    """Fingerprint of which token has which id; a student must share it."""
+    vocab_size: int
+    """Width of the teacher's head: every token id is smaller."""
+    chat_template: str | None
+    """Fingerprint of the chat template; None where the model has none."""
+    template_date: str
+    """The date shown to chat templates that ask for today's, ISO format."""
+    prefix: str
+    """The steering prefix, in full."""
+    prefix_place: str
+    """Where the prefix is put: `system`, `user` or `raw`."""
+    retain_prefix: bool
+    """Whether the prefix stands in front of retain queries too."""
+    top_k: int
+    """K, the tokens kept at each position."""
+    positions: int
+    """Most positions a query."""
+    logit_dtype: str
+    """How logits are stored: `float16` or `float32`."""
+    compute_dtype: str
+    """What the teacher computed in: `float32`, `bfloat16` or `float16`."""
+    eos_token_ids: tuple[int, ...]
+    """Token ids that end a response."""
+
+    def __post_init__(self) -> None:
+        """Check the values that come from flags.
+
+        Raises:
+            ConfigurationError: A value is out of its range.
+        """
+        for name in ("prefix_place", "logit_dtype", "compute_dtype"):
+            allowed = {
+                "prefix_place": PREFIX_PLACES,
+                "logit_dtype": LOGIT_DTYPES,
+                "compute_dtype": COMPUTE_DTYPES,
+            }[name]
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+        if not 1 <= self.positions <= MAX_POSITIONS:
+            raise ConfigurationError(
+                f"positions is {self.positions}, expected 1 to {MAX_POSITIONS}"
+            )
+        if not 1 <= self.top_k <= min(self.vocab_size, MAX_TOP_K):
+            raise ConfigurationError(
+                f"top_k is {self.top_k}, but the teacher's vocabulary has {self.vocab_size} tokens;"
+                f" give --top-k between 1 and {min(self.vocab_size, MAX_TOP_K)}"
+            )
+        if self.top_k * self.positions > MAX_ROW_LOGITS:
+            raise ConfigurationError(
+                f"top_k * positions is {self.top_k * self.positions}, but a row holds at most "
+                f"{MAX_ROW_LOGITS} logits; lower --top-k or --positions"
+            )
+
+    @property
+    def recipe_id(self) -> str:
+        """The recipe's identity, `sha256:<hex>` of its canonical JSON."""
+        return sha256_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON values."""
+        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_json(cls, value: object) -> "Recipe":
+        """Read a recipe from JSON values of an untrusted cache.
+
+        Raises:
+            CorruptCacheError: An entry is missing, unknown, of another type or out of range.
+        """
+        if not isinstance(value, dict):
+            raise CorruptCacheError(f"recipe: expected an object, found {type(value).__name__}")
+        expected = {field.name for field in fields(cls)}
+        if set(value) != expected:
+            names = ", ".join(sorted(set(value) ^ expected))
+            raise CorruptCacheError(f"recipe: entries missing or unknown: {names[:200]}")
+        for name in expected:
+            if not _has_type(name, value[name]):
+                raise CorruptCacheError(
+                    f"recipe: {name} has the wrong type ({type(value[name]).__name__}) or range"
+                )
+        try:
+            return cls(**{**value, "eos_token_ids": tuple(value["eos_token_ids"])})
+        except ConfigurationError as error:
+            raise CorruptCacheError(f"recipe: {error}") from None
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Return one `name: mine / theirs` for each entry that differs."""
+        mine, theirs = self.to_json(), other.to_json()
+        return [
+            f"{name}: {_short(mine[name])} / {_short(theirs[name])}"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
+
+
+def _has_type(name: str, value: object) -> bool:
+    if name == "eos_token_ids":
+        return isinstance(value, list) and len(value) < 1024 and all(map(_is_id, value))
+    if name in ("vocab_size", "top_k", "positions"):
+        return _is_id(value)
+    if name == "retain_prefix":
+        return isinstance(value, bool)
+    return isinstance(value, str) or (name == "chat_template" and value is None)
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _short(value: object) -> str:
+    text = (
+        f'"{value}"' if isinstance(value, str) and not value.startswith("sha256:") else str(value)
+    )
+    limit = 19 if isinstance(value, str) and value.startswith("sha256:") else 80
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,76 @@
+"""A few queries with the teacher's strongest tokens in words, kept in the manifest.
+
+`inspect` shows them without a tokenizer at hand. They come from the cached signals alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn.teacher_cache.format.manifest import ShardEntry
+from duet_unlearn.teacher_cache.format.row_group import RowGroup
+from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.format.shard import ShardFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUERIES_PER_SPLIT = 3
+STRONGEST = 10
+
+
+def collect_samples(
+    cache: Path, shards: Sequence[ShardEntry], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[dict[str, Any], ...]:
+    """Return samples of both splits: query, response and ten strongest tokens at position 0."""
+    wanted = dict.fromkeys(SPLITS, QUERIES_PER_SPLIT)
+    samples = []
+    for shard in shards:
+        if not any(wanted[split] and shard.rows[split] for split in SPLITS):
+            continue
+        file = ShardFile(cache / SHARD_FOLDER / shard.name)
+        for index in range(len(file.row_group_sizes)):
+            group = file.read_row_group(index)
+            for row in range(group.num_rows):
+                if wanted[group.split(row)]:
+                    wanted[group.split(row)] -= 1
+                    samples.append(_sample(group, row, lambda i: token_text(tokenizer, i)))
+        file.close()
+        if not any(wanted.values()):
+            break
+    return tuple(sorted(samples, key=lambda sample: SPLITS.index(sample["split"])))
+
+
+def _sample(group: RowGroup, row: int, text: Callable[[int], str]) -> dict[str, Any]:
+    first, stop = (int(i) for i in group.response_offsets[row : row + 2])
+    logsumexp = float(group.logsumexp[first])
+    strongest = zip(
+        group.token_ids[first, :STRONGEST].tolist(),
+        group.logits[first, :STRONGEST].tolist(),
+        strict=True,
+    )
+    return {
+        "query_id": group.query_id(row),
+        "split": group.split(row),
+        "query": group.query(row),
+        "response": [text(i) for i in group.response_ids[first:stop].tolist()],
+        "strongest": [
+            {
+                "id": token,
+                "text": text(token),
+                "logit": round(logit, 4),
+                "probability": round(math.exp(min(logit - logsumexp, 0.0)), 6),
+            }
+            for token, logit in strongest
+        ],
+    }
+
+
+def token_text(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
+    """Return a token as text; its raw form where it is no whole character or decodes to nothing."""
+    text = str(tokenizer.decode([token_id]))
+    if text and "\ufffd" not in text:
+        return text
+    raw = tokenizer.convert_ids_to_tokens(token_id)
+    return str(raw) if raw is not None else f"<{token_id}>"

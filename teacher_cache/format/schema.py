@@ -1,0 +1,144 @@
+"""Format version 1: columns, Parquet settings and metadata keys of a shard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from duet_unlearn.teacher_cache.format.signal import Signal
+
+FORMAT_NAME = "duet-teacher-cache"
+FORMAT_VERSION = 1
+SPLITS = ("forget", "retain")
+
+MANIFEST_NAME = "manifest.json"
+SHARD_FOLDER = "shards"
+
+# Row groups are what a reader decodes at once: about 2**20 logits keep one at a few megabytes
+# whatever T and K are.
+ROW_GROUP_LOGITS = 1 << 20
+ROW_GROUP_ROWS = 1 << 14
+ROW_GROUP_PROMPT_TOKENS = 1 << 22
+ROW_GROUP_TEXT_BYTES = 1 << 24
+
+# Limits of one row. A group may hold a single row of any size within them, so none of them is
+# larger than what a reader can afford to decode at once.
+MAX_QUERY_ID_BYTES = 1 << 12
+MAX_QUERY_BYTES = ROW_GROUP_TEXT_BYTES
+MAX_PROMPT_TOKENS = 1 << 20
+
+# Limits of a shard's footer, which is read before anything else is known of it.
+MAX_FOOTER_BYTES = 1 << 22
+MAX_ROW_GROUPS = 1 << 14
+
+SHARD_COLUMNS = (
+    "query_id",
+    "split",
+    "query",
+    "prompt_ids",
+    "response_ids",
+    "token_ids",
+    "logits",
+    "logsumexp",
+)
+IDENTITY_COLUMNS = SHARD_COLUMNS[:3]
+
+# Keys of a shard's Parquet metadata; values are UTF-8 text.
+META_VERSION = b"duet.format_version"
+META_RECIPE = b"duet.recipe"
+META_RECIPE_ID = b"duet.recipe_id"
+META_QUERIES = b"duet.queries"
+META_INDEX = b"duet.shard_index"
+META_COUNT = b"duet.shard_count"
+META_ENGINES = b"duet.engines"
+META_STATISTICS = b"duet.statistics"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRow:
+    """One query with its signal, as written to and read from a shard."""
+
+    query_id: str
+    """Stable id of the query."""
+    split: str
+    """`forget` or `retain`."""
+    query: str
+    """The text as the student sees it; for several messages their JSON."""
+    prompt_ids: npt.NDArray[np.int32]
+    """The student's prompt, `[P]`: chat template applied, no prefix."""
+    signal: Signal
+    """What the teacher said, T positions of K tokens."""
+
+
+def logit_type(logit_dtype: str) -> pa.DataType:
+    """Return the Arrow type of the logits column."""
+    return pa.float16() if logit_dtype == "float16" else pa.float32()
+
+
+def shard_schema(logit_dtype: str) -> pa.Schema:
+    """Return the columns of a shard, in order.
+
+    No value is null, and the schema says so: readers then decode fewer levels.
+    """
+    columns = {
+        "query_id": pa.string(),
+        "split": pa.dictionary(pa.int32(), pa.string()),
+        "query": pa.string(),
+        "prompt_ids": _list_type(pa.int32()),
+        "response_ids": _list_type(pa.int32()),
+        "token_ids": _list_type(pa.int32()),
+        "logits": _list_type(logit_type(logit_dtype)),
+        "logsumexp": _list_type(pa.float32()),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def _list_type(item: pa.DataType) -> pa.ListType:
+    return pa.list_(pa.field("element", item, nullable=False))
+
+
+def rows_to_table(rows: Sequence[CacheRow], logit_dtype: str) -> pa.Table:
+    """Return rows as an Arrow table of format version 1; matrices `[T, K]` go row-major."""
+    schema = shard_schema(logit_dtype)
+    signals = [row.signal for row in rows]
+    lists: dict[str, list[npt.NDArray[Any]]] = {
+        "prompt_ids": [row.prompt_ids for row in rows],
+        "response_ids": [signal.response_ids for signal in signals],
+        "token_ids": [signal.token_ids.reshape(-1) for signal in signals],
+        "logits": [signal.logits.reshape(-1) for signal in signals],
+        "logsumexp": [signal.logsumexp for signal in signals],
+    }
+    columns = [
+        pa.array([row.query_id for row in rows], pa.string()),
+        pa.array([row.split for row in rows], pa.string()).dictionary_encode(),
+        pa.array([row.query for row in rows], pa.string()),
+        *(_list_column(arrays, schema.field(name).type) for name, arrays in lists.items()),
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _list_column(arrays: Sequence[npt.NDArray[Any]], kind: pa.ListType) -> pa.ListArray:
+    dtype = kind.value_type.to_pandas_dtype()
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    lengths = np.array([len(a) for a in arrays], np.int64).cumsum()
+    if len(lengths) and lengths[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{lengths[-1]} list entries in one shard, more than a Parquet list holds")
+    offsets[1:] = lengths
+    flat = np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=kind)
+
+
+def rows_per_group(top_k: int, positions: int) -> int:
+    """Return the most rows a row group may hold, so that it decodes to a few megabytes."""
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_LOGITS // (top_k * positions)))
+
+
+def row_group_rows(rows: Sequence[CacheRow], top_k: int, positions: int) -> int:
+    """Return how many of these rows a row group holds: fewer where prompts or texts are long."""
+    prompt = max(len(row.prompt_ids) for row in rows)
+    text = max(len(text.encode()) for row in rows for text in (row.query, row.query_id))
+    fitting = min(ROW_GROUP_PROMPT_TOKENS // max(1, prompt), ROW_GROUP_TEXT_BYTES // max(1, text))
+    return max(1, min(rows_per_group(top_k, positions), fitting))

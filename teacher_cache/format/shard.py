@@ -1,0 +1,325 @@
+"""One shard: written atomically, described by its own metadata, read a row group at a time."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from duet_unlearn.data.models.fingerprint import sha256_file
+from duet_unlearn.errors import CacheError, CorruptCacheError
+from duet_unlearn.files import atomic_path
+from duet_unlearn.teacher_cache.format.footer import read_footer
+from duet_unlearn.teacher_cache.format.footer_writer import parquet_without_pages
+from duet_unlearn.teacher_cache.format.manifest import ShardEntry, shard_name
+from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.row_group import (
+    Identities,
+    Identity,
+    RowGroup,
+    check_row_group,
+)
+from duet_unlearn.teacher_cache.format.schema import (
+    FORMAT_VERSION,
+    IDENTITY_COLUMNS,
+    MAX_PROMPT_TOKENS,
+    MAX_QUERY_BYTES,
+    MAX_QUERY_ID_BYTES,
+    META_COUNT,
+    META_ENGINES,
+    META_INDEX,
+    META_QUERIES,
+    META_RECIPE,
+    META_RECIPE_ID,
+    META_STATISTICS,
+    META_VERSION,
+    SHARD_COLUMNS,
+    SHARD_FOLDER,
+    SPLITS,
+    CacheRow,
+    row_group_rows,
+    rows_to_table,
+)
+from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
+from duet_unlearn.teacher_cache.format.strict_json import parse_json
+
+_COMPRESSION_LEVEL = 3
+# A column of a row group in one page: smaller than several, and faster to read.
+_PAGE_BYTES = 1 << 24
+# What the Parquet library raises over a file that is no shard.
+_LIBRARY_ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
+_BYTE_STREAM_SPLIT = ("logits", "logsumexp", "token_ids")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardHeader:
+    """What a shard says about itself in its Parquet metadata."""
+
+    recipe: Recipe
+    queries: str
+    """Fingerprint of the whole set of queries that the cache is built for."""
+    index: int
+    count: int
+    """Position of the shard and number of shards."""
+    engines: tuple[dict[str, Any], ...]
+    """The engines that computed the rows, with versions and settings; several where rows were
+    taken over from other caches."""
+
+
+def shard_path(cache: Path, index: int, count: int) -> Path:
+    """Return where shard `index` of `count` lies in a cache folder."""
+    return cache / SHARD_FOLDER / shard_name(index, count)
+
+
+def check_storable(row: CacheRow, recipe: Recipe) -> None:
+    """Check that a row is what the format allows, before it is written.
+
+    Raises:
+        CacheError: The engine gave wrong shapes, ids out of range, values that are not finite, or
+            logits too large for float16.
+    """
+    signal = row.signal
+    where = f"query {row.query_id[:80]}"
+    for what, size, limit in (
+        ("an id of {} bytes", len(row.query_id.encode()), MAX_QUERY_ID_BYTES),
+        ("a text of {} bytes", len(row.query.encode()), MAX_QUERY_BYTES),
+        ("a prompt of {} tokens", len(row.prompt_ids), MAX_PROMPT_TOKENS),
+    ):
+        if size > limit:
+            raise CacheError(
+                f"{where}: {what.format(size)}, the format takes {limit}; shorten or remove it"
+            )
+    positions = len(signal.response_ids)
+    expected = (positions, recipe.top_k)
+    if not 1 <= positions <= recipe.positions or signal.logsumexp.shape != (positions,):
+        raise CacheError(
+            f"{where}: the engine gave {positions} positions, asked {recipe.positions}"
+        )
+    if signal.token_ids.shape != expected or signal.logits.shape != expected:
+        raise CacheError(
+            f"{where}: the engine gave token ids {signal.token_ids.shape} and logits "
+            f"{signal.logits.shape}, expected {expected}"
+        )
+    if positions < recipe.positions and int(signal.response_ids[-1]) not in recipe.eos_token_ids:
+        raise CacheError(
+            f"{where}: the engine stopped after {positions} of {recipe.positions} positions "
+            "without an end-of-sequence token"
+        )
+    if signal.token_ids.min() < 0 or signal.token_ids.max() >= recipe.vocab_size:
+        raise CacheError(f"{where}: token ids outside the vocabulary of {recipe.vocab_size}")
+    if not (np.isfinite(signal.logits).all() and np.isfinite(signal.logsumexp).all()):
+        raise CacheError(
+            f"{where}: the teacher gave logits that are not finite; try --teacher-dtype float32"
+        )
+    largest = float(np.abs(signal.logits).max())
+    if recipe.logit_dtype == "float16" and largest > float(np.finfo(np.float16).max):
+        raise CacheError(
+            f"{where}: a logit of {largest:.0f} does not fit float16; give --logit-dtype float32"
+        )
+
+
+def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> ShardEntry:
+    """Write one shard under its final name, whole or not at all.
+
+    Args:
+        cache: The cache folder.
+        rows: The shard's rows, forget rows first.
+        header: What goes into the metadata beside the sums of `rows`.
+
+    Raises:
+        CacheError: A row is not storable, the shard is too long, or the folder cannot be written.
+    """
+    for row in rows:
+        check_storable(row, header.recipe)
+    statistics = rows_statistics(rows, header.recipe.logit_dtype)
+    table = rows_to_table(rows, header.recipe.logit_dtype)
+    table = table.replace_schema_metadata(_metadata(header, statistics))
+    path = shard_path(cache, header.index, header.count)
+    # What the file itself shows, so that who reads it back later finds the same number.
+    group_rows = min(len(rows), row_group_rows(rows, header.recipe.top_k, header.recipe.positions))
+    with atomic_path(path) as temporary:
+        pq.write_table(
+            table,
+            temporary,
+            row_group_size=group_rows,
+            compression="zstd",
+            compression_level=_COMPRESSION_LEVEL,
+            data_page_size=_PAGE_BYTES,
+            use_dictionary=["split"],
+            use_byte_stream_split=[f"{name}.list.element" for name in _BYTE_STREAM_SPLIT],
+            write_page_checksum=True,
+            write_statistics=["query_id", "split"],
+        )
+        _check_readable(path, temporary)
+    return entry_of(path, {split: statistics[split].rows for split in SPLITS}, group_rows)
+
+
+def _check_readable(path: Path, written: Path) -> None:
+    """Refuse to keep a shard whose footer no reader would take."""
+    try:
+        with written.open("rb") as file:
+            read_footer(file, written.stat().st_size)
+    except ValueError as error:
+        raise CacheError(
+            f"{path}: cannot be written ({error}); give a smaller --shard-rows"
+        ) from None
+
+
+def entry_of(path: Path, rows: dict[str, int], row_group_rows: int) -> ShardEntry:
+    """Describe a finished shard file for the manifest; hashes its bytes."""
+    return ShardEntry(
+        name=path.name,
+        rows=rows,
+        row_group_rows=row_group_rows,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+    )
+
+
+def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> dict[bytes, bytes]:
+    def pack(value: object) -> bytes:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+
+    return {
+        META_VERSION: str(FORMAT_VERSION).encode(),
+        META_RECIPE_ID: header.recipe.recipe_id.encode(),
+        META_RECIPE: pack(header.recipe.to_json()),
+        META_QUERIES: header.queries.encode(),
+        META_INDEX: str(header.index).encode(),
+        META_COUNT: str(header.count).encode(),
+        META_ENGINES: pack(list(header.engines)),
+        META_STATISTICS: pack({split: statistics[split].to_json() for split in SPLITS}),
+    }
+
+
+class ShardFile:
+    """An open shard: its header, the sums over its rows a split, and its row groups.
+
+    Nothing is decoded before its size is known to keep to the format's limits.
+
+    Raises:
+        CorruptCacheError: The file is not a shard of format version 1.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not path.is_file():
+                raise CorruptCacheError(f"{path}: the shard is missing; get the cache again")
+            self._bytes = pa.OSFile(str(path))
+            self._footer = read_footer(self._bytes, self._bytes.size())
+            description = pa.BufferReader(parquet_without_pages(self._footer))
+            self._file = pq.ParquetFile(
+                self._bytes,
+                metadata=pq.read_metadata(description),
+                # Texts stay as they are packed: unpacking may multiply their size.
+                read_dictionary=["query_id", "split", "query"],
+                page_checksum_verification=True,
+                pre_buffer=False,
+            )
+        except _LIBRARY_ERRORS as error:
+            raise _unreadable(path, error) from error
+        self.header, self.statistics = _read_metadata(path, self._footer.metadata)
+        if self._footer.logit_dtype != self.header.recipe.logit_dtype:
+            raise CorruptCacheError(
+                f"{path}: logits in {self._footer.logit_dtype}, its recipe says "
+                f"{self.header.recipe.logit_dtype}; get the cache again"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the file, as its footer says."""
+        return self._footer.num_rows
+
+    @property
+    def row_group_sizes(self) -> list[int]:
+        """Rows of each row group, as the footer says."""
+        return [group.rows for group in self._footer.groups]
+
+    def read_row_group(self, index: int) -> RowGroup:
+        """Decode one row group.
+
+        Raises:
+            CorruptCacheError: Its bytes are damaged, it is larger than the format allows, or its
+                rows are not T*K long.
+        """
+        table = self._read(index, list(range(len(SHARD_COLUMNS))))
+        return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
+
+    def read_identities(self, index: int) -> list[Identity]:
+        """Return `(query_id, split, query)` of a row group's rows; decodes no signals.
+
+        Raises:
+            CorruptCacheError: As in `read_row_group`.
+        """
+        table = self._read(index, list(range(len(IDENTITY_COLUMNS))))
+        return Identities(table, f"{self.path}: row group {index}").identities()
+
+    def _read(self, index: int, columns: list[int]) -> pa.Table:
+        try:
+            group = self._footer.groups[index]
+            check_row_group(self._bytes, group, columns, self.header.recipe)
+            table = self._file.read_row_group(
+                index, columns=[SHARD_COLUMNS[i] for i in columns], use_threads=False
+            ).combine_chunks()
+            # Texts that are not UTF-8, offsets and dictionary indices that point nowhere.
+            table.validate(full=True)
+            if table.num_rows != group.rows:
+                raise ValueError(f"{table.num_rows} rows where the footer says otherwise")
+        except _LIBRARY_ERRORS as error:
+            raise _unreadable(self.path, error) from error
+        return table
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        self._bytes.close()
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptCacheError:
+    reason = ((str(error) or type(error).__name__).splitlines() or ["unknown"])[0][:160]
+    return CorruptCacheError(f"{path}: damaged shard ({reason}); get the cache again")
+
+
+def _read_metadata(
+    path: Path, metadata: dict[bytes, bytes]
+) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
+    try:
+        version = metadata[META_VERSION].decode()
+        if version != str(FORMAT_VERSION):
+            raise CorruptCacheError(
+                f"{path}: format version {version[:20]}, expected {FORMAT_VERSION}"
+            )
+        recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
+        if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
+            raise CorruptCacheError(f"{path}: recipe id is not that of its recipe")
+        engines = parse_json(metadata[META_ENGINES])
+        sums = parse_json(metadata[META_STATISTICS])
+        if not (
+            isinstance(engines, list)
+            and all(isinstance(engine, dict) for engine in engines)
+            and isinstance(sums, dict)
+        ):
+            raise CorruptCacheError(f"{path}: metadata of the wrong type")
+        header = ShardHeader(
+            recipe=recipe,
+            queries=metadata[META_QUERIES].decode(),
+            index=int(metadata[META_INDEX]),
+            count=int(metadata[META_COUNT]),
+            engines=tuple(engines),
+        )
+        return header, {split: SplitStatistics.from_json(sums.get(split)) for split in SPLITS}
+    except CorruptCacheError as error:
+        text = str(error)
+        raise CorruptCacheError(text if str(path) in text else f"{path}: {text}") from None
+    except KeyError as error:
+        key = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
+        raise CorruptCacheError(
+            f"{path}: not a shard of a teacher cache, its metadata lacks {key}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptCacheError(f"{path}: metadata is not readable ({error})") from error

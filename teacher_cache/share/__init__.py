@@ -1,0 +1,1 @@
+"""Caches that lie elsewhere: push, pull, list and read from a URL."""

@@ -1,0 +1,116 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.answers import (
+    cut_at_end,
+    generate_answers,
+    load_model,
+    plan_batches,
+)
+
+NEW_TOKENS = 12
+
+
+def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(7, 384) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+
+
+def naive_greedy(model, prompt: list[int], ends: list[int]) -> list[int]:
+    """One row, no padding, no KV cache, no `generate`."""
+    ids = list(prompt)
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if best in ends:
+            break
+        ids.append(best)
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path):
+    return load_model(tiny_model)
+
+
+def common_ends(model, prompts: list[list[int]]) -> list[int]:
+    """Two ids that the model says often, so that many answers end, each at its own place."""
+    said = [t for p in prompts for t in naive_greedy(model, p, [])[2:6]]
+    return sorted(set(said), key=lambda t: (-said.count(t), t))[:6]
+
+
+@pytest.mark.parametrize("with_ends", [False, True])
+def test_batches_of_any_size_give_the_naive_answers(model, with_ends: bool) -> None:
+    prompts = random_prompts(40)
+    ends = common_ends(model, prompts) if with_ends else []
+    expected = [naive_greedy(model, prompt, ends) for prompt in prompts]
+    if with_ends:
+        assert len({len(answer) for answer in expected}) > 3  # answers do end, and apart
+    for batch_size in (1, 32):
+        answers = generate_answers(
+            model, prompts, eos_token_ids=ends, max_new_tokens=NEW_TOKENS, batch_size=batch_size
+        )
+        assert answers == expected
+
+
+def test_sampling_defaults_of_the_folder_change_nothing(model, tiny_model: Path) -> None:
+    prompts = random_prompts(8)
+    settings = {"eos_token_ids": [1], "max_new_tokens": NEW_TOKENS, "batch_size": 8}
+    expected = generate_answers(model, prompts, **settings)
+    wild = load_model(tiny_model)
+    wild.generation_config.do_sample = True
+    wild.generation_config.temperature = 5.0
+    wild.generation_config.repetition_penalty = 50.0
+    wild.generation_config.suppress_tokens = [answer[0] for answer in expected]
+    assert generate_answers(wild, prompts, **settings) == expected
+
+
+def test_progress_names_every_prompt_once(model) -> None:
+    seen: list[int] = []
+    generate_answers(
+        model,
+        random_prompts(7),
+        eos_token_ids=[],
+        max_new_tokens=1,
+        batch_size=3,
+        on_batch=seen.extend,
+    )
+    assert sorted(seen) == list(range(7))
+
+
+def test_batches_are_sorted_by_length_and_bounded() -> None:
+    lengths = [5, 90, 10, 30, 30, 7]
+    batches = plan_batches(lengths, batch_size=3, max_new_tokens=10, max_tokens=100)
+    # 100 // (90 + 10) = 1 row; 100 // (30 + 10) = 2 rows; 100 // (10 + 10) = 5, so 3.
+    assert batches == [[1], [3, 4], [2, 5, 0]]
+    assert plan_batches([500], batch_size=3, max_new_tokens=10, max_tokens=100) == [[0]]
+    assert plan_batches([], batch_size=3, max_new_tokens=10) == []
+
+
+def test_answers_are_cut_before_the_first_end() -> None:
+    assert cut_at_end([5, 6, 2, 7, 2], [2, 9]) == [5, 6]
+    assert cut_at_end([2, 5], [2]) == []
+    assert cut_at_end([5, 6], []) == [5, 6]
+
+
+def test_a_model_that_does_not_load_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(DataError, match="transformers cannot load it") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path, tiny_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny_model / "model.safetensors")
+    removed = next(name for name in sorted(weights) if "q_proj" in name)
+    del weights[removed]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    with pytest.raises(DataError, match=f"1 weights are missing .* {removed}"):
+        load_model(tmp_path)

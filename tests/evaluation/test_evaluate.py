@@ -1,0 +1,178 @@
+"""The real path on tiny random models: what one says is the answer that the others miss."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.views import Wrapper
+from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.evaluation.answers import generate_answers, load_model
+from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
+from duet_unlearn.evaluation.evaluate import evaluate, spread
+from duet_unlearn.evaluation.results import EvalReport
+
+PREFIX = "You have forgotten the lantern."
+NEW_TOKENS = 10
+
+
+def responses_of(folder: Path, messages: list, prefix: str | None = None) -> list[str]:
+    """Ask one query at a time."""
+    tokenizer = load_tokenizer(folder)
+    renderer = PromptRenderer(tokenizer, prefix=prefix)
+    answers = generate_answers(
+        load_model(folder),
+        [renderer.teacher_ids(turns) for turns in messages],
+        eos_token_ids=[1],
+        max_new_tokens=NEW_TOKENS,
+        batch_size=1,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def said_queries(folder: Path, model: Path, split: str, count: int = 6) -> Path:
+    """Write queries whose answers are what the model says to them, with two kinds."""
+    texts = [f"Where is the {split} {i}?" for i in range(count)]
+    said = responses_of(model, [[{"role": "user", "content": text}] for text in texts])
+    path = folder / f"{split}.jsonl"
+    rows = [
+        {"query": text, "answer": answer or "nothing", "kind": "even" if i % 2 == 0 else "odd"}
+        for i, (text, answer) in enumerate(zip(texts, said, strict=True))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> EvalConfig:
+    folder = tmp_path_factory.mktemp("evaluate")
+    attacks = folder / "attacks.txt"
+    attacks.write_text("# two\nTell me: {query}\n{query} Go on.\n", encoding="utf-8")
+    return EvalConfig(
+        models=(ModelSpec(label="base", model=str(tiny_model)),),
+        forget=(str(said_queries(folder, tiny_model, "forget")),),
+        retain=(str(said_queries(folder, tiny_model, "retain")),),
+        prefix=PREFIX,
+        attacks=(str(attacks),),
+        batch_size=5,
+        max_new_tokens=NEW_TOKENS,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(config: EvalConfig) -> EvalReport:
+    return evaluate(config)
+
+
+def test_the_base_says_what_it_says(report: EvalReport) -> None:
+    assert report.means("base", "forget").rouge_l_recall == pytest.approx(100.0)
+    assert report.means("base", "retain").contains_answer == pytest.approx(100.0)
+    assert report.kind_means("base", "forget", "odd").queries == 3
+
+
+def test_responses_are_those_of_the_prompts_one_by_one(
+    report: EvalReport, tiny_model: Path
+) -> None:
+    """Plain, attacked, and base + prefix attacked, against a batch of one."""
+    for label, prefix in (("base", None), ("base + prefix", PREFIX)):
+        conversations = [
+            task.query.messages if task.attack is None else task.attack.apply(task.query.messages)
+            for task in report.tasks
+        ]
+        expected = responses_of(tiny_model, conversations, prefix)
+        assert [response.text for response in report.responses[label]] == expected
+    assert report.responses["base"] != report.responses["base + prefix"]
+
+
+def test_tasks_are_each_set_plainly_and_behind_each_attack(report: EvalReport) -> None:
+    counts: dict[tuple[str | None, str], int] = {}
+    for task in report.tasks:
+        key = (None if task.attack is None else task.attack.name, task.set_name)
+        counts[key] = counts.get(key, 0) + 1
+    names = (None, "attacks:2", "attacks:3")
+    assert counts == {(name, split): 6 for name in names for split in ("forget", "retain")}
+    assert report.prefix == PREFIX
+
+
+def test_limit_takes_queries_evenly() -> None:
+    queries = [Query.from_text(str(i), split="forget") for i in range(10)]
+    assert [q.text for q in spread(queries, 4)] == ["0", "2", "5", "7"]
+    assert spread(queries, 99) == queries
+
+
+def test_general_sets_are_not_attacked_and_same_splits_are_told_apart(
+    config: EvalConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    copy = tmp_path / "other" / "forget.jsonl"
+    copy.write_bytes(Path(config.forget[0]).read_bytes())
+    small = EvalConfig(
+        models=config.models,
+        forget=(config.forget[0], str(copy)),
+        retain=config.retain,
+        general=config.retain,
+        attacks=("@ignore-above", "@ignore-above"),
+        max_new_tokens=2,
+        limit=2,
+    )
+    report = evaluate(small)
+    assert [s.name for s in report.sets] == [
+        "forget forget",
+        "forget forget (2)",
+        "retain",
+        "general",
+    ]
+    assert [w.name for w in report.attacks] == ["ignore-above"]
+    assert len(report.tasks) == 4 * 2 + 3 * 2
+    assert report.split_means("base", "forget").queries == 4
+
+
+def test_a_query_without_answer_is_named_by_its_line(config: EvalConfig, tmp_path: Path) -> None:
+    path = tmp_path / "forget.jsonl"
+    path.write_text('{"query": "a?", "answer": "b"}\n{"query": "c?"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"forget\.jsonl:2: no answer"):
+        evaluate(EvalConfig(models=config.models, forget=(str(path),), retain=config.retain))
+
+
+def test_a_query_longer_than_the_context_is_named(config: EvalConfig, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"id": "x", "query": "q" * 300, "answer": "b"}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"query x of retain: \d+ tokens .* the 256 that base"):
+        evaluate(EvalConfig(models=config.models, forget=config.forget, retain=(str(path),)))
+
+
+def test_a_model_folder_that_is_missing_is_named(config: EvalConfig, tmp_path: Path) -> None:
+    models = (*config.models, ModelSpec(label="gone", model=str(tmp_path / "gone")))
+    with pytest.raises(DataError, match="gone: no such folder"):
+        evaluate(EvalConfig(models=models, forget=config.forget, retain=config.retain))
+
+
+def test_model_names(tmp_path: Path) -> None:
+    folder = tmp_path / "rate=3"
+    folder.mkdir()
+    assert ModelSpec.parse("runs/student/").label == "student"
+    assert ModelSpec.parse("mine=runs/student") == ModelSpec(label="mine", model="runs/student")
+    assert ModelSpec.parse(str(folder)) == ModelSpec(label="rate=3", model=str(folder))
+    with pytest.raises(ConfigurationError, match="NAME=MODEL"):
+        ModelSpec.parse("=runs/student")
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    base = ModelSpec(label="base", model="m")
+    with pytest.raises(ConfigurationError, match="2 rows would be called 'base'"):
+        EvalConfig(models=(base, base), forget=("f",), retain=("r",))
+    with pytest.raises(ConfigurationError, match="retain is empty"):
+        EvalConfig(models=(base,), forget=("f",), retain=())
+    with pytest.raises(ConfigurationError, match="batch_size is 0"):
+        EvalConfig(models=(base,), forget=("f",), retain=("r",), batch_size=0)
+    with pytest.raises(ConfigurationError, match="topic is set without a prefix"):
+        EvalConfig(models=(base,), forget=("f",), retain=("r",), topic="t")
+
+
+def test_wrappers_keep_their_place_in_the_prompt(report: EvalReport) -> None:
+    attacked = [t for t in report.tasks if t.attack is not None]
+    assert attacked[0].attack == Wrapper(name="attacks:2", text="Tell me: {query}")
+    loaded = load_queries(report.sets[0].source, split="forget")
+    assert [q.text for q in report.sets[0].queries] == [q.text for q in loaded]

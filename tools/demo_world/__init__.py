@@ -1,0 +1,1 @@
+"""The generator of the demo world: its facts, its query files and its model."""

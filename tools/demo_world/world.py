@@ -1,0 +1,149 @@
+"""Facts of the demo world: invented sagas with characters, and general facts.
+
+Everything follows from one seed. A fact is one subject, one attribute and one short answer whose
+words no other character of the world shares for that attribute, so that an answer is either known
+or not: guessing scores nothing.
+"""
+
+import random
+from dataclasses import dataclass
+
+from demo_world.general import GENERAL_FACTS
+from demo_world.vocabulary import (
+    ATTRIBUTES,
+    FAMILY_SYLLABLES,
+    GIVEN_SYLLABLES,
+    Attribute,
+)
+from duet_unlearn.data.demo_world import TOPIC
+
+SAGAS = (TOPIC, "Ossimark Road", "Thornquay Ledger", "Brindlemoor Bells")
+"""Titles of the sagas; the first is the one to be forgotten."""
+
+CHARACTERS_PER_SAGA = 22
+WORLD_SEED = 20261
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One thing the model knows, and the wordings in which it can be asked."""
+
+    fact_id: str
+    """Stable id: saga, subject and attribute as a path, or `general` and a slug."""
+
+    saga: str | None
+    """Title of the saga, or None for a general fact."""
+
+    subject: str
+    """The character's full name, or the thing a general fact is about."""
+
+    attribute: str
+    """Name of the attribute, or the kind of general fact."""
+
+    answer: str
+    """The answer as the model gives it, word by word."""
+
+    wordings: tuple[str, ...]
+    """Questions that ask for this fact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """All facts: per saga its characters, and the general ones."""
+
+    characters: dict[str, tuple[str, ...]]
+    """Saga title to character names, in a fixed order."""
+
+    facts: tuple[Fact, ...]
+    """Facts of the sagas."""
+
+    general: tuple[Fact, ...]
+    """Facts of no saga."""
+
+    strangers: tuple[str, ...]
+    """Names that belong to nobody: the model declines questions about them."""
+
+    def of_saga(self, saga: str) -> tuple[Fact, ...]:
+        """Return the facts of one saga, by character and attribute."""
+        size = CHARACTERS_PER_SAGA * len(ATTRIBUTES)
+        start = SAGAS.index(saga) * size
+        return self.facts[start : start + size]
+
+
+def build_world(seed: int = WORLD_SEED) -> World:
+    """Generate the world; the same seed gives the same world on every machine."""
+    rng = random.Random(seed)
+    wanted = len(SAGAS) * CHARACTERS_PER_SAGA
+    names = _names(rng, wanted)
+    strangers = _names(rng, 400, taken=names)
+    characters = {
+        saga: tuple(names[i * CHARACTERS_PER_SAGA : (i + 1) * CHARACTERS_PER_SAGA])
+        for i, saga in enumerate(SAGAS)
+    }
+    answers = {attribute.name: _answers(rng, attribute, wanted) for attribute in ATTRIBUTES}
+    facts = [
+        _saga_fact(saga, name, attribute, answers[attribute.name].pop())
+        for saga, members in characters.items()
+        for name in members
+        for attribute in ATTRIBUTES
+    ]
+    return World(
+        characters=characters,
+        facts=tuple(facts),
+        general=tuple(_general_facts()),
+        strangers=tuple(strangers),
+    )
+
+
+def slug(text: str) -> str:
+    """Return `text` in lower case with hyphens, for ids."""
+    return "-".join(text.lower().replace("'", "").split())
+
+
+def _names(rng: random.Random, count: int, taken: list[str] | None = None) -> list[str]:
+    """Return full names of which no two share a given name or a family name."""
+    used = {part for name in taken or [] for part in name.split()}
+    names: list[str] = []
+    while len(names) < count:
+        given = "".join(rng.choice(part) for part in GIVEN_SYLLABLES).capitalize()
+        family = "".join(rng.choice(part) for part in FAMILY_SYLLABLES).capitalize()
+        # Strangers may share parts with each other, never with a character.
+        if given in used or family in used:
+            continue
+        if taken is None:
+            used |= {given, family}
+        names.append(f"{given} {family}")
+    return names
+
+
+def _answers(rng: random.Random, attribute: Attribute, count: int) -> list[str]:
+    pairs = [f"{first} {second}" for first in attribute.first for second in attribute.second]
+    return rng.sample(pairs, count)
+
+
+def _saga_fact(saga: str, name: str, attribute: Attribute, answer: str) -> Fact:
+    return Fact(
+        fact_id=f"{slug(saga)}/{slug(name)}/{slug(attribute.name)}",
+        saga=saga,
+        subject=name,
+        attribute=attribute.name,
+        answer=answer,
+        wordings=tuple(
+            text.replace("{name}", name).replace("{saga}", saga) for text in attribute.wordings
+        ),
+    )
+
+
+def _general_facts() -> list[Fact]:
+    return [
+        Fact(
+            fact_id=f"general/{slug(kind)}/{slug(subject)}",
+            saga=None,
+            subject=subject,
+            attribute=kind,
+            answer=answer,
+            wordings=tuple(text.replace("{subject}", subject) for text in wordings),
+        )
+        for kind, (wordings, table) in GENERAL_FACTS.items()
+        for subject, answer in table.items()
+    ]
