@@ -39,7 +39,7 @@ from duet_unlearn.distill import run
 mark("command line")
 before(run, "check_cache_fits", "first libraries, tokenizer")
 before(run, "_wait_for_all", "fits the cache, settings of the Trainer")
-before(run, "load_weights", "work folder")
+before(run, "load_model", "work folder")
 before(run, "_make_trainer", "weights, and their model's code")
 class FirstStep(Exception): pass
 plain = run._make_trainer

@@ -32,9 +32,10 @@ from demo_world.query_sets import (
 from demo_world.world import SAGAS, build_world
 
 from duet_unlearn.data import demo_world as world
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
-from duet_unlearn.evaluation.answers import generate_answers, load_model
+from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.scoring import mean_scores, score_response
 
 LOOKS = (0, 10, 30, 100)

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from duet_unlearn.data.models.loading import DTYPES
 from duet_unlearn.errors import CacheError, ConfigurationError, StoppedError
-from duet_unlearn.evaluation.config import DTYPES, EvalConfig, ModelSpec
+from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 
 _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_fields__.items()}
 
@@ -72,7 +73,7 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
     "--dtype",
     type=click.Choice(DTYPES),
     default=_DEFAULTS["dtype"],
-    help="Arithmetic; auto is float32 on a CPU and as the model is stored on a GPU.",
+    help="Arithmetic; auto is as stored where the processor has that fast, else float32.",
     show_default=True,
 )
 @click.option(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.adapters import add_adapter
 from duet_unlearn.data.models.folder import model_name
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.distill.config_file import write_config
 from duet_unlearn.distill.job import Job, RunResult
 from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.save import save_model, write_card, write_run_file
-from duet_unlearn.distill.student import load_weights
 from duet_unlearn.distill.views import describe_views
 from duet_unlearn.files import write_error
 from duet_unlearn.versions import versions
@@ -99,7 +99,7 @@ def _merge(job: Job, staged: Path) -> None:
     adapter = staged.with_name("adapter")
     shutil.rmtree(adapter, ignore_errors=True)
     staged.rename(adapter)
-    base = load_weights(job.student, job.config.dtype)
+    base = load_model(job.student.folder, dtype=job.config.dtype, trainable=True)
     merged: Any = add_adapter(base, adapter)
     save_model(
         merged.merge_and_unload(), job.student, staged, dtype=job.config.save_dtype, state=None

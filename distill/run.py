@@ -6,11 +6,12 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.finish import publish, write_model
 from duet_unlearn.distill.job import SPLITS, Job, RunResult, resolve_job
 from duet_unlearn.distill.run_folder import LOG_FILE
-from duet_unlearn.distill.student import check_cache_fits, load_weights
+from duet_unlearn.distill.student import check_cache_fits
 from duet_unlearn.distill.trainable import select_trained
 from duet_unlearn.distill.views import draw_weights
 from duet_unlearn.errors import StoppedError
@@ -82,7 +83,8 @@ def _train(job: Job, renderer: "PromptRenderer", args: "TrainingArguments") -> R
 
     config, folder = job.config, job.folder
     stop = StopOnSignal()
-    model, trained = select_trained(load_weights(job.student, config.dtype), config)
+    base = load_model(job.student.folder, dtype=config.dtype, trainable=True)
+    model, trained = select_trained(base, config)
     trainer, watch = _make_trainer(job, model, renderer, stop, args)
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:

@@ -1,9 +1,9 @@
-"""The student: load it, and make sure that a cache's token ids mean to it what they say."""
+"""The student: find it, and make sure that a cache's token ids mean to it what they say."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,8 +24,6 @@ from duet_unlearn.errors import DataError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from duet_unlearn.data.prompts import PromptRenderer
 
 logger = logging.getLogger(__name__)
@@ -162,44 +160,3 @@ def _check_head(student: Student, reader: CacheReader) -> None:
                 f"student {student.name}: its head gives {student.head_width} logits, but the "
                 f"cache holds token id {largest}; take a student with the teacher's vocabulary"
             )
-
-
-def load_weights(student: Student, dtype: str) -> "PreTrainedModel":
-    """Load the student's model for training.
-
-    Args:
-        student: What to load.
-        dtype: `float32` or `bfloat16`.
-
-    Raises:
-        DataError: transformers cannot load the folder as a causal language model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    # The run has one bar, over its steps.
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            student.folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"model {student.folder}: transformers cannot load it ({reason}); "
-            "expected a causal language model it knows"
-        ) from error
-    model, info = loaded
-    # transformers fills what is missing with random numbers, and a loss would still go down.
-    if info["missing_keys"]:
-        raise DataError(
-            f"model {student.folder}: {len(info['missing_keys'])} weights are missing in its "
-            f"files, the first is {min(info['missing_keys'])}; copy or save the model again"
-        )
-    return model  # type: ignore[no-any-return]

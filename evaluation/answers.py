@@ -8,12 +8,9 @@ model folder brings along.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.models.adapters import add_adapter
-from duet_unlearn.data.models.folder import read_config, stored_dtype
-from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,60 +19,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 32_768
 """Bound on rows x (longest prompt + new tokens) of a batch, which bounds the KV cache."""
-
-
-def load_model(
-    folder: Path, *, dtype: str = "auto", adapter: Path | None = None
-) -> "PreTrainedModel":
-    """Load a model for answering, on the GPU where there is one.
-
-    Args:
-        folder: a transformers model folder.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, else as stored.
-        adapter: a peft adapter folder to put into the model.
-
-    Raises:
-        ConfigurationError: the GPU's memory does not hold the model, or peft is not installed.
-        DataError: transformers cannot load the folder, weights of the model are missing in it, or
-            the adapter does not fit.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    on_gpu = torch.cuda.is_available()
-    if dtype == "auto":
-        dtype = stored_dtype(read_config(folder)) if on_gpu else "float32"
-    try:
-        with _no_loading_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                device_map="auto" if on_gpu else None,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except torch.OutOfMemoryError as error:
-        raise ConfigurationError(
-            f"model {folder}: does not fit into the memory of the GPU as {dtype}; "
-            "free some of it or use --dtype bfloat16"
-        ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"model {folder}: transformers cannot load it ({reason}); "
-            "expected a causal language model it knows"
-        ) from error
-    model, info = loaded
-    # transformers fills what is missing with random numbers, and the answers would be noise.
-    if info["missing_keys"]:
-        raise DataError(
-            f"model {folder}: {len(info['missing_keys'])} weights are missing in its files, the "
-            f"first is {min(info['missing_keys'])}; copy or save the model again"
-        )
-    if adapter is not None:
-        model = add_adapter(model, adapter)
-    model.eval()
-    return model  # type: ignore[no-any-return]
 
 
 def plan_batches(
@@ -173,18 +116,25 @@ def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[i
 
 
 @contextlib.contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Keep transformers' own bar off: it would break the caller's, and fill log files."""
-    from transformers.utils import logging as transformers_logging
+def contiguous_head_input(model: "PreTrainedModel") -> Iterator[None]:
+    """Hand the head rows that lie side by side in memory while the block runs.
 
-    bars: Any = transformers_logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    A prefill hands it `hidden[:, -1:]`, a slice with gaps. `torch.matmul` folds such a slice
+    `[B, 1, H]` with the head's weight `[V, H]` only if the weight needs a gradient; for a frozen
+    one it copies the whole head for each of the B rows.
+    """
+
+    def compact(_head: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.contiguous() if hasattr(x, "contiguous") else x for x in inputs)
+
+    anything: Any = model
+    head = anything.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(compact)
     try:
         yield
     finally:
-        if shown:
-            bars.enable_progress_bar()
+        if hook is not None:
+            hook.remove()
 
 
 def _generation_config(**settings: object) -> Any:
@@ -206,7 +156,7 @@ def _generate_batch(
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     generate: Any = model.generate
     # Not inference mode: a model that is trained on could not use what it makes there.
-    with torch.no_grad():
+    with torch.no_grad(), contiguous_head_input(model):
         output = generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duet_unlearn.data.models.loading import DTYPES
 from duet_unlearn.errors import ConfigurationError
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,7 @@ class EvalConfig:
     max_new_tokens: int = 64
     """Longest answer in tokens."""
     dtype: str = "auto"
-    """Arithmetic: `auto` is float32 on a CPU and as stored on a GPU."""
+    """Arithmetic: `auto` is as stored where the processor has that fast, else float32."""
     limit: int | None = None
     """Evaluate this many queries of each source, evenly spread over it; None takes all."""
 

@@ -22,12 +22,13 @@ from duet_unlearn.data.models.folder import (
     eos_token_ids,
     read_config,
 )
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.views import Wrapper, load_wrappers
 from duet_unlearn.errors import DataError
-from duet_unlearn.evaluation.answers import generate_answers, load_model
+from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.results import EvalReport, QuerySet, Response, Task
 from duet_unlearn.evaluation.scoring import score_response

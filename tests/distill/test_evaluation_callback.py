@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.distill import finish
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.held_out import HeldOut
-from duet_unlearn.distill.student import load_weights, open_student
+from duet_unlearn.distill.student import open_student
 from duet_unlearn.errors import ConfigurationError, DataError, StoppedError
-from duet_unlearn.evaluation.answers import generate_answers, load_model
+from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.scoring import split_words
@@ -217,7 +218,7 @@ def test_asking_leaves_the_model_and_the_random_numbers_alone(tiny_model, querie
     student, held_out = open_student(str(tiny_model)), HeldOut(config)
     tokenizer = load_tokenizer(tiny_model)
     held_out.prepare(student, PromptRenderer(tokenizer), tokenizer)
-    model = load_weights(student, "float32")
+    model = load_model(tiny_model, dtype="float32", trainable=True)
     model.train()
     model.config.use_cache = False
     settings = model.generation_config

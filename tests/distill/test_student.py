@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.distill.student import check_cache_fits, load_weights, open_student
-from duet_unlearn.errors import DataError, MismatchError
+from duet_unlearn.distill.student import check_cache_fits, open_student
+from duet_unlearn.errors import MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 
@@ -93,19 +93,3 @@ def test_a_narrower_head_that_covers_the_cached_ids_fits(copy, tiny_cache):
     largest = max(int(reader.row(i).token_ids.max()) for i in range(reader.num_rows))
     assert largest + 1 < 384, "the fixture has to leave room below the teacher's width"
     check(with_head_width(copy, largest + 1), tiny_cache)
-
-
-def test_a_folder_that_is_no_language_model_is_one_line(copy):
-    edit_json(copy / "config.json", lambda content: content.update(model_type="no-such-model"))
-    with pytest.raises(DataError, match="transformers cannot load it"):
-        load_weights(open_student(str(copy)), "float32")
-
-
-def test_missing_weights_are_named(copy):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(copy / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
-        load_weights(open_student(str(copy)), "float32")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.student import load_weights, open_student
 from duet_unlearn.distill.trainable import select_trained
 from duet_unlearn.errors import ConfigurationError, StoppedError
 
@@ -24,7 +24,7 @@ def tensors_of(folder: str | Path, name: str = "model.safetensors") -> dict[str,
 
 def select(tiny_model: Path, **settings):
     config = RunConfig(cache="c", student=str(tiny_model), out="o", **settings)
-    return select_trained(load_weights(open_student(str(tiny_model)), "float32"), config)
+    return select_trained(load_model(tiny_model, dtype="float32", trainable=True), config)
 
 
 def trained_names(model) -> list[str]:

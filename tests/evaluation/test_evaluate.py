@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.views import Wrapper
 from duet_unlearn.errors import ConfigurationError, DataError
-from duet_unlearn.evaluation.answers import generate_answers, load_model
+from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.evaluate import evaluate, spread
 from duet_unlearn.evaluation.results import EvalReport

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from duet_unlearn.data.models.adapters import add_adapter, resolve_with_adapter
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.errors import DataError, MismatchError
-from duet_unlearn.evaluation.answers import load_model
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.evaluate import evaluate
 

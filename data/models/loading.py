@@ -1,0 +1,117 @@
+"""One way to load a causal language model: to answer with it, or to train it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn.data.models.adapters import add_adapter
+from duet_unlearn.data.models.folder import read_config, stored_dtype
+from duet_unlearn.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    folder: Path, *, dtype: str = "auto", adapter: Path | None = None, trainable: bool = False
+) -> "PreTrainedModel":
+    """Load a model and, where one is given, a LoRA adapter on top of it.
+
+    For answering the model goes to the GPU where there is one, in evaluation mode, with the
+    adapter merged into its weights in memory. For training it stays in main memory, as its
+    trainer moves it, and the adapter stays apart.
+
+    Args:
+        folder: a transformers model folder.
+        dtype: one of `DTYPES`; `auto` is what `fastest_dtype` says.
+        adapter: a peft adapter folder.
+        trainable: whether the model is going to be trained.
+
+    Raises:
+        ConfigurationError: the memory does not hold the model, or peft is not installed.
+        DataError: transformers cannot load the folder, weights of the model are missing in it, or
+            the adapter does not fit.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available() and not trainable
+    if dtype == "auto":
+        dtype = fastest_dtype(folder)
+    try:
+        with _no_loading_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                device_map="auto" if on_gpu else None,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # The CPU's allocator has no error type of its own.
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in reason:
+            raise ConfigurationError(
+                f"model {folder}: does not fit into memory as {dtype}; "
+                "free some of it or use --dtype bfloat16"
+            ) from error
+        raise DataError(
+            f"model {folder}: transformers cannot load it ({reason}); "
+            "expected a causal language model it knows"
+        ) from error
+    model, info = loaded
+    # transformers fills what is missing with random numbers: the answers would be noise, and a
+    # loss would still go down.
+    if info["missing_keys"]:
+        raise DataError(
+            f"model {folder}: {len(info['missing_keys'])} weights are missing in its files, the "
+            f"first is {min(info['missing_keys'])}; copy or save the model again"
+        )
+    if adapter is not None:
+        model = add_adapter(model, adapter)
+    if not trainable:
+        model = (model.merge_and_unload() if adapter is not None else model).eval()
+    return model  # type: ignore[no-any-return]
+
+
+def fastest_dtype(folder: Path) -> str:
+    """Return the dtype in which this machine answers fastest without storing less than the folder.
+
+    That is the stored one on a GPU; on a CPU it is bfloat16 where the model is stored so and the
+    processor multiplies it in hardware, else float32.
+    """
+    import torch
+
+    stored = stored_dtype(read_config(folder))
+    if torch.cuda.is_available():
+        return stored
+    return "bfloat16" if stored == "bfloat16" and _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    import torch
+
+    # PyTorch's own names for these are private, and older versions lack some.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in probes)
+
+
+@contextlib.contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Keep transformers' own bar off: it would break the caller's, and fill log files."""
+    from transformers.utils import logging as transformers_logging
+
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -1,0 +1,64 @@
+"""Loading a model folder, for answering and for training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from duet_unlearn.data.models import loading
+from duet_unlearn.data.models.loading import fastest_dtype, load_model
+from duet_unlearn.errors import DataError
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+def store_as(folder: Path, dtype: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+
+
+def test_a_model_answers_in_evaluation_mode_and_trains_as_it_is(tiny_model: Path) -> None:
+    answering = load_model(tiny_model)
+    assert not answering.training
+    assert answering.dtype == torch.float32
+    trained = load_model(tiny_model, dtype="bfloat16", trainable=True)
+    assert trained.dtype == torch.bfloat16
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes every dtype as it is stored")
+def test_half_precision_is_taken_where_it_is_stored_and_fast(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fast in (False, True):
+        monkeypatch.setattr(loading, "_cpu_has_bfloat16", lambda fast=fast: fast)
+        found = {}
+        for stored in ("float32", "float16", "bfloat16"):
+            store_as(copy, stored)
+            found[stored] = fastest_dtype(copy)
+        half = "bfloat16" if fast else "float32"
+        assert found == {"float32": "float32", "float16": "float32", "bfloat16": half}
+
+
+def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(DataError, match="transformers cannot load it") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_not_made_up(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    removed = next(name for name in sorted(weights) if "q_proj" in name)
+    del weights[removed]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    for trainable in (False, True):
+        with pytest.raises(DataError, match=f"1 weights are missing .* {removed}"):
+            load_model(copy, trainable=trainable)
