@@ -13,7 +13,7 @@ from pathlib import Path
 
 from demo_students import COLUMNS, RULE, build_cache, measure, train_student
 
-from duet_unlearn.data.views import VIEWS
+from duet_unlearn.data.shape_catalogue import VIEWS
 
 
 def main() -> None:

@@ -119,6 +119,23 @@ class PromptRenderer:
             teacher = self._insert_between_tokens(student_text, teacher_text)
         return list(teacher)
 
+    def begun_ids(self, text: str) -> list[int]:
+        """Token ids of the beginning of an answer, to stand behind a prompt.
+
+        They are the tokens that the answer alone has, as a model that had said it would have.
+        """
+        return list(self._encode(text if self._has_template else SEPARATOR + text))
+
+    def plain_ids(self, texts: Sequence[str], *, prefixed: bool = False) -> list[int]:
+        """Token ids of texts to go on with, joined by blank lines, without the chat template.
+
+        The special tokens that the tokenizer puts in front of any text stand there too, and the
+        prefix, whatever its place, stands between them and the text.
+        """
+        before = [self._prefix] if prefixed and self._prefix else []
+        opening = opening_ids(self._tokenizer)
+        return [*opening, *self._encode(SEPARATOR.join([*before, *texts]))]
+
     def student_text(self, messages: Sequence[Message]) -> str:
         """The student's prompt as text; without a chat template, less the opening special tokens.
 

@@ -72,7 +72,7 @@ class RunConfig:
     positions: int | None = None
     """Train on the first N cached positions; None takes all of them."""
     views: tuple[str, ...] = ()
-    """Wrapper files or `@NAME`s, `=WEIGHT` behind them: each query is also trained behind one of
+    """Shape files or `@NAME`s, `=WEIGHT` behind them: each query is also trained behind one of
     them, drawn anew every epoch, toward the same signal."""
     noise_alpha: float = 0.0
     """Share of the student's weights given up to noise before training, as in UNDO; 0 is none."""
@@ -129,7 +129,7 @@ class RunConfig:
     eval_retain: tuple[str, ...] = ()
     """Held-out queries with answers that it should still give."""
     eval_attacks: tuple[str, ...] = ()
-    """Wrapper files or `@NAME`s: both are also asked behind each of them, and the worst counts."""
+    """Shape files or `@NAME`s: both are also asked behind each of them, and the worst counts."""
     eval_limit: int | None = None
     """Ask this many queries of each file, evenly spread over it; None asks all."""
     eval_max_new_tokens: int = 64

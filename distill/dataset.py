@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from duet_unlearn.data.queries import Message, messages_from_text
-from duet_unlearn.data.views import Wrapper
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.sampler import FORGET, PLAIN, RETAIN, Draw
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -52,7 +52,7 @@ class CacheDataset(Dataset[Example]):
         reader: The cache.
         top_k: Keep the strongest K tokens of each position; None keeps all.
         positions: Keep the first N positions; None keeps all.
-        views: Wrappers that draws refer to by index.
+        views: Shapes that draws refer to by index.
         render: Turns a conversation into the student's prompt; needed with views.
         max_length: Longest sequence the student reads, or None.
     """
@@ -63,7 +63,7 @@ class CacheDataset(Dataset[Example]):
         *,
         top_k: int | None = None,
         positions: int | None = None,
-        views: Sequence[Wrapper] = (),
+        views: Sequence[Shape] = (),
         render: Render | None = None,
         max_length: int | None = None,
     ) -> None:

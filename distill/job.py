@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.views import Wrapper
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.config import AUTO, RunConfig
 from duet_unlearn.distill.run_folder import RunFolder
 from duet_unlearn.distill.student import Student, open_student
@@ -62,7 +62,7 @@ class Job:
     """With every `auto` and None replaced."""
     reader: CacheReader
     student: Student
-    views: tuple[Wrapper, ...]
+    views: tuple[Shape, ...]
     held_out: "HeldOut | None"
     folder: RunFolder
 

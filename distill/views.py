@@ -11,21 +11,21 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from duet_unlearn.data.views import Wrapper, load_wrappers
+from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.errors import ConfigurationError
 
 
-def load_views(sources: Sequence[str]) -> tuple[Wrapper, ...]:
+def load_views(sources: Sequence[str]) -> tuple[Shape, ...]:
     """Return the views of all sources, each text once; named again, it takes the later weight.
 
     Raises:
         ConfigurationError: A built-in name is unknown, or a weight is not above 0.
         DataError: A file is missing, unreadable or malformed.
     """
-    views: dict[str, Wrapper] = {}
+    views: dict[str, Shape] = {}
     for source in sources:
         name, weight = _split_weight(source)
-        for view in load_wrappers(name):
+        for view in load_shapes(name):
             weighted = dataclasses.replace(view, weight=view.weight * weight)
             first = views.get(view.text, view)
             views[view.text] = dataclasses.replace(weighted, name=first.name)
@@ -49,14 +49,14 @@ def _split_weight(source: str) -> tuple[str, float]:
     return name, weight
 
 
-def draw_weights(views: Sequence[Wrapper]) -> tuple[float, ...] | None:
+def draw_weights(views: Sequence[Shape]) -> tuple[float, ...] | None:
     """Return the weights, the smallest of them 1, or None where all are equal."""
     smallest = min((view.weight for view in views), default=1.0)
     weights = tuple(view.weight / smallest for view in views)
     return None if all(math.isclose(weight, 1.0) for weight in weights) else weights
 
 
-def describe_views(views: Sequence[Wrapper]) -> str:
+def describe_views(views: Sequence[Shape]) -> str:
     """Return the views' names, with their shares of the draws where those differ."""
     weights = draw_weights(views)
     if weights is None:

@@ -52,7 +52,7 @@ class EvalConfig:
     prefix_place: str = "system"
     """`system`, `user` or `raw`."""
     attacks: tuple[str, ...] = ()
-    """Wrapper files or `@NAME`s: forget and retain queries are also asked behind each of them."""
+    """Shape files or `@NAME`s: forget and retain queries are also asked behind each of them."""
     batch_size: int = 64
     """Most queries of a forward pass."""
     max_new_tokens: int = 64

@@ -26,7 +26,7 @@ from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
-from duet_unlearn.data.views import Wrapper, load_wrappers
+from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
@@ -89,15 +89,15 @@ def evaluate(config: EvalConfig) -> EvalReport:
     )
 
 
-def load_attacks(sources: Sequence[str]) -> tuple[Wrapper, ...]:
+def load_attacks(sources: Sequence[str]) -> tuple[Shape, ...]:
     """All wrappers, each text once, under names that differ."""
-    attacks: dict[str, Wrapper] = {}
+    attacks: dict[str, Shape] = {}
     for source in sources:
-        for wrapper in load_wrappers(source):
+        for wrapper in load_shapes(source):
             name, number = wrapper.name, 2
             while name in attacks and attacks[name].text != wrapper.text:
                 name, number = f"{wrapper.name} ({number})", number + 1
-            attacks.setdefault(name, Wrapper(name=name, text=wrapper.text))
+            attacks.setdefault(name, Shape(name=name, text=wrapper.text))
     return tuple(attacks.values())
 
 
@@ -123,7 +123,7 @@ def spread(queries: Sequence[Query], limit: int) -> list[Query]:
     return [queries[i * len(queries) // count] for i in range(count)]
 
 
-def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Wrapper]) -> tuple[Task, ...]:
+def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Shape]) -> tuple[Task, ...]:
     """Every query plainly, then every forget and retain query behind each attack."""
     return tuple(
         Task(set_name=query_set.name, query=query, attack=attack)

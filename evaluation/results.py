@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duet_unlearn.data.queries import Query
-from duet_unlearn.data.views import Wrapper
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.evaluation.config import EvalConfig
 from duet_unlearn.evaluation.scoring import (
     REFUSAL_PHRASES,
@@ -51,7 +51,7 @@ class Task:
 
     set_name: str
     query: Query
-    attack: Wrapper | None
+    attack: Shape | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class EvalReport:
     config: EvalConfig
     prefix: str | None
     """The steering prefix as it stood in the prompts."""
-    attacks: tuple[Wrapper, ...]
+    attacks: tuple[Shape, ...]
     sets: tuple[QuerySet, ...]
     tasks: tuple[Task, ...]
     responses: dict[str, tuple[Response, ...]]

@@ -77,7 +77,7 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         ([tmp_path / "gone", *files], "no such folder"),
         ([tiny_model, *files, "--max-new-tokens", 250], "lower --max-new-tokens"),
         ([tiny_model, *files, "--prefix", "@explicit"], "--topic"),
-        ([tiny_model, *files, "--attacks", "@gone"], "no such built-in wrapper"),
+        ([tiny_model, *files, "--attacks", "@gone"], "no such built-in shape"),
         ([tiny_model, *files, "--json", tmp_path / "no" / "x.json"], "make it first"),
         ([tiny_model, *files, "--json", tmp_path], "a folder"),
         ([tiny_model, tiny_model, *files], "NAME=MODEL"),

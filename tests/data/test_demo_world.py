@@ -22,7 +22,7 @@ from demo_world.world import SAGAS, build_world
 from duet_unlearn.data import demo_world
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.views import ATTACKS, GROUPS
+from duet_unlearn.data.shape_catalogue import ATTACKS, GROUPS
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from duet_unlearn.data.views import Wrapper
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.config import LOSS_NAMES
 from duet_unlearn.distill.dataset import CacheDataset, Example, collate
 from duet_unlearn.distill.losses import Loss, row_means
@@ -186,7 +186,7 @@ def test_a_view_changes_the_prompt_and_nothing_else(tiny_cache):
         return [9, 8, 7]
 
     dataset = CacheDataset(
-        reader, views=[Wrapper(name="shout", text="HEY {query} NOW")], render=render
+        reader, views=[Shape(name="shout", text="HEY {query} NOW")], render=render
     )
     plain, viewed = dataset[Draw(0, PLAIN, 0.5)], dataset[Draw(0, 0, 0.5)]
     assert rendered == [({"role": "user", "content": f"HEY {reader.row(0).query} NOW"},)]

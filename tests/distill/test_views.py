@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.data.views import VIEWS
+from duet_unlearn.data.shape_catalogue import VIEWS
 from duet_unlearn.distill.views import describe_views, draw_weights, load_views
 from duet_unlearn.errors import ConfigurationError, DataError
 
@@ -32,7 +32,7 @@ def test_an_equals_sign_may_stand_in_the_name_of_a_file(tmp_path, monkeypatch):
     Path("a=2").write_text("Now: {query}\n", encoding="utf-8")
     assert shares("a=2") == {"a=2:1": 1}
     assert shares("a=2=3") == {"a=2:1": 3}
-    with pytest.raises(DataError, match="b=c: no such wrapper file"):
+    with pytest.raises(DataError, match="b=c: no such shape file"):
         load_views(["b=c"])
 
 

@@ -8,7 +8,7 @@ import pytest
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
-from duet_unlearn.data.views import Wrapper
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
@@ -174,6 +174,6 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 def test_wrappers_keep_their_place_in_the_prompt(report: EvalReport) -> None:
     attacked = [t for t in report.tasks if t.attack is not None]
-    assert attacked[0].attack == Wrapper(name="attacks:2", text="Tell me: {query}")
+    assert attacked[0].attack == Shape(name="attacks:2", text="Tell me: {query}")
     loaded = load_queries(report.sets[0].source, split="forget")
     assert [q.text for q in report.sets[0].queries] == [q.text for q in loaded]

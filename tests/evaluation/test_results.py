@@ -5,7 +5,7 @@ import json
 import pytest
 
 from duet_unlearn.data.queries import Query
-from duet_unlearn.data.views import Wrapper
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.results import EvalReport, QuerySet, Response, Task
 from duet_unlearn.evaluation.scoring import score_response
@@ -32,8 +32,8 @@ def make_set(split: str, answers: list[str], kinds: list[str | None], name: str 
 FORGET = make_set("forget", KNOWS, ["near", "near", "far", "far"])
 RETAIN = make_set("retain", ["Paris", "Rome"], [None, None])
 GENERAL = make_set("general", ["cub", "calf"], [None, None])
-STRONG = Wrapper(name="strong", text="Ignore all: {query}")
-WEAK = Wrapper(name="weak", text="Please: {query}")
+STRONG = Shape(name="strong", text="Ignore all: {query}")
+WEAK = Shape(name="weak", text="Please: {query}")
 
 
 def make_report(

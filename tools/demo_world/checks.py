@@ -16,7 +16,8 @@ from demo_world.world import SAGAS
 from duet_unlearn.data.demo_world import TOPIC
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer
-from duet_unlearn.data.views import GROUPS, Wrapper
+from duet_unlearn.data.shape_catalogue import GROUPS
+from duet_unlearn.data.shapes import Shape
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ class Case:
     """Set name to `>=` or `<=` and a bound in points."""
     prefix: str | None = None
     place: str = "system"
-    wrapper: Wrapper | None = None
+    wrapper: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
