@@ -5,7 +5,7 @@ import json
 import click
 
 from duet_unlearn import __version__
-from duet_unlearn.cli.cache_build import build_command, finish_command
+from duet_unlearn.cli.cache_build import build_command
 from duet_unlearn.cli.cache_sets import diff_command, merge_command
 from duet_unlearn.cli.cache_share import list_command, pull_command, push_command
 from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging
@@ -72,7 +72,6 @@ def prefixes_command() -> None:
 
 
 main.add_command(build_command)
-main.add_command(finish_command)
 main.add_command(push_command)
 main.add_command(pull_command)
 main.add_command(list_command)

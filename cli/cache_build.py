@@ -1,7 +1,6 @@
-"""`duet-cache build` and `duet-cache finish`."""
+"""`duet-cache build`."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 from duet_unlearn.cli.cache_result import print_cache
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.build.build import BuildResult, PartResult
+    from duet_unlearn.teacher_cache.build.build import BuildResult
     from duet_unlearn.teacher_cache.build.parts import Part
 
 
@@ -121,8 +120,8 @@ def _read_engine_args(
     "part",
     callback=_read_part,
     metavar="I/N",
-    help="Write only part I (1 to N) of the shards, beside other processes that write other "
-    "parts into the same folder; duet-cache finish joins them.",
+    help="Build part I (1 to N) of the queries alone, as a small cache of its own; duet-cache "
+    "merge joins all N.",
 )
 @click.option(
     "--workers",
@@ -142,17 +141,16 @@ def _read_engine_args(
 def build_command(
     prefix: str,
     topic: str | None,
-    part: "Part | None",
     ray_address: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Run the teacher over all queries and write a cache.
 
-    The same command finds a finished cache again, and goes on with a stopped one.
+    The same command finds a finished cache again, and resumes a stopped one.
     """
     from duet_unlearn.data.prefixes import resolve_prefix
-    from duet_unlearn.teacher_cache.build.build import build, build_part
+    from duet_unlearn.teacher_cache.build.build import build
     from duet_unlearn.teacher_cache.build.config import BuildConfig
 
     if ray_address is not None and settings["workers"] is None:
@@ -160,10 +158,7 @@ def build_command(
     config = BuildConfig(
         prefix=resolve_prefix(prefix, topic), ray_address=ray_address or "local", **settings
     )
-    if part is None:
-        _print_build(config.out, build(config), as_json=as_json)
-    else:
-        _print_part(config.out, build_part(config, part), as_json=as_json)
+    _print_build(config.out, build(config), as_json=as_json)
 
 
 def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:
@@ -177,59 +172,10 @@ def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:
     )
 
 
-def _done(result: "BuildResult | PartResult") -> str:
+def _done(result: "BuildResult") -> str:
     done = f"{result.computed_rows} queries computed"
     if result.kept_rows:
         done += f", {result.kept_rows} kept from before"
     if result.reused_rows:
         done += f", {result.reused_rows} taken from other caches"
     return done
-
-
-def _print_part(out: Path, result: "PartResult", *, as_json: bool) -> None:
-    if as_json:
-        document = {
-            "cache": str(out),
-            "part": str(result.part),
-            "hit": result.hit,
-            "computed_rows": result.computed_rows,
-            "kept_rows": result.kept_rows,
-            "reused_rows": result.reused_rows,
-            "shards": result.shards,
-            "all_shards": result.all_shards,
-        }
-        click.echo(json.dumps(document, indent=2))
-        return
-    if result.hit:
-        click.echo(f"{out}: found finished, nothing to do for part {result.part}")
-        return
-    click.echo(
-        f"{out}: part {result.part} has its {result.shards} of {result.all_shards} shards "
-        f"({_done(result)})"
-    )
-    click.echo(f"once all parts are done: duet-cache finish {shlex.quote(str(out))}")
-
-
-@click.command("finish")
-@click.argument("cache", type=click.Path(path_type=Path))
-@click.option(
-    "--teacher",
-    metavar="MODEL",
-    help="Model folder or hub id whose tokenizer is read, where the one of the parts is not "
-    "at hand.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the tokenizer.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
-def finish_command(
-    cache: Path, teacher: str | None, trust_remote_code: bool, as_json: bool
-) -> None:
-    """Join the parts of a build: check that all shards are there and write the manifest.
-
-    CACHE is the folder that `build --shards` wrote into. Nothing else is needed; a missing shard
-    is named, with the command that makes it.
-    """
-    from duet_unlearn.teacher_cache.build.finish import finish
-
-    result = finish(cache, teacher, trust_remote_code=trust_remote_code)
-    done = f"{len(result.manifest.shards)} shards joined"
-    print_cache(cache, result.manifest, hit=result.hit, done=done, counts={}, as_json=as_json)

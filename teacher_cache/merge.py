@@ -102,8 +102,8 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
     Raises:
         ConfigurationError: `shard_rows` is out of range, or there is no cache.
         CacheError: One is no finished cache, or the folder cannot be written.
-        MismatchError: They have different recipes, or the folder holds something else; the message
-            lists what differs.
+        MismatchError: They have different recipes, a part is missing, or the folder holds
+            something else; the message lists what differs.
         StoppedError: The user interrupted the merge.
     """
     if not caches:
@@ -112,7 +112,13 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
     recipe = readers[0].manifest.recipe
     check_shard_rows(shard_rows, recipe.top_k, recipe.positions)
     source, selection = RowSource(readers), _Selection()
+    whole = _check_parts(caches, readers)
     queries = fingerprint_rows(selection.add_all(source))
+    if whole not in (None, queries):
+        raise MismatchError(
+            f"{caches[0]} and its fellows: their rows together are not the set of queries that the "
+            "parts were cut from; build the parts again"
+        )
     shards = plan_shards(selection.rows, shard_rows)
     plan = PlannedCache(
         folder=out, recipe=recipe, queries=queries, shards=tuple(map(tuple, shards))
@@ -132,6 +138,38 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
         differing_rows=differing,
         renamed_rows=selection.renamed,
     )
+
+
+def _check_parts(names: Sequence[str], readers: Sequence[CacheReader]) -> str | None:
+    """Return the fingerprint of the set whose parts are given, None where they are whole caches.
+
+    Raises:
+        MismatchError: A part is missing, given twice, or of another set.
+    """
+    parts = [(name, reader.manifest.part) for name, reader in zip(names, readers, strict=True)]
+    given = [(name, part) for name, part in parts if part is not None]
+    if not given:
+        return None
+    first = given[0][1]
+    seen: dict[int, str] = {}
+    for name, part in parts:
+        if part is None or (part.count, part.queries) != (first.count, first.queries):
+            raise MismatchError(
+                f"{name}: not a part of the set that {given[0][0]} is part "
+                f"{first.number}/{first.count} of; join the parts first, the rest afterwards"
+            )
+        if part.number in seen:
+            raise MismatchError(
+                f"{name}: part {part.number}/{part.count}, as {seen[part.number]} is; give it once"
+            )
+        seen[part.number] = name
+    if missing := [number for number in range(1, first.count + 1) if number not in seen]:
+        shown = ", ".join(f"{number}/{first.count}" for number in missing[:5])
+        raise MismatchError(
+            f"{len(missing)} of {first.count} parts missing ({shown}); build them with "
+            f"--shards {missing[0]}/{first.count} and name all parts"
+        )
+    return first.queries
 
 
 def _write(

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from duet_unlearn.errors import CacheError
@@ -55,18 +55,11 @@ def make_folder(folder: Path) -> None:
         raise write_error(folder, error) from error
 
 
-def remove_temporary_files(folder: Path, finals: Container[str] | None = None) -> None:
-    """Remove what killed writers left behind in a folder.
-
-    Args:
-        folder: The folder.
-        finals: Only of files with these final names; by default of all.
-    """
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed writers left behind in a folder of ours."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        # .FINAL.PID.tmp
-        if finals is None or path.name[1:].rsplit(".", 2)[0] in finals:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> CacheError:

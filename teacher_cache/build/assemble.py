@@ -12,9 +12,7 @@ from typing import Any
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.files import remove_temporary_files
-from duet_unlearn.teacher_cache.build.lock import remove_part_files
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
-from duet_unlearn.teacher_cache.build.parts import Part
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.build.resume import (
@@ -59,22 +57,18 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
 
 
 class Assembly:
-    """The shards of a planned cache, or one part of them; the caller holds the lock on those.
+    """The shards of a planned cache; the caller holds the folder's lock.
 
     Finished shards of an earlier run are kept.
     """
 
-    def __init__(self, plan: PlannedCache, part: Part | None = None) -> None:
+    def __init__(self, plan: PlannedCache) -> None:
         self.plan = plan
-        count = len(plan.shards)
-        self.own = part.indices(count) if part else range(count)
-        """Indices of the shards that are written here."""
-        if part is None:
-            remove_temporary_files(plan.folder)
-        # Other parts are writing theirs at the same time.
-        names = {plan.shard_path(index).name for index in self.own}
-        remove_temporary_files(plan.folder / SHARD_FOLDER, names if part else None)
-        self._entries: dict[int, ShardEntry] = finished_shards(plan, self.own)
+        self.own = range(len(plan.shards))
+        """Indices of the shards."""
+        remove_temporary_files(plan.folder)
+        remove_temporary_files(plan.folder / SHARD_FOLDER)
+        self._entries: dict[int, ShardEntry] = finished_shards(plan)
         self.missing = self.unfinished
         """Indices of the shards that were not there at the start."""
         self.kept_rows = sum(entry.num_rows for entry in self._entries.values())
@@ -120,55 +114,34 @@ class Assembly:
         )
 
     def finish(self, teacher: str, samples: Samples) -> Manifest:
-        """Write the card and, last of all, the manifest.
+        """Write the card and, last of all, the manifest of a cache that has all its shards.
+
+        Args:
+            teacher: The teacher's name.
+            samples: See `collect_samples`.
 
         Raises:
             CacheError: The folder cannot be written.
         """
         plan = self.plan
-        return finish_cache(plan.folder, plan.recipe, plan.queries, self.shards, teacher, samples)
-
-
-def finish_cache(
-    folder: Path,
-    recipe: Recipe,
-    queries: str,
-    shards: tuple[ShardEntry, ...],
-    teacher: str,
-    samples: Samples,
-) -> Manifest:
-    """Write the card and, last of all, the manifest of a cache that has all its shards.
-
-    Args:
-        folder: The cache.
-        recipe: Its recipe.
-        queries: Fingerprint of its set of queries.
-        shards: All shards in order.
-        teacher: The teacher's name.
-        samples: See `collect_samples`.
-
-    Raises:
-        CacheError: The folder cannot be written.
-    """
-    totals = {split: SplitStatistics() for split in SPLITS}
-    engines: list[dict[str, Any]] = []
-    for shard in shards:
-        file = ShardFile(folder / SHARD_FOLDER / shard.name)
-        for split in SPLITS:
-            totals[split] += file.statistics[split]
-        engines.extend(engine for engine in file.header.engines if engine not in engines)
-        file.close()
-    manifest = Manifest(
-        recipe=recipe,
-        teacher=teacher,
-        queries=queries,
-        engines=tuple(engines),
-        shards=shards,
-        splits=totals,
-        samples=samples,
-    )
-    manifest = replace(manifest, digest=manifest.to_json()["digest"])
-    write_card(folder, manifest)
-    manifest = manifest.write(folder)
-    remove_part_files(folder)
-    return manifest
+        totals = {split: SplitStatistics() for split in SPLITS}
+        engines: list[dict[str, Any]] = []
+        for shard in self.shards:
+            file = ShardFile(plan.folder / SHARD_FOLDER / shard.name)
+            for split in SPLITS:
+                totals[split] += file.statistics[split]
+            engines.extend(engine for engine in file.header.engines if engine not in engines)
+            file.close()
+        manifest = Manifest(
+            recipe=plan.recipe,
+            teacher=teacher,
+            queries=plan.queries,
+            engines=tuple(engines),
+            shards=self.shards,
+            splits=totals,
+            samples=samples,
+            part=plan.part,
+        )
+        manifest = replace(manifest, digest=manifest.to_json()["digest"])
+        write_card(plan.folder, manifest)
+        return manifest.write(plan.folder)

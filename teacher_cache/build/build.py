@@ -7,7 +7,7 @@ comes last and makes the cache a finished one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,8 @@ from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.files import make_folder
-from duet_unlearn.teacher_cache.build.lock import build_lock, part_lock
-from duet_unlearn.teacher_cache.format.manifest import Manifest
-from duet_unlearn.teacher_cache.build.part_notes import write_notes
-from duet_unlearn.teacher_cache.build.parts import Part
+from duet_unlearn.teacher_cache.build.lock import build_lock
+from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf
 from duet_unlearn.teacher_cache.build.plan import plan_shards
 from duet_unlearn.teacher_cache.build.resume import PlannedCache
 from duet_unlearn.teacher_cache.build.reuse import ReusedRows
@@ -55,25 +53,6 @@ class BuildResult:
     kept_rows: int
     """Queries taken over from the finished shards of a stopped build."""
     reused_rows: int
-    """Queries taken over from other caches."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartResult:
-    """What the build of one part did."""
-
-    part: Part
-    shards: int
-    """Shards of this part."""
-    all_shards: int
-    """Shards of the whole cache."""
-    hit: bool = False
-    """The finished cache was already there; nothing ran."""
-    computed_rows: int = 0
-    """Queries that the teacher ran on."""
-    kept_rows: int = 0
-    """Queries taken over from the finished shards of an earlier run."""
-    reused_rows: int = 0
     """Queries taken over from other caches."""
 
 
@@ -105,46 +84,25 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     return BuildResult(manifest=manifest, hit=True, computed_rows=0, kept_rows=0, reused_rows=0)
 
 
-def build_part(
-    config: BuildConfig, part: Part, engine_factory: EngineFactory | None = None
-) -> PartResult:
-    """Write the shards of one part of the cache; `finish` joins them once all parts are done.
-
-    Other processes, on this machine or on others, may build other parts of the same count in the
-    same folder at the same time.
-
-    Args:
-        config: What to build, the same for every part.
-        part: Which part of it.
-        engine_factory: Starts the engine; by default the one `config.engine` names.
-
-    Raises:
-        DuetError: As in `build`; also, a build of the whole folder or of the same part is running.
-    """
-    model, plan, shards = _plan(config)
-    own = part.indices(len(shards))
-    result = PartResult(part=part, shards=len(own), all_shards=len(shards))
-    if find_finished(plan) is not None:
-        return replace(result, hit=True)
-    make_folder(config.out / SHARD_FOLDER)
-    with part_lock(config.out, part):
-        write_notes(config, part)
-        run = _Build(config, model, shards, Assembly(plan, part))
-        computed, reused = run.write_shards(engine_factory)
-        kept = run.assembly.kept_rows
-    return replace(result, computed_rows=computed, kept_rows=kept, reused_rows=reused)
-
-
 def _plan(config: BuildConfig) -> tuple[Path, PlannedCache, list[list[Query]]]:
     """Return the model's folder, the plan of the cache, and the queries of its shards."""
     queries = load_query_set(config)
+    own = queries if config.part is None else config.part.select(queries)
+    part = None
+    if config.part is not None:
+        part = PartOf(
+            number=config.part.number,
+            count=config.part.count,
+            queries=fingerprint_queries(queries),
+        )
     model = resolve_model_folder(config.teacher)
-    shards = plan_shards(queries, config.shard_rows)
+    shards = plan_shards(own, config.shard_rows)
     plan = PlannedCache(
         folder=config.out,
         recipe=make_recipe(config, model),
-        queries=fingerprint_queries(queries),
+        queries=fingerprint_queries(own),
         shards=tuple(map(tuple, shards)),
+        part=part,
     )
     return model, plan, shards
 

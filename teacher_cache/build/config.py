@@ -1,6 +1,5 @@
 """What a build is asked to do, and the recipe that follows from it and the model folder."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from duet_unlearn.data.models.fingerprint import (
     vocabulary_fingerprint,
     weights_fingerprint,
 )
+from duet_unlearn.teacher_cache.build.parts import Part
 from duet_unlearn.teacher_cache.build.plan import check_shard_rows
 from duet_unlearn.teacher_cache.format.recipe import COMPUTE_DTYPES, Recipe
 
@@ -59,6 +59,8 @@ class BuildConfig:
 
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Options for the engine, by its own names; recorded with the rows, no part of the recipe."""
+    part: Part | None = None
+    """Build this part of the queries alone, for `merge` to join with the others."""
     workers: int | None = None
     """Engines that run at the same time on a Ray cluster; None for one engine without Ray."""
     ray_address: str = "local"
@@ -114,31 +116,3 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
         eos_token_ids=eos_token_ids(folder),
     )
-
-
-def command_of(config: BuildConfig) -> list[str]:
-    """Return the words of a `duet-cache build` that builds the same cache in one process."""
-    words = ["duet-cache", "build", "--teacher", config.teacher]
-    for option in ("forget", "retain", "reuse"):
-        words += [word for value in getattr(config, option) for word in (f"--{option}", value)]
-    words += ["--prefix", config.prefix, "--out", str(config.out)]
-    for name in (
-        "prefix_place",
-        "top_k",
-        "positions",
-        "engine",
-        "shard_rows",
-        "logit_dtype",
-        "teacher_dtype",
-    ):
-        value = getattr(config, name)
-        # Slots hide a field's default from the class.
-        if value != BuildConfig.__dataclass_fields__[name].default:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name, value in config.engine_args.items():
-        words += [
-            "--engine-arg",
-            f"{name}={value if isinstance(value, str) else json.dumps(value)}",
-        ]
-    words += ["--no-retain-prefix"] * (not config.retain_prefix)
-    return words + ["--trust-remote-code"] * config.trust_remote_code

@@ -1,14 +1,16 @@
-"""One part of a build: `I/N`, every N-th shard of the plan beginning with the I-th.
+"""One part of a set of queries: `I/N`, so that N jobs build N small caches for `merge` to join.
 
-Several processes that share nothing but the folder build a cache together, each its own part; see
-`finish` for what joins them.
+A part is a cache like any other, complete in its own folder, whose manifest also says which part
+of which set it is. Nothing is shared while the jobs run, and a merge can tell what is missing.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.teacher_cache.build.plan import order_queries
 
 _MOST_PARTS = 99_999
 
@@ -43,11 +45,17 @@ class Part:
             )
         return cls(number=number, count=count)
 
-    def indices(self, shards: int) -> Sequence[int]:
-        """Return the shards of this part among that many."""
-        return range(self.number - 1, shards, self.count)
+    def select(self, queries: Sequence[Query]) -> list[Query]:
+        """Return the queries of this part: a stretch of the plan's order, both splits in proportion.
 
-    @classmethod
-    def of_shard(cls, index: int, count: int) -> "Part":
-        """Return the part among `count` that makes a shard."""
-        return cls(number=index % count + 1, count=count)
+        Raises:
+            ConfigurationError: There are fewer queries than parts.
+        """
+        ordered = order_queries(queries)
+        if len(ordered) < self.count:
+            raise ConfigurationError(
+                f"part {self}: {len(ordered)} queries cannot be cut into {self.count} parts; give "
+                "fewer parts"
+            )
+        start, stop = (len(ordered) * n // self.count for n in (self.number - 1, self.number))
+        return ordered[start:stop]

@@ -36,12 +36,17 @@ def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
     Every shard holds forget and retain queries in the proportion of the whole set, so that a
     reader mixes both from any one shard; within a shard the forget rows come first.
     """
-    ordered = sorted(queries, key=lambda query: query.query_id)
-    merged = merge_evenly(*[[q for q in ordered if q.split == split] for split in SPLITS])
+    merged = order_queries(queries)
     return [
         sorted(merged[start : start + shard_rows], key=lambda query: SPLITS.index(query.split))
         for start in range(0, len(merged), shard_rows)
     ]
+
+
+def order_queries(queries: Iterable[Row]) -> list[Row]:
+    """Return the queries in an order of their own ids, any stretch of it holding both splits."""
+    ordered = sorted(queries, key=lambda query: query.query_id)
+    return merge_evenly(*[[q for q in ordered if q.split == split] for split in SPLITS])
 
 
 def merge_evenly(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:

@@ -1,12 +1,12 @@
 """Take over the finished shards of a stopped build; refuse those of another one."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from duet_unlearn.errors import CorruptCacheError, MismatchError
-from duet_unlearn.teacher_cache.format.manifest import ShardEntry
+from duet_unlearn.teacher_cache.format.manifest import PartOf, ShardEntry
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
@@ -25,17 +25,19 @@ class PlannedCache:
     """Fingerprint of the set of queries."""
     shards: tuple[tuple[PlannedRow, ...], ...]
     """The rows of each shard, in order."""
+    part: PartOf | None = None
+    """Which part of a larger set the queries are, if they are one."""
 
     def shard_path(self, index: int) -> Path:
         """Return where a shard lies."""
         return shard_path(self.folder, index, len(self.shards))
 
 
-def finished_shards(plan: PlannedCache, wanted: Collection[int]) -> dict[int, ShardEntry]:
-    """Return the manifest entries of the wanted shards that are already there, by shard index.
+def finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
+    """Return the manifest entries of the shards that are already there, by shard index.
 
     A damaged shard of the plan is left out, so that it is computed again and replaced. No file is
-    ever deleted. Shards that are not wanted are only asked what they belong to.
+    ever deleted.
 
     Raises:
         MismatchError: A file under `shards/` belongs to another build, or is none of ours.
@@ -53,7 +55,7 @@ def finished_shards(plan: PlannedCache, wanted: Collection[int]) -> dict[int, Sh
         _refuse_other_inputs(plan, file.header)
         if expected.get(path) != file.header.index:
             raise mismatch(plan.folder, [f"file {path.name}: shard {file.header.index} / none"])
-        entry = _checked_entry(plan, file) if file.header.index in wanted else None
+        entry = _checked_entry(plan, file)
         file.close()
         if entry is not None:
             entries[file.header.index] = entry

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _ENTRIES = {
     "shards",
     "splits",
     "samples",
+    "part",
     "digest",
 }
 
@@ -64,6 +65,17 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PartOf:
+    """Which part of a set of queries a cache holds: `build --shards I/N`."""
+
+    number: int
+    """From 1."""
+    count: int
+    queries: str
+    """Fingerprint of the whole set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The content of `manifest.json`."""
 
@@ -79,6 +91,8 @@ class Manifest:
     """Totals a split."""
     samples: tuple[dict[str, Any], ...]
     """The teacher's strongest tokens for a few queries, decoded, for people to look at."""
+    part: PartOf | None = None
+    """Set where the cache holds one part of a set of queries, which `merge` joins."""
     digest: str = ""
     """`sha256:<hex>` of the manifest without this entry: it names the cache."""
 
@@ -119,6 +133,7 @@ class Manifest:
             ],
             "splits": {split: self.splits[split].to_json() for split in SPLITS},
             "samples": list(self.samples),
+            "part": None if self.part is None else asdict(self.part),
         }
         return {**body, "digest": sha256_json(body)}
 
@@ -225,6 +240,7 @@ def parse_manifest(value: object) -> Manifest:
         shards=_shards(value["shards"], rows_per_group(recipe.top_k, recipe.positions)),
         splits=_splits(value["splits"]),
         samples=_samples(value),
+        part=_part(value["part"]),
         digest=found,
     )
     for split in SPLITS:
@@ -286,6 +302,17 @@ def _splits(value: object) -> dict[str, SplitStatistics]:
     if not isinstance(value, dict) or set(value) != set(SPLITS):
         raise CorruptCacheError("splits: expected forget and retain")
     return {split: SplitStatistics.from_json(value[split]) for split in SPLITS}
+
+
+def _part(value: object) -> PartOf | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"number", "count", "queries"}:
+        raise CorruptCacheError("part: expected number, count and queries")
+    number, count = value["number"], value["count"]
+    if type(number) is not int or type(count) is not int or not 1 <= number <= count < 100_000:
+        raise CorruptCacheError(f"part: {str(number)[:20]} of {str(count)[:20]} is no part")
+    return PartOf(number=number, count=count, queries=_sha256(value["queries"], "part: queries"))
 
 
 def _text(value: dict[str, Any], name: str) -> str:

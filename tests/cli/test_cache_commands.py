@@ -181,7 +181,6 @@ def test_help_and_inspect_import_neither_torch_nor_vllm(cache: Path) -> None:
     for arguments in (
         ["--help"],
         ["build", "--help"],
-        ["finish", "--help"],
         ["inspect", str(cache)],
         ["prefixes"],
     ):
