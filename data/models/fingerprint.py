@@ -2,7 +2,8 @@
 
 A recipe names what decided a signal by content, so that a copy of the model in another place
 gives the same recipe and a changed model never does. Hashing the weights of a large model takes
-minutes; the result is remembered by path, size and time of change, in the user's cache folder.
+minutes; the result is remembered in the user's cache folder, by all that the file system says of a
+file (path, size, times, inode) and by a sample of its bytes.
 """
 
 import hashlib
@@ -17,8 +18,9 @@ from duet_unlearn.data.models.folder import read_json, weight_files
 from duet_unlearn.errors import DataError
 
 # Changing how a fingerprint is computed must forget every remembered one.
-_MEMORY_VERSION = 1
+_MEMORY_VERSION = 2
 _CHUNK_BYTES = 1 << 22
+_SAMPLES, _SAMPLE_BYTES = 32, 4096
 # Where the folder lies, which library wrote it and how it was stored decide no logit.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
 _MAX_HEADER_BYTES = 100_000_000
@@ -107,13 +109,22 @@ def tokenizer_fingerprint(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if not path.is_file():
         files = _slow_tokenizer_files(folder)
-        return _remembered("tokenizer", files, lambda: _hash_files(files))
+        opening = _opening_settings(folder)
+        return sha256_json([_remembered("tokenizer", files, lambda: _hash_files(files)), opening])
 
     def compute() -> str:
         content = read_json(path)
         return sha256_json({k: v for k, v in content.items() if k not in ("padding", "truncation")})
 
     return _remembered("tokenizer", (path,), compute)
+
+
+def _opening_settings(folder: Path) -> dict[str, object]:
+    """Return what decides the tokens around a text where no tokenizer.json says it."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    names = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "do_lower_case")
+    return {name: settings[name] for name in names if name in settings} | _special_tokens(folder)
 
 
 def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -179,15 +190,30 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def chat_template_fingerprint(folder: Path) -> str | None:
-    """Fingerprint the chat template, or None where the model has none."""
+    """Fingerprint the chat template with the special tokens it may print; None without one."""
     template = read_chat_template(folder)
-    return None if template is None else sha256_json(template)
+    if template is None:
+        return None
+    return sha256_json({"template": template, "special_tokens": _special_tokens(folder)})
+
+
+def _special_tokens(folder: Path) -> dict[str, object]:
+    """Return the special tokens by name: every `*_token` is a variable of the chat template."""
+    found: dict[str, object] = {}
+    # transformers reads the tokenizer's own configuration last.
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        for key, value in (read_json(path) if path.is_file() else {}).items():
+            if key.endswith("_token") and not isinstance(value, bool | None):
+                found[key] = value.get("content") if isinstance(value, dict) else value
+            elif key == "extra_special_tokens" and isinstance(value, dict):
+                found |= value
+    return found
 
 
 def _remembered(kind: str, files: tuple[Path, ...], compute: Callable[[], str]) -> str:
     """Return a fingerprint from the user's memory file, or compute and remember it."""
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = sha256_json([_MEMORY_VERSION, kind, stats])
+    key = sha256_json([_MEMORY_VERSION, kind, [_state(path) for path in files]])
     memory = _memory_folder() / key.removeprefix("sha256:")
     try:
         known = memory.read_text(encoding="ascii")
@@ -204,6 +230,22 @@ def _remembered(kind: str, files: tuple[Path, ...], compute: Callable[[], str]) 
     except OSError:
         pass  # a home folder that cannot be written costs time, not correctness
     return value
+
+
+def _state(path: Path) -> list[object]:
+    """Return what changes when a file's content does, without reading all of it.
+
+    Images that are built reproducibly, and `cp -p`, keep size and time of another content. The time
+    of the inode's change cannot be set by such tools, and a sample of bytes catches the rest.
+    """
+    status = path.stat()
+    sample = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(max(0, status.st_size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            sample.update(file.read(_SAMPLE_BYTES))
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return [str(path.resolve()), status.st_size, *times, status.st_ino, sample.hexdigest()]
 
 
 def _memory_folder() -> Path:

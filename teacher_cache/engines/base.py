@@ -26,7 +26,9 @@ class EngineConfig:
     compute_dtype: str
     """`float32`, `bfloat16` or `float16`."""
     max_prompt_tokens: int
-    """Length of the longest prompt: the engine reserves room for it plus `positions`."""
+    """Length of the longest prompt: the engine reserves room for it and what it decodes."""
+    max_new_tokens: int = 0
+    """Longest answer of `Engine.responses`; 0 where none is asked for."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Off unless the user asked for it."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -51,6 +53,19 @@ class Engine(Protocol):
         """
         ...
 
+    def responses(
+        self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield `(index, token ids)` of a greedy answer to every `(index, prompt ids)`.
+
+        In any order; an answer ends before its first end-of-sequence token.
+
+        Args:
+            prompts: As in `signals`.
+            max_new_tokens: Longest answer in tokens, at most `EngineConfig.max_new_tokens`.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Name, versions and settings that may move the last bits of a logit (JSON values)."""
         ...
@@ -70,7 +85,7 @@ def check_signal(signal: Signal, *, config: EngineConfig, engine: str) -> Signal
     if not (np.isfinite(signal.logits).all() and np.isfinite(signal.logsumexp).all()):
         raise DuetError(
             f"{engine} engine: the teacher {config.model} gives logits that are not finite in "
-            f"{config.compute_dtype}; try another --compute-dtype, or a smaller --top-k where the "
+            f"{config.compute_dtype}; try another --teacher-dtype, or a smaller --top-k where the "
             "model masks part of its vocabulary"
         )
     length = len(signal.response_ids)

@@ -4,6 +4,7 @@ An engine's options may decide how fast it runs and on what. They are no part of
 whatever decides a signal, or whether it can be captured, is not theirs to set.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,10 @@ TRANSFORMERS_OPTIONS = {
 """Options of the transformers engine; it has no others."""
 
 
+_SECRET_NAME = re.compile("token(?!s)|secret|password|api_?key|credential", re.IGNORECASE)
+_PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]{0,23}(:\d{1,3})?")
+
+
 def check_options(engine: str, options: Mapping[str, Any]) -> None:
     """Check options before the engine is started; imports nothing heavy.
 
@@ -95,6 +100,22 @@ def check_options(engine: str, options: Mapping[str, Any]) -> None:
                 f"transformers engine: option {name} is {value!r}, expected "
                 f"{TRANSFORMERS_OPTIONS[name]}"
             )
+
+
+def published_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as a cache may show them to others.
+
+    Numbers, booleans and plain words (`fp8`, `auto`) stay as they are. Whatever else a value may
+    be, such as a path, an address or a secret, is left out: the option's name alone is recorded.
+    """
+
+    def shown(name: str, value: Any) -> Any:
+        secret = _SECRET_NAME.search(name) is not None
+        plain = isinstance(value, str) and _PLAIN_WORD.fullmatch(value) is not None
+        kept = value is None or isinstance(value, bool | int | float) or plain
+        return value if kept and not secret else "(not published)"
+
+    return {name: shown(name, value) for name, value in options.items()}
 
 
 def gpus_of_engine(engine: str, options: Mapping[str, Any]) -> int:

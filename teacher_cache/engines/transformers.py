@@ -13,7 +13,7 @@ import numpy as np
 
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
-from duet_unlearn.teacher_cache.engines.options import check_options
+from duet_unlearn.teacher_cache.engines.options import check_options, published_options
 from duet_unlearn.teacher_cache.engines.top_k import select_top_k
 from duet_unlearn.teacher_cache.format.signal import Signal
 
@@ -105,6 +105,23 @@ class TransformersEngine:
             for batch in self._batches(window):
                 yield from self._run(batch)
 
+    def responses(
+        self, prompts: Iterable[Prompt], max_new_tokens: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield `(index, token ids)` of greedy answers; see `Engine.responses`."""
+        from duet_unlearn.evaluation.answers import generate_answers
+
+        source = iter(prompts)
+        while window := list(itertools.islice(source, _WINDOW)):
+            answers = generate_answers(
+                self._model,
+                [ids for _, ids in window],
+                eos_token_ids=self._config.eos_token_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=self._batch_rows,
+            )
+            yield from zip((index for index, _ in window), answers, strict=True)
+
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         batch: list[Prompt] = []
         most = _BATCH_TOKENS[self._device.type]
@@ -134,7 +151,7 @@ class TransformersEngine:
                 return
             raise DuetError(
                 f"transformers engine: out of memory on one prompt of {len(batch[0][1])} tokens; "
-                "use a smaller --compute-dtype or a larger device"
+                "use --teacher-dtype bfloat16 or a larger device"
             ) from error
         except Exception as error:
             raise DuetError(
@@ -203,6 +220,7 @@ class TransformersEngine:
         import transformers
 
         on_gpu = self._device.type == "cuda"
+        options = self._config.engine_args
         return {
             "engine": self.name,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -214,7 +232,7 @@ class TransformersEngine:
                 "batch_tokens": _BATCH_TOKENS[self._device.type],
                 **({} if on_gpu else {"threads": torch.get_num_threads()}),
             },
-            **({"options": dict(self._config.engine_args)} if self._config.engine_args else {}),
+            **({"options": published_options(options)} if options else {}),
         }
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from duet_unlearn.data.models.folder import context_length, read_config
 from duet_unlearn.errors import ConfigurationError, DuetError
+from duet_unlearn.evaluation.answers import cut_at_end
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.engines.vllm_launch import (
@@ -72,21 +73,43 @@ class VllmEngine:
         Raises:
             DuetError: vLLM failed or its process died; the message says why.
         """
+        for indices, (lengths, *arrays) in self._stream(prompts, None):
+            ends = itertools.accumulate(lengths)
+            for index, length, end in zip(indices, lengths, ends, strict=True):
+                if index is not None:
+                    yield index, self._signal([part[end - length : end] for part in arrays])
+
+    def responses(
+        self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield `(index, token ids)` of greedy answers; see `Engine.responses`."""
+        for indices, (answers,) in self._stream(prompts, max_new_tokens):
+            for index, ids in zip(indices, answers, strict=True):
+                if index is not None:
+                    yield index, cut_at_end(ids, self._config.eos_token_ids)
+
+    def _stream(
+        self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int | None
+    ) -> Iterator[tuple[list[int | None], list[Any]]]:
+        """Yield the indices of finished prompts, None for rows of an abandoned stream, and results.
+
+        Args:
+            prompts: What to run.
+            max_new_tokens: Decode so many tokens and capture nothing; None captures signals.
+        """
         # vLLM knows rows by numbers that are never used twice: whatever an abandoned stream
         # left in flight cannot be taken for a row of this one.
         waiting: dict[int, int] = {}
         source = iter(prompts)
-        self._feed(source, waiting, _WINDOW)
+        self._feed(source, waiting, _WINDOW, max_new_tokens)
         try:
             while waiting:
-                _, (rows, lengths, *arrays) = self._receive()
+                _, (rows, *results) = self._receive()
                 indices = [waiting.pop(row, None) for row in rows]
                 # Feed before yielding: the consumer may take its time.
-                self._feed(source, waiting, _WINDOW - len(waiting))
-                ends = itertools.accumulate(lengths)
-                for index, length, end in zip(indices, lengths, ends, strict=True):
-                    if index is not None:
-                        yield index, self._signal([part[end - length : end] for part in arrays])
+                self._feed(source, waiting, _WINDOW - len(waiting), max_new_tokens)
+                if any(index is not None for index in indices):
+                    yield indices, results
         finally:
             if waiting and self._end.alive:
                 with contextlib.suppress(OSError):  # the process may be what ended the stream
@@ -100,7 +123,11 @@ class VllmEngine:
         return check_signal(found, config=self._config, engine=self.name)
 
     def _feed(
-        self, source: Iterator[tuple[int, Sequence[int]]], waiting: dict[int, int], count: int
+        self,
+        source: Iterator[tuple[int, Sequence[int]]],
+        waiting: dict[int, int],
+        count: int,
+        max_new_tokens: int | None,
     ) -> None:
         batch = []
         for index, ids in itertools.islice(source, count):
@@ -108,7 +135,7 @@ class VllmEngine:
             waiting[row] = index
             batch.append((row, list(map(int, ids))))
         if batch:
-            self._send(("prompts", batch))
+            self._send(("prompts", batch, max_new_tokens))
 
     def _send(self, message: Any) -> None:
         try:
@@ -184,7 +211,7 @@ def _check_config(config: EngineConfig) -> None:
 
 
 def _process_config(config: EngineConfig) -> dict[str, Any]:
-    needed = config.max_prompt_tokens + config.positions
+    needed = config.max_prompt_tokens + max(config.positions, config.max_new_tokens)
     context = context_length(read_config(config.model))
     # In whole KV blocks, as far as the model's context allows.
     rounded = -(-needed // 64) * 64

@@ -4,9 +4,9 @@ vLLM changes the process it runs in (environment, thread counts, signal handlers
 start is slow because every process it spawns imports it anew. Here it gets one process of its
 own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
 
-Speaks over one socket. In: the configuration, then `("prompts", [(row, ids), ...])`,
-`("abort",)` and `("stop",)`. Out: `("ready", description)`, `("signals", Finished)` and
-`("failed", kind, reason)`.
+Speaks over one socket. In: the configuration, then `("prompts", [(row, ids), ...], new_tokens)`,
+`("abort",)` and `("stop",)`. Out: `("ready", description)`, `("signals", Finished)`,
+`("responses", (rows, token ids))` and `("failed", kind, reason)`.
 """
 
 import os
@@ -112,14 +112,17 @@ class Host:
         self._answers = answers
         self.engine, self.vllm_config = start_engine(config)
         self._capture = Capture(self.engine, config["top_k"])
+        self._decoded: set[int] = set()  # rows that only decode
         self._check_capture()
 
-    def add(self, prompts: list[tuple[int, list[int]]]) -> None:
-        """Queue prompts."""
+    def add(self, prompts: list[tuple[int, list[int]]], new_tokens: int | None) -> None:
+        """Queue prompts: to decode so many tokens, or to capture signals where that is None."""
         for row, ids in prompts:
-            self._add(row, ids, self._config["positions"])
+            self._add(row, ids, new_tokens or self._config["positions"], capture=new_tokens is None)
 
-    def _add(self, row: int, ids: list[int], positions: int, **options: Any) -> None:
+    def _add(
+        self, row: int, ids: list[int], positions: int, *, capture: bool = True, **options: Any
+    ) -> None:
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
@@ -131,15 +134,19 @@ class Host:
             stop_token_ids=list(self._config["eos_token_ids"]),
             ignore_eos=True,  # only the ids above end a response
             detokenize=False,
-            extra_args={ROW: row, TOP_K: self._config["top_k"]},
+            extra_args={ROW: row, TOP_K: self._config["top_k"]} if capture else None,
             **options,
         )
-        self._capture.open(row)
+        if capture:
+            self._capture.open(row)
+        else:
+            self._decoded.add(row)
         self.engine.add_request(str(row), tokens_input(ids), params)
 
     def abort(self) -> None:
         """Drop every request under way."""
-        self.engine.abort_request([str(row) for row in self._capture.drop()])
+        self.engine.abort_request([str(row) for row in [*self._capture.drop(), *self._decoded]])
+        self._decoded.clear()
 
     def run(self, messages: "queue.SimpleQueue[Any]") -> None:
         """Serve until told to stop, or until the owner is gone."""
@@ -153,7 +160,7 @@ class Host:
                 if message[0] == "abort":
                     self.abort()
                 else:
-                    self.add(message[1])
+                    self.add(*message[1:])
                 idle = False
             if not self.engine.has_unfinished_requests():
                 continue
@@ -161,8 +168,15 @@ class Host:
             steps += 1
             if finished or steps % _TAKE_EVERY == 0:
                 self._capture.fetch()
-            if finished:
-                self._answers.put(("signals", self._finish(finished)))
+            decoded = [output for output in finished if int(output.request_id) in self._decoded]
+            captured = [output for output in finished if output not in decoded]
+            if captured:
+                self._answers.put(("signals", self._finish(captured)))
+            if decoded:
+                rows = [int(output.request_id) for output in decoded]
+                self._decoded.difference_update(rows)
+                answers = [list(output.outputs[0].token_ids) for output in decoded]
+                self._answers.put(("responses", (rows, answers)))
 
     def _finish(self, outputs: list[Any]) -> Finished:
         return self._capture.close(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.teacher_cache.engines.base import cause
+from duet_unlearn.teacher_cache.engines.options import published_options
 
 _CAPTURE = "duet_unlearn.teacher_cache.engines.vllm_capture"
 _CPU_BLOCK = 32
@@ -136,5 +137,5 @@ def describe(vllm_config: Any, options: dict[str, Any]) -> dict[str, Any]:
             "pipeline_parallel_size": parallel.pipeline_parallel_size,
             **({"threads": torch.get_num_threads()} if on_cpu else {}),
         },
-        **({"options": options} if options else {}),
+        **({"options": published_options(options)} if options else {}),
     }

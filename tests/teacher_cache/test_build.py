@@ -1,6 +1,8 @@
 """Building a cache with a real engine: resume, hits, refusals, and what never enters it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import merge_evenly, plan_shards
+from duet_unlearn.teacher_cache.engines.options import published_options
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -358,3 +361,46 @@ def test_merging_keeps_proportions() -> None:
     assert "".join(merged) == "rrrfrrrfrrrf"
     assert merge_evenly([], second) == second
     assert merge_evenly(first, []) == first
+
+
+def test_special_tokens_that_the_template_prints_are_in_the_recipe(
+    config: BuildConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run(config, teacher=str(model))
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "bos_token": "<|end|>"}), encoding="utf-8")
+    with pytest.raises(MismatchError, match="chat_template"):
+        run(config, teacher=str(model))
+
+
+def test_other_weights_of_the_same_size_and_time_are_another_recipe(
+    config: BuildConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run(config, teacher=str(model))
+    weights = model / "model.safetensors"
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[len(data) // 3] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(MismatchError, match="weights"):
+        run(config, teacher=str(model))
+
+
+def test_what_engine_options_name_is_not_published() -> None:
+    given = {
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+        "device": "cuda:1",
+        "download_dir": "/home/alice/models",
+        "hf_token_file": "abc",
+        "api_key": "sk",
+        "max_num_batched_tokens": 48,
+        "url": "http://host/x",
+    }
+    shown = published_options(given)
+    assert shown.keys() == given.keys()
+    kept = {"tensor_parallel_size", "enforce_eager", "device", "max_num_batched_tokens"}
+    assert {name for name in shown if shown[name] == given[name]} == kept

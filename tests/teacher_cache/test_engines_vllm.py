@@ -51,6 +51,7 @@ def config(tiny_model: Path) -> EngineConfig:
         eos_token_ids=(),
         compute_dtype="float32",
         max_prompt_tokens=70,
+        max_new_tokens=12,
     )
     free = TransformersEngine(config)
     decoded = [signal.response_ids for _, signal in free.signals(random_prompts(20))]
@@ -94,6 +95,20 @@ def assert_same(signal: Signal, expected: Signal) -> None:
         edge = signal.logits[position, -1] + 1e-3
         for token in kept[0].keys() ^ kept[1].keys():
             assert kept[0].get(token, kept[1].get(token)) <= edge
+
+
+def test_engines_decode_the_same_answers(engine: Engine, config: EngineConfig) -> None:
+    prompts = random_prompts(40)
+    expected = dict(TransformersEngine(config).responses(prompts, 12))
+
+    answers = dict(engine.responses(prompts, 12))
+
+    assert answers == expected
+    assert {len(ids) for ids in answers.values()} >= {1, 12}
+    assert not {token for ids in answers.values() for token in ids} & set(config.eos_token_ids)
+    # Signals again from the same engine, after a stream of answers was dropped half-way.
+    assert len(next(engine.responses(prompts, 12))) == 2
+    assert sorted(dict(engine.signals(prompts))) == list(range(40))
 
 
 def test_engines_agree(engine: Engine, config: EngineConfig) -> None:
