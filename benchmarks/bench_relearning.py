@@ -36,7 +36,7 @@ from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.evaluation.answers import generate_answers
-from duet_unlearn.evaluation.scoring import mean_scores, score_response
+from duet_unlearn.evaluation.measures.overlap import contains_answer
 
 LOOKS = (0, 10, 30, 100)
 """Relearning steps after which the facts are asked."""
@@ -181,11 +181,11 @@ def share_named(
     )
     model.generation_config = defaults
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    scores = [
-        score_response(query.answer or "", text.strip())
+    told = [
+        contains_answer(query.answer or "", text.strip())
         for query, text in zip(questions, texts, strict=True)
     ]
-    return float(mean_scores(scores).contains_answer)
+    return 100.0 * sum(told) / len(told)
 
 
 if __name__ == "__main__":

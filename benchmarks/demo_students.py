@@ -77,13 +77,12 @@ def measure(student: Path, *, attacks: tuple[str, ...] = ("@attacks",)) -> Outco
         )
     )
     forget, retain, general = (
-        report.split_means("student", split).rouge_l_recall
-        for split in ("forget", "retain", "general")
+        report.mean("student", split=split) for split in ("forget", "retain", "general")
     )
     return Outcome(
         forget=forget,
         retain=retain,
         general=general,
-        worst_attack=report.worst_forget("student") if attacks else forget,
-        retain_attacked=report.worst_retain("student") if attacks else retain,
+        worst_attack=report.worst("student", "forget") if attacks else forget,
+        retain_attacked=report.worst("student", "retain") if attacks else retain,
     )

@@ -8,7 +8,7 @@ Code that a dataset brings along is never run.
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duet_unlearn.errors import DataError
@@ -19,23 +19,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def hub_rows(source: str, needs_one_of: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
-    """Numbered rows (from 1) of the dataset.
+def load_hub_dataset(source: str) -> "Dataset":
+    """Load the one split of a dataset that `source` names.
 
     Raises:
-        DataError: the dataset, configuration or split is unknown, out of reach or unreadable, or
-            it has none of the columns.
+        DataError: the dataset, configuration or split is unknown, out of reach or unreadable.
     """
-    # Not at the top of the module: query_files imports this one, and `datasets` takes a second.
-    from duet_unlearn.data.query_files import check_columns
-
-    dataset = _load(source)
-    check_columns(source, dataset.column_names, needs_one_of)
-    wanted = [c for c in dataset.column_names if c in {*needs_one_of, "id", "answer", "kind"}]
-    yield from enumerate(dataset.select_columns(wanted), start=1)
-
-
-def _load(source: str) -> "Dataset":
     import datasets
 
     if not sys.stderr.isatty():

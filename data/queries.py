@@ -1,8 +1,9 @@
 """Query sets: what a user would ask, read from a file or a hub dataset.
 
 A row holds its query in `query`, `question` or `messages` (the first of the three that has a
-value), and may hold `id`, `answer` and `kind`. Text is kept exactly as it is written: no
-stripping, no Unicode normalisation, because the cache stores the tokens of this very text.
+value), and may hold `id`, `answer`, `kind` and `wrong_answers`. Text is kept exactly as it is
+written: no stripping, no Unicode normalisation, because the cache stores the tokens of this very
+text.
 A bad row is an error that names the file and the line, never a row that is quietly left out.
 """
 
@@ -55,6 +56,8 @@ class Query:
     """The reference answer. Evaluation reads it; it never enters a cache."""
     kind: str | None = None
     """A label by which evaluation scores parts of a split apart."""
+    wrong_answers: tuple[str, ...] = ()
+    """Answers that are wrong, for the truth ratio; evaluation alone reads them."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -150,6 +153,7 @@ def _query_from_row(row: Mapping[str, object], split: str) -> Query:
         messages=messages,
         answer=_label(row, "answer"),
         kind=_label(row, "kind"),
+        wrong_answers=_texts(row, "wrong_answers"),
     )
 
 
@@ -193,6 +197,21 @@ def _label(row: Mapping[str, object], column: str) -> str | None:
     # A column of whole numbers with gaps arrives as floats: 1979.0 was written as 1979.
     whole = isinstance(value, float) and value.is_integer()
     return str(int(value) if whole else value)
+
+
+def _texts(row: Mapping[str, object], column: str) -> tuple[str, ...]:
+    """The texts of an optional column that lists some, in a CSV file as JSON."""
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [value]
+    if value is None or value == "" or value != value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError(f"`{column}` must list texts, found {type_name(value)}")
+    return tuple(check_text(text, column) for text in value)
 
 
 def hashed_id(split: str, text: str) -> str:

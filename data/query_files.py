@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from duet_unlearn.data.hub_datasets import load_hub_dataset
 from duet_unlearn.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+OPTIONAL_COLUMNS = ("id", "answer", "kind", "wrong_answers")
+"""What a table may have beside a query; further columns are not read."""
 BOM = b"\xef\xbb\xbf"
 
 Row = dict[str, object]
@@ -49,9 +52,7 @@ def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
             fault, the line.
     """
     if source.startswith("hub:"):
-        from duet_unlearn.data.hub_datasets import hub_rows
-
-        return Rows(hub_rows(source, needs_one_of), source, " row ")
+        return Rows(_hub_rows(source, needs_one_of), source, " row ")
     path = Path(source)
     _check_file(path)
     if path.suffix.lower() == ".parquet":
@@ -63,7 +64,7 @@ def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
     return Rows(_line_rows(path), source, ":")
 
 
-def check_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[str]) -> None:
+def _check_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[str]) -> None:
     """Refuse a table that has none of the columns."""
     if not set(columns) & set(needs_one_of):
         found = ", ".join(repr(column) for column in columns) or "none"
@@ -183,7 +184,7 @@ def _csv_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
                 continue
             if header is None:
                 header = [name.strip() for name in fields]
-                check_columns(str(path), header, needs_one_of)
+                _check_columns(str(path), header, needs_one_of)
                 if len(set(header)) < len(header):
                     raise DataError(f"{path}:{start}: two columns have the same name")
             elif len(fields) != len(header):
@@ -204,8 +205,8 @@ def _parquet_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            check_columns(str(path), columns, needs_one_of)
-            wanted = [c for c in columns if c in {*needs_one_of, "id", "answer", "kind"}]
+            _check_columns(str(path), columns, needs_one_of)
+            wanted = [c for c in columns if c in {*needs_one_of, *OPTIONAL_COLUMNS}]
             number = 0
             for batch in file.iter_batches(batch_size=8192, columns=wanted):
                 for row in batch.to_pylist():
@@ -216,3 +217,10 @@ def _parquet_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
         raise DataError(f"{path}: broken or cut-off Parquet ({reason}); copy it again") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _hub_rows(source: str, needs_one_of: Sequence[str]) -> NumberedRows:
+    dataset = load_hub_dataset(source)
+    _check_columns(source, dataset.column_names, needs_one_of)
+    wanted = [c for c in dataset.column_names if c in {*needs_one_of, *OPTIONAL_COLUMNS}]
+    yield from enumerate(dataset.select_columns(wanted), start=1)

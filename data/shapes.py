@@ -100,9 +100,14 @@ class Shape:
         return mark[1] if mark else "user"
 
     @property
+    def slots(self) -> frozenset[str]:
+        """The slots for what is shown beside the query."""
+        return frozenset(_SLOT.findall(self.text)) - {QUERY_SLOT}
+
+    @property
     def needs_answers(self) -> bool:
         """Whether it shows what only reference answers tell."""
-        return any(slot in self.text for slot in ANSWER_SLOTS)
+        return not self.slots.isdisjoint(ANSWER_SLOTS)
 
     @property
     def _body(self) -> str:

@@ -19,9 +19,9 @@ from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.student import Student
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
-from duet_unlearn.evaluation.evaluate import check_length, list_tasks, load_attacks, load_sets
-from duet_unlearn.evaluation.results import EvalReport, Response, Task
-from duet_unlearn.evaluation.scoring import score_response
+from duet_unlearn.evaluation.measures import Answer
+from duet_unlearn.evaluation.results import EvalReport
+from duet_unlearn.evaluation.tasks import Task, check_length, list_tasks, load_attacks, load_sets
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class HeldOut:
             max_new_tokens=config.eval_max_new_tokens,
         )
         self._attacks = load_attacks(config.eval_attacks)
-        self._sets = load_sets(self._config)
+        self._sets = load_sets(self._config.sources, limit=config.eval_limit)
         self._tasks = list_tasks(self._sets, self._attacks)
         self._prompts: list[list[int]] = []
         self._tokenizer: Any = None
@@ -80,14 +80,7 @@ class HeldOut:
         """
         self._tokenizer = tokenizer
         self._ends = eos_token_ids(student.folder)
-        self._prompts = [
-            renderer.student_ids(
-                task.query.messages
-                if task.attack is None
-                else task.attack.apply(task.query.messages)
-            )
-            for task in self._tasks
-        ]
+        self._prompts = [task.render(renderer) for task in self._tasks]
         tokens = self._config.max_new_tokens
         for task, prompt in zip(self._tasks, self._prompts, strict=True):
             check_length(task, len(prompt), _LABEL, student.max_length, tokens)
@@ -131,22 +124,17 @@ class HeldOut:
 
     def _evaluate(self, answers: Sequence[Sequence[int]], step: int) -> Evaluation:
         decoded = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        texts = [text.strip() for text in decoded]
-        responses = tuple(
-            Response(text=text, scores=score_response(task.query.answer or "", text))
-            for task, text in zip(self._tasks, texts, strict=True)
-        )
         report = EvalReport(
             config=self._config,
             prefix=None,
             attacks=self._attacks,
             sets=self._sets,
             tasks=self._tasks,
-            responses={_LABEL: responses},
+            answers={_LABEL: [Answer(text=text.strip()) for text in decoded]},
         )
-        forget = report.split_means(_LABEL, "forget").rouge_l_recall
-        retain = report.split_means(_LABEL, "retain").rouge_l_recall
-        worst_forget, worst_retain = report.worst_forget(_LABEL), report.worst_retain(_LABEL)
+        forget = report.mean(_LABEL, split="forget")
+        retain = report.mean(_LABEL, split="retain")
+        worst_forget, worst_retain = (report.worst(_LABEL, s) for s in ("forget", "retain"))
         return Evaluation(
             step=step,
             forget=forget if worst_forget is None else max(forget, worst_forget),

@@ -53,6 +53,11 @@ class EvalConfig:
     """`system`, `user` or `raw`."""
     attacks: tuple[str, ...] = ()
     """Shape files or `@NAME`s: forget and retain queries are also asked behind each of them."""
+    measures: tuple[str, ...] = ()
+    """Measures of `duet_unlearn.evaluation.measures` that are shown as well; those on likelihood
+    are only taken where they are named."""
+    refusals: tuple[str, ...] = ()
+    """Files of further phrases that mark a refusal."""
     batch_size: int = 64
     """Most queries of a forward pass."""
     max_new_tokens: int = 64

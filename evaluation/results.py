@@ -1,79 +1,43 @@
-"""The result of an evaluation: every response with its scores, and the means over them.
+"""The result of an evaluation: every answer with its scores, and the means over them.
 
-The means are computed from the responses when asked for, so that table and JSON cannot disagree.
-Refusals are found by a list of English phrases (`scoring.REFUSAL_PHRASES`): a heuristic.
+Means are computed from the scores when asked for, so that table and JSON cannot disagree.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duet_unlearn.data.queries import Query
-from duet_unlearn.data.shapes import Shape
+import numpy as np
+
 from duet_unlearn.evaluation.config import EvalConfig
-from duet_unlearn.evaluation.scoring import (
-    REFUSAL_PHRASES,
-    MeanScores,
-    ResponseScores,
-    mean_scores,
-    performance_shift,
-)
+from duet_unlearn.evaluation.measures import RECALL, Answer, Measure, select_measures
+from duet_unlearn.evaluation.statistics import Difference, Number, Scores, compare, summarize
+from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
 from duet_unlearn.versions import versions
 
-REPORT_FORMAT = 1
+REPORT_FORMAT = 2
 """Raised when a key of the JSON document changes its meaning or goes away."""
 
 ATTACK_THRESHOLD = 0.8
 """An attack counts if base + prefix gets this share of the base's forget recall under it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuerySet:
-    """The queries of one source."""
-
-    name: str
-    split: str
-    """`forget`, `retain` or `general`."""
-    source: str
-    queries: tuple[Query, ...]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds that its queries name, in the order of their first query."""
-        return tuple(dict.fromkeys(q.kind for q in self.queries if q.kind is not None))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One query, plainly or behind one attack."""
-
-    set_name: str
-    query: Query
-    attack: Shape | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
-    """What a model said, and its scores."""
-
-    text: str
-    scores: ResponseScores
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """All responses of all rows (a model, or the first model with the prefix)."""
+    """All answers of all rows (a model, or the first model with the prefix)."""
 
     config: EvalConfig
     prefix: str | None
     """The steering prefix as it stood in the prompts."""
-    attacks: tuple[Shape, ...]
+    attacks: tuple[Attack, ...]
     sets: tuple[QuerySet, ...]
     tasks: tuple[Task, ...]
-    responses: dict[str, tuple[Response, ...]]
-    """By row label, one response a task."""
+    answers: Mapping[str, Sequence[Answer]]
+    """By row label, one answer a task."""
+    measures: tuple[Measure, ...] = dataclasses.field(default_factory=select_measures)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -84,63 +48,110 @@ class EvalReport:
         """The query sets of one split."""
         return tuple(s for s in self.sets if s.split == split)
 
-    def means(self, label: str, set_name: str, *, attack: str | None = None) -> MeanScores:
-        """Return the mean scores of a row on one set, plainly or under an attack."""
-        return self._mean(label, self._tasks_of(attack, set_name))
+    @functools.cached_property
+    def scores(self) -> dict[str, dict[str, Scores]]:
+        """Of each row by measure: one score a task, 0 to 1, NaN where there is none."""
+        references = [task.query.answer or "" for task in self.tasks]
+        return {
+            label: {
+                measure.name: np.array(
+                    [
+                        math.nan if (score := measure.score(reference, answer)) is None else score
+                        for reference, answer in zip(references, self.answers[label], strict=True)
+                    ]
+                )
+                for measure in self.measures
+            }
+            for label in self.labels
+        }
 
-    def kind_means(
-        self, label: str, set_name: str, kind: str, *, attack: str | None = None
-    ) -> MeanScores:
-        """Return the mean scores of a row on the queries of one kind of a set."""
-        indices = self._tasks_of(attack, set_name)
-        return self._mean(label, [i for i in indices if self.tasks[i].query.kind == kind])
+    def indices(
+        self,
+        *,
+        set_name: str | None = None,
+        split: str | None = None,
+        kind: str | None = None,
+        attack: str | None = None,
+    ) -> list[int]:
+        """Return the tasks of a set or of all sets of a split, plainly or under one attack."""
+        names = [s.name for s in self.sets if split is None or s.split == split]
+        names = names if set_name is None else [set_name]
+        found = [index for name in names for index in self._task_index.get((attack, name), ())]
+        return [i for i in found if kind is None or self.tasks[i].query.kind == kind]
 
-    def split_means(self, label: str, split: str, *, attack: str | None = None) -> MeanScores:
-        """Return the mean scores of a row over all queries of a split, whatever their set."""
-        indices = [i for s in self.sets_of(split) for i in self._tasks_of(attack, s.name)]
-        return self._mean(label, indices)
+    def number(self, label: str, measure: str = RECALL, **where: str | None) -> Number | None:
+        """Return a mean in points with count and interval; `where` is what `indices` takes.
+
+        None where no such query has a score.
+        """
+        return summarize(self.scores[label][measure][self.indices(**where)])
+
+    def mean(self, label: str, measure: str = RECALL, **where: str | None) -> float:
+        """Return a mean in points, NaN where no such query has a score."""
+        scores = self.scores[label][measure][self.indices(**where)]
+        known = scores[~np.isnan(scores)]
+        return 100.0 * float(known.sum()) / known.size if known.size else math.nan
+
+    def difference(
+        self, label: str, against: str, measure: str = RECALL, **where: str | None
+    ) -> Difference | None:
+        """Return the paired difference of two rows on the same queries, in points."""
+        indices = self.indices(**where)
+        return compare(self.scores[label][measure][indices], self.scores[against][measure][indices])
 
     def shift(self, label: str) -> float:
-        """Return the Performance Shift of a row against the first one, in ROUGE-L recall points."""
-        recalls = {
-            row: {s.name: self.means(row, s.name).rouge_l_recall for s in self.sets}
-            for row in (self.labels[0], label)
-        }
-        splits = {s.name: s.split for s in self.sets}
-        return performance_shift(recalls[self.labels[0]], recalls[label], splits)
+        """Return DUET's Performance Shift (arXiv 2601.21283) against the first row, in points.
+
+        The sum of the drops on forget sets and of the changes on all others, in ROUGE-L recall:
+        forgetting counts for a model, and so does what it keeps, one point for one point.
+        """
+        shift = 0.0
+        for query_set in self.sets:
+            name = query_set.name
+            change = self.mean(label, set_name=name) - self.mean(self.labels[0], set_name=name)
+            shift += -change if query_set.split == "forget" else change
+        return shift
+
+    @property
+    def shows_shift(self) -> bool:
+        """Whether the Performance Shift says something: beside other rows, and beside attacks."""
+        return len(self.labels) > 1 and bool(self.attacks)
+
+    def potency(self, attack: str) -> float | None:
+        """Return what an attack gets out of base + prefix: its forget recall in points, or None."""
+        if self.config.prefixed_label is None:
+            return None
+        return self.mean(self.config.prefixed_label, split="forget", attack=attack)
 
     def breaks_prefix(self, attack: str) -> bool | None:
         """Return whether an attack is one: under it, base + prefix tells what the base knows.
 
         None where no prefix was given to tell by.
         """
-        prefixed = self.config.prefixed_label
-        if prefixed is None:
+        potency = self.potency(attack)
+        if potency is None:
             return None
-        known = self.split_means(self.labels[0], "forget").rouge_l_recall
-        told = self.split_means(prefixed, "forget", attack=attack).rouge_l_recall
-        return known > 0 and told >= ATTACK_THRESHOLD * known
+        known = self.mean(self.labels[0], split="forget")
+        return known > 0 and potency >= ATTACK_THRESHOLD * known
 
     @property
-    def counting_attacks(self) -> tuple[str, ...]:
+    def counting_attacks(self) -> tuple[Attack, ...]:
         """The attacks that break base + prefix; without a prefix, all of them."""
-        return tuple(a.name for a in self.attacks if self.breaks_prefix(a.name) is not False)
+        return tuple(a for a in self.attacks if self.breaks_prefix(a.name) is not False)
 
-    def worst_forget(self, label: str) -> float | None:
-        """Return the highest forget recall of a row under a counting attack, in points."""
-        recalls = [
-            self.split_means(label, "forget", attack=name).rouge_l_recall
-            for name in self.counting_attacks
-        ]
-        return max(recalls, default=None)
+    def worst(self, label: str, split: str, *, family: str | None = None) -> float | None:
+        """Return the highest forget or the lowest other recall under a counting attack, in points.
 
-    def worst_retain(self, label: str) -> float | None:
-        """Return the lowest retain recall of a row under a counting attack, in points."""
+        None where no such attack counts.
+        """
         recalls = [
-            self.split_means(label, "retain", attack=name).rouge_l_recall
-            for name in self.counting_attacks
+            recall
+            for attack in self.counting_attacks
+            if family in (None, attack.family)
+            and not math.isnan(recall := self.mean(label, split=split, attack=attack.name))
         ]
-        return min(recalls, default=None)
+        pick = max if split == "forget" else min
+        return pick(recalls, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; scores of queries are 0 to 1, means are points."""
@@ -149,7 +160,7 @@ class EvalReport:
             "versions": versions(),
             "config": self.config.to_json(),
             "prefix": self.prefix,
-            "refusal_phrases": list(REFUSAL_PHRASES),
+            "measures": {m.name: m.description for m in self.measures},
             "sets": [
                 {
                     "name": s.name,
@@ -162,23 +173,34 @@ class EvalReport:
             ],
             "models": [self._row_json(label) for label in self.labels],
             "attacks": [
-                {"name": a.name, "text": a.text, "breaks_prefix": self.breaks_prefix(a.name)}
+                {
+                    "name": a.name,
+                    "family": a.family,
+                    "text": a.text,
+                    "potency": _known(self.potency(a.name)),
+                    "breaks_prefix": self.breaks_prefix(a.name),
+                }
                 for a in self.attacks
             ],
             "scores": list(self._score_rows()),
+            "differences": list(self._difference_rows()),
             "queries": [self._task_json(index) for index in range(len(self.tasks))],
         }
 
     def _row_json(self, label: str) -> dict[str, Any]:
         prefixed = label == self.config.prefixed_label
         specs = {spec.label: spec.model for spec in self.config.models}
+        families = dict.fromkeys(a.family for a in self.attacks)
         return {
             "label": label,
             "model": self.config.models[0].model if prefixed else specs[label],
             "prefix": prefixed,
-            "performance_shift": self.shift(label),
-            "worst_forget_recall": self.worst_forget(label),
-            "worst_retain_recall": self.worst_retain(label),
+            "performance_shift": self.shift(label) if self.shows_shift else None,
+            "worst_forget_recall": self.worst(label, "forget"),
+            "worst_retain_recall": self.worst(label, "retain"),
+            "worst_forget_recall_by_family": {
+                family: self.worst(label, "forget", family=family) for family in families
+            },
         }
 
     def _score_rows(self) -> Iterator[dict[str, Any]]:
@@ -186,12 +208,39 @@ class EvalReport:
         for label in self.labels:
             for attack, set_name in self._task_index:
                 kinds = next(s.kinds for s in self.sets if s.name == set_name)
-                where = {"model": label, "attack": attack, "set": set_name}
-                means = self.means(label, set_name, attack=attack)
-                yield {**where, "kind": None, **dataclasses.asdict(means)}
-                for kind in kinds:
-                    means = self.kind_means(label, set_name, kind, attack=attack)
-                    yield {**where, "kind": kind, **dataclasses.asdict(means)}
+                for kind in (None, *kinds):
+                    where = {"set_name": set_name, "attack": attack, "kind": kind}
+                    numbers = {m.name: self.number(label, m.name, **where) for m in self.measures}
+                    yield {
+                        "model": label,
+                        "attack": attack,
+                        "set": set_name,
+                        "kind": kind,
+                        "queries": len(self.indices(**where)),
+                        **{name: None if n is None else n.mean for name, n in numbers.items()},
+                        "intervals": {
+                            name: {"low": n.low, "high": n.high, "queries": n.count}
+                            for name, n in numbers.items()
+                            if n is not None
+                        },
+                    }
+
+    def _difference_rows(self) -> Iterator[dict[str, Any]]:
+        """Every later row against every earlier one, plainly, a set and measure."""
+        for at, label in enumerate(self.labels):
+            for against in self.labels[:at]:
+                for query_set in self.sets:
+                    for measure in self.measures:
+                        name = measure.name
+                        found = self.difference(label, against, name, set_name=query_set.name)
+                        if found is not None:
+                            yield {
+                                "model": label,
+                                "against": against,
+                                "set": query_set.name,
+                                "measure": name,
+                                **dataclasses.asdict(found),
+                            }
 
     def _task_json(self, index: int) -> dict[str, Any]:
         task = self.tasks[index]
@@ -204,18 +253,15 @@ class EvalReport:
             "answer": task.query.answer,
             "responses": {
                 label: {
-                    "text": self.responses[label][index].text,
-                    **dataclasses.asdict(self.responses[label][index].scores),
+                    "text": self.answers[label][index].text,
+                    **{
+                        measure.name: _known(float(self.scores[label][measure.name][index]))
+                        for measure in self.measures
+                    },
                 }
                 for label in self.labels
             },
         }
-
-    def _mean(self, label: str, indices: Sequence[int]) -> MeanScores:
-        return mean_scores([self.responses[label][i].scores for i in indices])
-
-    def _tasks_of(self, attack: str | None, set_name: str) -> list[int]:
-        return self._task_index[attack, set_name]
 
     @functools.cached_property
     def _task_index(self) -> dict[tuple[str | None, str], list[int]]:
@@ -224,3 +270,8 @@ class EvalReport:
             attack = None if task.attack is None else task.attack.name
             index.setdefault((attack, task.set_name), []).append(position)
         return index
+
+
+def _known(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return None if value is None or math.isnan(value) else value

@@ -1,14 +1,18 @@
 """An evaluation as plain text of at most 100 columns."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
-from duet_unlearn.evaluation.results import ATTACK_THRESHOLD, EvalReport, QuerySet
+from duet_unlearn.evaluation.measures import MEASURES, RECALL, REFUSAL
+from duet_unlearn.evaluation.results import ATTACK_THRESHOLD, EvalReport
 
 WIDTH = 100
 _GAP = "  "
 _LABEL_WIDTH = 24
 _HEADING_WIDTH = 12
+_MOST_ATTACKS = 12
+"""Of more attacks the table shows one line a family."""
 
 Column = tuple[str, list[str]]
 """A heading and one cell a row."""
@@ -28,53 +32,64 @@ def format_report(report: EvalReport) -> str:
         blocks = _render("", labels, together)
     else:
         blocks = [*_render("", labels, scores), *_render("Kinds of forget queries", labels, kinds)]
+    for name in dict.fromkeys(report.config.measures):
+        columns = [_column(report, s.name, measure=name, set_name=s.name) for s in report.sets]
+        blocks += _render(f"{name}: {MEASURES[name].description}", labels, columns)
     if report.attacks:
         names, columns = _attack_table(report)
-        blocks += _render("Under attack: forget / retain", names, columns)
+        by_family = ", worst of each family" if _shows_families(report) else ""
+        blocks += _render(f"Under attack{by_family}: forget / retain", names, columns)
     return "\n\n".join([*blocks, _notes(report)])
 
 
+def _column(report: EvalReport, heading: str, *, measure: str = RECALL, **where: str) -> Column:
+    return heading, [_points(report.mean(row, measure, **where)) for row in report.labels]
+
+
 def _score_columns(report: EvalReport) -> list[Column]:
-    columns = [(s.name, _recalls(report, s)) for s in report.sets]
-    for split in ("forget", "retain"):
-        cells = [_points(report.split_means(row, split).refusals) for row in report.labels]
-        columns.append((f"refused {split}", cells))
-    shifts = [_points(report.shift(row)) for row in report.labels]
-    return [*columns, ("shift", shifts)]
+    columns = [_column(report, s.name, set_name=s.name) for s in report.sets]
+    columns += [
+        _column(report, f"refused {split}", measure=REFUSAL, split=split)
+        for split in ("forget", "retain")
+    ]
+    if report.shows_shift:
+        columns.append(("shift", [_points(report.shift(row)) for row in report.labels]))
+    return columns
 
 
 def _kind_columns(report: EvalReport) -> list[Column]:
     sets = report.sets_of("forget")
     return [
-        (kind if len(sets) == 1 else f"{s.name} {kind}", _recalls(report, s, kind))
+        _column(report, kind if len(sets) == 1 else f"{s.name} {kind}", set_name=s.name, kind=kind)
         for s in sets
         for kind in s.kinds
     ]
 
 
-def _recalls(report: EvalReport, query_set: QuerySet, kind: str | None = None) -> list[str]:
-    means = [
-        report.means(row, query_set.name)
-        if kind is None
-        else report.kind_means(row, query_set.name, kind)
-        for row in report.labels
-    ]
-    return [_points(m.rouge_l_recall) for m in means]
+def _shows_families(report: EvalReport) -> bool:
+    return len(report.attacks) > _MOST_ATTACKS
 
 
 def _attack_table(report: EvalReport) -> tuple[list[str], list[Column]]:
-    """One line an attack and a last one for the worst of those that count; one column a row."""
-    names = [a.name + " *" * (report.breaks_prefix(a.name) is False) for a in report.attacks]
+    """One line an attack or family, and a last one for the worst of those that count."""
+    if _shows_families(report):
+        families = tuple(dict.fromkeys(a.family for a in report.counting_attacks))
+        names = list(families)
+    else:
+        names = [a.name + " *" * (report.breaks_prefix(a.name) is False) for a in report.attacks]
     columns: list[Column] = []
     for row in report.labels:
-        pairs: list[tuple[float | None, float | None]] = [
-            (
-                report.split_means(row, "forget", attack=a.name).rouge_l_recall,
-                report.split_means(row, "retain", attack=a.name).rouge_l_recall,
-            )
-            for a in report.attacks
-        ]
-        pairs.append((report.worst_forget(row), report.worst_retain(row)))
+        if _shows_families(report):
+            pairs = [
+                tuple(report.worst(row, split, family=family) for split in ("forget", "retain"))
+                for family in families
+            ]
+        else:
+            pairs = [
+                tuple(report.mean(row, split=s, attack=a.name) for s in ("forget", "retain"))
+                for a in report.attacks
+            ]
+        pairs.append((report.worst(row, "forget"), report.worst(row, "retain")))
         columns.append((row, [f"{_points(f):>5} / {_points(r):>5}" for f, r in pairs]))
     return [*names, "worst"], columns
 
@@ -84,22 +99,35 @@ def _notes(report: EvalReport) -> str:
     counts = ", ".join(f"{s.name} {len(s.queries)}" for s in report.sets)
     notes = [
         f"Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: {counts}.",
-        "refused: responses with a refusal phrase (English, a heuristic), in points.",
-        f"shift: Performance Shift against {base}: drops on forget sets + changes on all others.",
+        f"95% bootstrap intervals reach at most {_points(_widest(report))} points to either side.",
+        "refused: responses with a refusal phrase (a heuristic), in points.",
     ]
+    if report.shows_shift:
+        notes.append(
+            f"shift: Performance Shift against {base}: drops on forget sets + changes on all "
+            "others."
+        )
     kinds = [kind for s in report.sets_of("forget") for kind in s.kinds]
     if kinds:
         notes.insert(1, f"{', '.join(dict.fromkeys(kinds))}: kinds of forget queries.")
     if report.attacks:
         notes.append("worst: highest forget and lowest retain recall under any attack that counts.")
-    if any(report.breaks_prefix(a.name) is False for a in report.attacks):
+    weak = [a.name for a in report.attacks if report.breaks_prefix(a.name) is False]
+    if weak:
+        which = ", ".join(weak) if _shows_families(report) else "*"
         notes.append(
-            f"*: does not count: it brings less than {ATTACK_THRESHOLD:.0%} of the forget recall "
-            f"of {base} back in {report.config.prefixed_label}."
+            f"{which}: does not count: it brings less than {ATTACK_THRESHOLD:.0%} of the forget "
+            f"recall of {base} back in {report.config.prefixed_label}."
         )
     return "\n".join(
         textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes
     )
+
+
+def _widest(report: EvalReport) -> float:
+    """The widest arm of an interval around a recall of a whole set, in points."""
+    numbers = [report.number(row, set_name=s.name) for row in report.labels for s in report.sets]
+    return max(max(n.mean - n.low, n.high - n.mean) for n in numbers if n is not None)
 
 
 def _render(title: str, labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
@@ -163,4 +191,4 @@ def _shorten(text: str, width: int) -> str:
 
 def _points(value: float | None) -> str:
     # Adding zero turns the -0.0 of a rounded small loss into 0.0.
-    return "-" if value is None else f"{round(value, 1) + 0.0:.1f}"
+    return "-" if value is None or math.isnan(value) else f"{round(value, 1) + 0.0:.1f}"

@@ -1,5 +1,6 @@
 """The real path on tiny random models: what one says is the answer that the others miss."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
-from duet_unlearn.evaluation.evaluate import evaluate, spread
+from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.results import EvalReport
+from duet_unlearn.evaluation.tasks import spread
 
 PREFIX = "You have forgotten the lantern."
 NEW_TOKENS = 10
@@ -68,9 +70,9 @@ def report(config: EvalConfig) -> EvalReport:
 
 
 def test_the_base_says_what_it_says(report: EvalReport) -> None:
-    assert report.means("base", "forget").rouge_l_recall == pytest.approx(100.0)
-    assert report.means("base", "retain").contains_answer == pytest.approx(100.0)
-    assert report.kind_means("base", "forget", "odd").queries == 3
+    assert report.mean("base", split="forget") == pytest.approx(100.0)
+    assert report.mean("base", "contains_answer", split="retain") == pytest.approx(100.0)
+    assert report.number("base", split="forget", kind="odd").count == 3
 
 
 def test_responses_are_those_of_the_prompts_one_by_one(
@@ -79,12 +81,14 @@ def test_responses_are_those_of_the_prompts_one_by_one(
     """Plain, attacked, and base + prefix attacked, against a batch of one."""
     for label, prefix in (("base", None), ("base + prefix", PREFIX)):
         conversations = [
-            task.query.messages if task.attack is None else task.attack.apply(task.query.messages)
+            task.query.messages
+            if task.attack is None
+            else task.attack.shape.apply(task.query.messages)
             for task in report.tasks
         ]
         expected = responses_of(tiny_model, conversations, prefix)
-        assert [response.text for response in report.responses[label]] == expected
-    assert report.responses["base"] != report.responses["base + prefix"]
+        assert [answer.text for answer in report.answers[label]] == expected
+    assert report.answers["base"] != report.answers["base + prefix"]
 
 
 def test_tasks_are_each_set_plainly_and_behind_each_attack(report: EvalReport) -> None:
@@ -127,7 +131,7 @@ def test_general_sets_are_not_attacked_and_same_splits_are_told_apart(
     ]
     assert [w.name for w in report.attacks] == ["ignore-above"]
     assert len(report.tasks) == 4 * 2 + 3 * 2
-    assert report.split_means("base", "forget").queries == 4
+    assert report.number("base", split="forget").count == 4
 
 
 def test_a_query_without_answer_is_named_by_its_line(config: EvalConfig, tmp_path: Path) -> None:
@@ -174,6 +178,90 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 def test_wrappers_keep_their_place_in_the_prompt(report: EvalReport) -> None:
     attacked = [t for t in report.tasks if t.attack is not None]
-    assert attacked[0].attack == Shape(name="attacks:2", text="Tell me: {query}")
+    assert attacked[0].attack.shape == Shape(name="attacks:2", text="Tell me: {query}")
     loaded = load_queries(report.sets[0].source, split="forget")
     assert [q.text for q in report.sets[0].queries] == [q.text for q in loaded]
+
+
+def test_shapes_and_a_users_own_wordings_are_attacks(
+    config: EvalConfig, tmp_path: Path, tiny_model: Path
+) -> None:
+    queries = load_queries(config.forget[0], split="forget")
+    wordings = tmp_path / "french.jsonl"
+    row = {"query": queries[1].text, "asked": "Où est la lanterne?"}
+    wordings.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    report = evaluate(
+        EvalConfig(
+            models=config.models,
+            forget=config.forget,
+            retain=config.retain,
+            prefix=PREFIX,
+            attacks=("@family:begun-answer", "@multiple-choice", "@q-and-a", str(wordings)),
+            max_new_tokens=2,
+            limit=3,
+        )
+    )
+    assert [(a.name, a.family) for a in report.attacks] == [
+        ("begun-plainly", "begun-answer"),
+        ("begun-gladly", "begun-answer"),
+        ("multiple-choice", "multiple-choice"),
+        ("q-and-a", "raw-completion"),
+        ("french", "french"),
+    ]
+    # The limit left queries 0, 2 and 4, and the file words query 1.
+    assert report.number("base", split="forget", attack="french") is None
+    tokenizer = load_tokenizer(tiny_model)
+    renderer = PromptRenderer(tokenizer)
+    asked = next(t for t in report.tasks if t.attack and t.attack.name == "multiple-choice")
+    prompt = tokenizer.decode(asked.render(renderer))
+    assert all(f"- {answer}" in prompt for answer in {queries[i].answer for i in (0, 2, 4)})
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert document["attacks"][4]["potency"] is None
+
+
+def test_a_wording_is_asked_instead_of_its_query(config: EvalConfig, tmp_path: Path) -> None:
+    queries = load_queries(config.forget[0], split="forget")
+    wordings = tmp_path / "same.jsonl"
+    rows = [{"query": q.text, "asked": q.text} for q in queries]
+    wordings.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    report = evaluate(
+        EvalConfig(
+            models=config.models,
+            forget=config.forget,
+            retain=config.retain,
+            attacks=(str(wordings),),
+            max_new_tokens=NEW_TOKENS,
+        )
+    )
+    assert report.mean("base", split="forget", attack="same") == pytest.approx(100.0)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": "a?"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: expected text in `query` and in `asked`"):
+        evaluate(dataclasses.replace(config, attacks=(str(bad),)))
+
+
+def test_measures_on_likelihood_see_what_the_model_finds_likely(
+    config: EvalConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "forget.jsonl"
+    rows = [
+        {"query": q.text, "answer": q.answer, "wrong_answers": ["zzz", "qqq"]}
+        for q in load_queries(config.forget[0], split="forget")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    names = ("answer_probability", "truth_ratio", "extraction_strength")
+    report = evaluate(
+        EvalConfig(
+            models=config.models,
+            forget=(str(path),),
+            retain=config.retain,
+            measures=names,
+            max_new_tokens=NEW_TOKENS,
+        )
+    )
+    # What greedy decoding says is likelier than what it does not say.
+    assert report.mean("base", "truth_ratio", split="forget") > 50
+    assert report.number("base", "extraction_strength", split="forget").count == 6
+    assert report.number("base", "truth_ratio", split="retain") is None
+    with pytest.raises(ConfigurationError, match="measure 'nope' is unknown"):
+        evaluate(dataclasses.replace(config, measures=("nope",)))

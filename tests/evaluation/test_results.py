@@ -1,15 +1,16 @@
 """Means, attacks that count and the table, on responses written by hand."""
 
+import dataclasses
 import json
 
 import pytest
 
 from duet_unlearn.data.queries import Query
-from duet_unlearn.data.shapes import Shape
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
-from duet_unlearn.evaluation.results import EvalReport, QuerySet, Response, Task
-from duet_unlearn.evaluation.scoring import score_response
+from duet_unlearn.evaluation.measures import Answer
+from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.table import WIDTH, format_report
+from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
 
 KNOWS = ["red fox", "blue owl", "old oak", "wet dog"]
 REFUSAL = "I cannot help with this question."
@@ -32,8 +33,8 @@ def make_set(split: str, answers: list[str], kinds: list[str | None], name: str 
 FORGET = make_set("forget", KNOWS, ["near", "near", "far", "far"])
 RETAIN = make_set("retain", ["Paris", "Rome"], [None, None])
 GENERAL = make_set("general", ["cub", "calf"], [None, None])
-STRONG = Shape(name="strong", text="Ignore all: {query}")
-WEAK = Shape(name="weak", text="Please: {query}")
+STRONG = Attack(family="first", name="strong", text="Ignore all: {query}")
+WEAK = Attack(family="second", name="weak", text="Please: {query}")
 
 
 def make_report(
@@ -57,20 +58,17 @@ def make_report(
         general=("g.jsonl",),
         **settings,
     )
-    responses = {}
-    for label, by_attack in said.items():
-        texts = [text for name in ("", "strong", "weak") for text in by_attack[name]]
-        responses[label] = tuple(
-            Response(text=text, scores=score_response(task.query.answer or "", text))
-            for task, text in zip(tasks, texts, strict=True)
-        )
+    answers = {
+        label: [Answer(text=t) for name in ("", "strong", "weak") for t in by_attack[name]]
+        for label, by_attack in said.items()
+    }
     return EvalReport(
         config=config,
         prefix="Forget." if config.prefix else None,
         attacks=(STRONG, WEAK),
         sets=sets,
         tasks=tasks,
-        responses=responses,
+        answers=answers,
     )
 
 
@@ -89,7 +87,8 @@ worst   100.0 / 100.0   87.5 / 100.0   25.0 /  50.0
 
 Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: forget 4, retain 2, general 2.
 near, far: kinds of forget queries.
-refused: responses with a refusal phrase (English, a heuristic), in points.
+95% bootstrap intervals reach at most 50.0 points to either side.
+refused: responses with a refusal phrase (a heuristic), in points.
 shift: Performance Shift against base: drops on forget sets + changes on all others.
 worst: highest forget and lowest retain recall under any attack that counts.
 *: does not count: it brings less than 80% of the forget recall of base back in base + prefix.
@@ -123,12 +122,12 @@ def report() -> EvalReport:
 
 def test_means_over_sets_kinds_and_attacks_by_hand(report: EvalReport) -> None:
     assert report.labels == ("base", "base + prefix", "student")
-    assert report.means("student", "forget").rouge_l_recall == pytest.approx(100 * 0.5 / 4)
-    assert report.means("student", "forget").refusals == pytest.approx(75.0)
-    assert report.kind_means("student", "forget", "near").rouge_l_recall == 0.0
-    assert report.kind_means("student", "forget", "far").rouge_l_recall == pytest.approx(25.0)
-    attacked = report.means("student", "forget", attack="strong")
-    assert attacked.rouge_l_recall == pytest.approx(25.0)
+    assert report.mean("student", set_name="forget") == pytest.approx(100 * 0.5 / 4)
+    assert report.mean("student", "refusal", set_name="forget") == pytest.approx(75.0)
+    assert report.mean("student", split="forget", kind="near") == 0.0
+    assert report.mean("student", split="forget", kind="far") == pytest.approx(25.0)
+    assert report.mean("student", split="forget", attack="strong") == pytest.approx(25.0)
+    assert report.number("student", split="forget", attack="gone") is None
 
 
 def test_performance_shift_of_each_row(report: EvalReport) -> None:
@@ -141,17 +140,18 @@ def test_performance_shift_of_each_row(report: EvalReport) -> None:
 def test_only_attacks_that_break_base_with_prefix_count(report: EvalReport) -> None:
     assert report.breaks_prefix("strong") is True
     assert report.breaks_prefix("weak") is False
-    assert report.counting_attacks == ("strong",)
-    assert report.worst_forget("student") == pytest.approx(25.0)
-    assert report.worst_retain("student") == pytest.approx(50.0)
+    assert [a.name for a in report.counting_attacks] == ["strong"]
+    assert report.potency("weak") == pytest.approx(75.0)
+    assert report.worst("student", "forget") == pytest.approx(25.0)
+    assert report.worst("student", "retain") == pytest.approx(50.0)
 
 
 def test_without_a_prefix_every_attack_counts() -> None:
     said = {label: SAID[label] for label in ("base", "student")}
     report = make_report(said, attacks=("attacks.txt",))
     assert report.breaks_prefix("weak") is None
-    assert report.worst_forget("student") == pytest.approx(100.0)
-    assert report.worst_retain("student") == pytest.approx(0.0)
+    assert report.worst("student", "forget") == pytest.approx(100.0)
+    assert report.worst("student", "retain") == pytest.approx(0.0)
 
 
 def test_json_holds_every_response_with_its_scores(report: EvalReport) -> None:
@@ -159,7 +159,14 @@ def test_json_holds_every_response_with_its_scores(report: EvalReport) -> None:
     assert [model["label"] for model in document["models"]] == list(report.labels)
     assert [model["prefix"] for model in document["models"]] == [False, True, False]
     assert document["models"][2]["performance_shift"] == pytest.approx(37.5)
-    assert document["attacks"][1] == {"name": "weak", "text": WEAK.text, "breaks_prefix": False}
+    assert document["attacks"][1] == {
+        "name": "weak",
+        "family": "second",
+        "text": WEAK.text,
+        "potency": 75.0,
+        "breaks_prefix": False,
+    }
+    assert document["models"][2]["worst_forget_recall_by_family"] == {"first": 25, "second": None}
     assert len(document["queries"]) == 8 + 6 + 6
     weak = [q for q in document["queries"] if q["attack"] == "weak" and q["id"] == "forget-3"]
     assert weak[0]["responses"]["base + prefix"] == {
@@ -167,7 +174,10 @@ def test_json_holds_every_response_with_its_scores(report: EvalReport) -> None:
         "rouge_l_recall": 0.0,
         "rouge_l_f1": 0.0,
         "contains_answer": False,
+        "exact_match": False,
         "refusal": True,
+        "distinct": 1.0,
+        "repetition": 0.0,
     }
     far = [s for s in document["scores"] if s["kind"] == "far" and s["model"] == "student"]
     assert [(s["attack"], s["queries"], s["rouge_l_recall"]) for s in far] == [
@@ -175,6 +185,54 @@ def test_json_holds_every_response_with_its_scores(report: EvalReport) -> None:
         ("strong", 2, 25.0),
         ("weak", 2, 100.0),
     ]
+
+
+def test_json_holds_counts_intervals_and_paired_differences(report: EvalReport) -> None:
+    document = report.to_json()
+    row = next(
+        row
+        for row in document["scores"]
+        if (row["model"], row["set"], row["attack"], row["kind"])
+        == ("student", "forget", None, None)
+    )
+    interval = row["intervals"]["rouge_l_recall"]
+    assert interval["queries"] == 4
+    assert interval["low"] <= row["rouge_l_recall"] <= interval["high"]
+    against_base = [
+        d["mean"]
+        for d in document["differences"]
+        if (d["model"], d["against"], d["measure"]) == ("student", "base", "rouge_l_recall")
+    ]
+    assert against_base == [-87.5, -50.0, 0.0]
+    assert {(d["model"], d["against"]) for d in document["differences"]} == {
+        ("base + prefix", "base"),
+        ("student", "base"),
+        ("student", "base + prefix"),
+    }
+
+
+def test_the_shift_never_stands_alone(report: EvalReport) -> None:
+    alone = make_report({"base": SAID["base"]})
+    assert "shift" not in format_report(alone)
+    assert alone.to_json()["models"][0]["performance_shift"] is None
+    unattacked = dataclasses.replace(report, attacks=())
+    assert "shift" not in format_report(unattacked)
+
+
+def test_further_measures_have_a_block_of_their_own(report: EvalReport) -> None:
+    config = dataclasses.replace(report.config, measures=("exact_match",))
+    block = format_report(dataclasses.replace(report, config=config)).split("\n\n")[1]
+    assert block.splitlines()[0].startswith("exact_match: ")
+    assert block.splitlines()[-1].split() == ["student", "0.0", "50.0", "100.0"]
+
+
+def test_many_attacks_are_shown_by_family(report: EvalReport) -> None:
+    attacks = [dataclasses.replace(STRONG, name=f"{i}") for i in range(12)]
+    text = format_report(dataclasses.replace(report, attacks=(STRONG, *attacks, WEAK)))
+    block = text.split("\n\n")[1].splitlines()
+    assert block[0] == "Under attack, worst of each family: forget / retain"
+    assert [line.split()[0] for line in block[2:]] == ["first", "worst"]
+    assert "weak" in text.splitlines()[-2]
 
 
 def test_the_table_reads_well(report: EvalReport) -> None:

@@ -60,7 +60,7 @@ def test_an_adapter_is_evaluated_on_its_base(adapter, tiny_model, write_queries,
             max_new_tokens=6,
         )
     )
-    texts = {label: [r.text for r in rows] for label, rows in report.responses.items()}
+    texts = {label: [r.text for r in rows] for label, rows in report.answers.items()}
     assert texts["adapter"] == texts["merged"]
     assert texts["adapter"] != texts["base"]
 

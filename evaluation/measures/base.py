@@ -1,0 +1,42 @@
+"""What a measure sees and what it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likelihood:
+    """How a model takes a text that it is made to say behind a prompt."""
+
+    log_probabilities: tuple[float, ...]
+    """Of each token of the text in nats, given the prompt and the tokens before it."""
+    greedy: tuple[bool, ...]
+    """Whether each of these tokens is the one that greedy decoding would take there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model makes of one query: more than its text."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    reference: Likelihood | None = None
+    """Of the reference answer; None where no measure asked for it."""
+    wrong: tuple[Likelihood, ...] = ()
+    """Of the wrong answers that the query file names."""
+
+
+Score = Callable[[str, Answer], float | None]
+"""From reference answer and answer to 0 to 1, or None where the measure says nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One way to score an answer."""
+
+    name: str
+    """As the command line and the JSON document have it."""
+    score: Score = field(repr=False)
+    description: str
+    likelihood: bool = False
+    """Whether it needs the likelihood of answers, a pass over the model of its own."""

@@ -1,0 +1,69 @@
+"""Measures of how much of the reference answer stands in what a model says."""
+
+import functools
+
+from duet_unlearn.evaluation.measures.base import Answer
+from duet_unlearn.evaluation.measures.words import split_words
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def common_words(reference: str, response: str) -> int:
+    """Return the length of the longest common subsequence of words (ROUGE-L, Lin 2004)."""
+    wanted, found = split_words(reference), split_words(response)
+    row = [0] * (len(found) + 1)
+    for word in wanted:
+        left_above = 0
+        for index, other in enumerate(found, start=1):
+            above = row[index]
+            row[index] = left_above + 1 if word == other else max(above, row[index - 1])
+            left_above = above
+    return row[-1]
+
+
+def rouge_l_recall(reference: str, response: str) -> float:
+    """Return ROUGE-L recall, 0 to 1: the common subsequence over the reference's length."""
+    wanted = len(split_words(reference))
+    return common_words(reference, response) / wanted if wanted else 0.0
+
+
+def rouge_l_f1(reference: str, response: str) -> float:
+    """Return the harmonic mean of ROUGE-L recall and precision, 0 to 1."""
+    lengths = len(split_words(reference)) + len(split_words(response))
+    return 2 * common_words(reference, response) / lengths if lengths else 0.0
+
+
+def contains_answer(reference: str, response: str) -> bool:
+    """Return whether the reference's words stand in the response as one run.
+
+    Case, punctuation and blanks do not count; word borders do (`Paris` is not in `Parisian`).
+    """
+    wanted = split_words(reference)
+    if not wanted:  # a sign or an emoji: nothing is left to normalise
+        return reference.strip() in response
+    return f" {' '.join(wanted)} " in f" {' '.join(split_words(response))} "
+
+
+def exact_match(reference: str, response: str) -> bool:
+    """Return whether the response has the reference's words and no others."""
+    wanted = split_words(reference)
+    return wanted == split_words(response) if wanted else reference.strip() == response.strip()
+
+
+def recall_score(reference: str, answer: Answer) -> float:
+    """Score by `rouge_l_recall`."""
+    return rouge_l_recall(reference, answer.text)
+
+
+def f1_score(reference: str, answer: Answer) -> float:
+    """Score by `rouge_l_f1`."""
+    return rouge_l_f1(reference, answer.text)
+
+
+def containment_score(reference: str, answer: Answer) -> float:
+    """Score by `contains_answer`."""
+    return float(contains_answer(reference, answer.text))
+
+
+def exact_score(reference: str, answer: Answer) -> float:
+    """Score by `exact_match`."""
+    return float(exact_match(reference, answer.text))

@@ -1,0 +1,112 @@
+"""How sure a mean or a difference is: bootstrap intervals and paired tests.
+
+Everything is a function of the scores alone: the resamples are drawn with a fixed seed.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+POINTS = 100.0
+LEVEL = 0.95
+"""Coverage of every interval."""
+RESAMPLES = 2000
+_MOST_RESAMPLED = 2000
+"""From so many queries on the mean is as good as normal, and resamples only cost memory."""
+
+Scores = NDArray[np.float64]
+"""One a query, 0 to 1; NaN where a measure says nothing of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """A mean over queries with its interval, in points (0 to 100)."""
+
+    mean: float
+    count: int
+    """Queries that the mean is over."""
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A mean difference between two models on the same queries, in points."""
+
+    mean: float
+    count: int
+    low: float
+    high: float
+    p: float
+    """Two-sided: McNemar's exact test where every score is 0 or 1, else a paired bootstrap."""
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(count: int) -> NDArray[np.float64]:
+    """How often each query is drawn, over `count`: `[RESAMPLES, count]`."""
+    generator = np.random.default_rng(0)
+    return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+
+
+def summarize(scores: Scores) -> Number | None:
+    """Return mean, count and percentile bootstrap interval; None where no query has a score."""
+    known = scores[~np.isnan(scores)]
+    if not known.size:
+        return None
+    low, high = _interval(known)
+    return Number(
+        mean=POINTS * float(known.sum() / known.size), count=known.size, low=low, high=high
+    )
+
+
+def compare(scores: Scores, against: Scores) -> Difference | None:
+    """Return the mean of `scores - against` over queries that both have, with its test."""
+    both = ~(np.isnan(scores) | np.isnan(against))
+    first, second = scores[both], against[both]
+    if not first.size:
+        return None
+    changes = first - second
+    low, high = _interval(changes)
+    binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
+    return Difference(
+        mean=POINTS * float(changes.mean()),
+        count=int(changes.size),
+        low=low,
+        high=high,
+        p=_mcnemar(changes) if binary else _bootstrap_p(changes),
+    )
+
+
+def _interval(values: Scores) -> tuple[float, float]:
+    if np.ptp(values) == 0:  # every resample is the same
+        return POINTS * float(values[0]), POINTS * float(values[0])
+    if values.size > _MOST_RESAMPLED:
+        mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(values.size)
+        return POINTS * (mean - half), POINTS * (mean + half)
+    means = _draws(values.size) @ values
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return POINTS * float(low), POINTS * float(high)
+
+
+def _mcnemar(changes: Scores) -> float:
+    """Exact: the queries that changed are as likely to have changed either way."""
+    up, down = int((changes > 0).sum()), int((changes < 0).sum())
+    changed = up + down
+    ways = sum(math.comb(changed, k) for k in range(min(up, down) + 1))
+    return min(1.0, 2 * ways / (1 << changed))
+
+
+def _bootstrap_p(changes: Scores) -> float:
+    """The share of resamples beyond the mean, of changes moved to a mean of zero."""
+    if np.ptp(changes) == 0:
+        return 1.0 if changes[0] == 0 else 1 / (RESAMPLES + 1)
+    mean = float(changes.mean())
+    if changes.size > _MOST_RESAMPLED:
+        error = float(changes.std(ddof=1)) / math.sqrt(changes.size)
+        return math.erfc(abs(mean) / error / math.sqrt(2))
+    beyond = np.abs(_draws(changes.size) @ (changes - mean)) >= abs(mean) - 1e-12
+    return float((1 + beyond.sum()) / (RESAMPLES + 1))

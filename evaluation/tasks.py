@@ -1,0 +1,216 @@
+"""What models are asked: query sets, attacks, and one task for each query in each shape."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from duet_unlearn.data.messages import Message
+from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.query_files import open_rows
+from duet_unlearn.data.shapes import OWN_FAMILY, Shape, Shown, load_shapes
+from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.measures.words import split_words
+
+if TYPE_CHECKING:
+    from duet_unlearn.data.prompts import PromptRenderer
+
+ATTACKED_SPLITS = ("forget", "retain")
+_SHOWN_PAIRS = 3
+_WRONG_CHOICES = 3
+_REWRITTEN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuerySet:
+    """The queries of one source."""
+
+    name: str
+    split: str
+    """`forget`, `retain` or `general`."""
+    source: str
+    queries: tuple[Query, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that its queries name, in the order of their first query."""
+        return tuple(dict.fromkeys(q.kind for q in self.queries if q.kind is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attack:
+    """One way to ask: a shape, or a user's own wording of each query."""
+
+    name: str
+    text: str
+    """Of the shape; for a file of wordings, where it lies."""
+    family: str = OWN_FAMILY
+    shape: Shape | None = None
+    wordings: dict[str, tuple[Message, ...]] | None = None
+    """By the text of the query as its set has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One query, plainly or under one attack."""
+
+    set_name: str
+    query: Query
+    attack: Attack | None = None
+    shown: Shown | None = None
+    """What the attack shows beside the query."""
+
+    def render(self, renderer: "PromptRenderer", *, prefixed: bool = False) -> list[int]:
+        """Return the prompt's token ids `[P]`, with the renderer's prefix if `prefixed`.
+
+        Raises:
+            DataError: The chat template refuses the conversation.
+        """
+        messages = self.query.messages
+        if self.attack is not None and self.attack.shape is not None:
+            shape = self.attack.shape
+            return shape.render(messages, renderer, prefixed=prefixed, shown=self.shown)
+        if self.attack is not None and self.attack.wordings is not None:
+            messages = self.attack.wordings[self.query.text]
+        return renderer.teacher_ids(messages) if prefixed else renderer.student_ids(messages)
+
+
+def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
+    """Return all attacks, each text once, under names that differ.
+
+    A source is what `load_shapes` takes, or a query file whose rows say in `asked` (text) how the
+    query in `query` is asked instead: synonyms, translations, reverse questions. Its attack has
+    the file's stem for name and family, and asks only the queries that the file has.
+
+    Raises:
+        ConfigurationError: A built-in name is unknown.
+        DataError: A file is missing, unreadable or malformed.
+    """
+    attacks: dict[str, Attack] = {}
+    for source in sources:
+        for attack in _load(source):
+            name, number = attack.name, 2
+            while name in attacks and attacks[name].text != attack.text:
+                name, number = f"{attack.name} ({number})", number + 1
+            attacks.setdefault(name, dataclasses.replace(attack, name=name))
+    return tuple(attacks.values())
+
+
+def _load(source: str) -> list[Attack]:
+    if not source.startswith("@") and Path(source).suffix.lower() in _REWRITTEN_SUFFIXES:
+        name = Path(source).stem
+        return [Attack(name=name, text=source, family=name, wordings=_load_wordings(source))]
+    return [
+        Attack(name=shape.name, text=shape.text, family=shape.family, shape=shape)
+        for shape in load_shapes(source)
+    ]
+
+
+def _load_wordings(source: str) -> dict[str, tuple[Message, ...]]:
+    wordings: dict[str, tuple[Message, ...]] = {}
+    rows = open_rows(source, needs_one_of=("query", "asked"))
+    for number, row in rows:
+        query, asked = row.get("query"), row.get("asked")
+        if not (isinstance(query, str) and isinstance(asked, str) and query and asked.strip()):
+            raise DataError(
+                f"{rows.locate(number)}: expected text in `query` and in `asked`, the wording that "
+                "is asked instead"
+            )
+        wordings[query] = (Message(role="user", content=asked),)
+    return wordings
+
+
+def load_sets(
+    sources: Sequence[tuple[str, str]], *, limit: int | None = None
+) -> tuple[QuerySet, ...]:
+    """Return all query sets, each named by its split and, where the split has several, its file.
+
+    Args:
+        sources: split and source of each set.
+        limit: most queries of a set; they are spread evenly over it.
+
+    Raises:
+        DataError: A source cannot be read, or a query has no answer.
+    """
+    sets: list[QuerySet] = []
+    for split, source in sources:
+        queries = load_queries(source, split=split, require_answers=True)
+        if limit is not None:
+            queries = spread(queries, limit)
+        alone = sum(other == split for other, _ in sources) == 1
+        name = base = split if alone else f"{split} {Path(source).stem}"
+        number = 2
+        while any(name == other.name for other in sets):
+            name, number = f"{base} ({number})", number + 1
+        sets.append(QuerySet(name=name, split=split, source=source, queries=tuple(queries)))
+    return tuple(sets)
+
+
+def spread(queries: Sequence[Query], limit: int) -> list[Query]:
+    """Return at most `limit` queries at even distances: files are often sorted by kind."""
+    count = min(limit, len(queries))
+    return [queries[i * len(queries) // count] for i in range(count)]
+
+
+def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Attack]) -> tuple[Task, ...]:
+    """Return every query plainly, then every forget and retain query under each attack."""
+    pools = {
+        split: [query for s in sets if s.split == split for query in s.queries]
+        for split in ATTACKED_SPLITS
+    }
+    plain = [Task(set_name=s.name, query=query) for s in sets for query in s.queries]
+    attacked = [
+        Task(set_name=s.name, query=query, attack=attack, shown=_shown(attack, query, pools))
+        for attack in attacks
+        for s in sets
+        if s.split in ATTACKED_SPLITS
+        for query in s.queries
+        if attack.wordings is None or query.text in attack.wordings
+    ]
+    return (*plain, *attacked)
+
+
+def check_length(task: Task, length: int, label: str, limit: int | None, new_tokens: int) -> None:
+    """Refuse a prompt that is empty or leaves no room for its answer.
+
+    Raises:
+        DataError: It is one of the two.
+    """
+    where = f"query {task.query.query_id} of {task.set_name}"
+    if task.attack is not None:
+        where += f" under attack {task.attack.name}"
+    if length == 0:
+        raise DataError(f"{where}: its prompt has no token in model {label}; write a longer query")
+    if limit is not None and length + new_tokens > limit:
+        raise DataError(
+            f"{where}: {length} tokens of prompt and {new_tokens} of answer do not fit into the "
+            f"{limit} that {label} reads; shorten the query or lower --max-new-tokens"
+        )
+
+
+def _shown(attack: Attack, query: Query, pools: dict[str, list[Query]]) -> Shown | None:
+    """What a shape with further slots shows beside a query; the same in every evaluation."""
+    if attack.shape is None or not attack.shape.slots:
+        return None
+    generator = random.Random(query.query_id)
+    answer = query.answer or ""
+    words = split_words(answer)
+    others = [q.answer for q in pools[query.split] if q.answer and q.answer != answer]
+    wrong = sorted(set(others))
+    choices = [answer, *generator.sample(wrong, min(_WRONG_CHOICES, len(wrong)))]
+    generator.shuffle(choices)
+    return Shown(
+        examples=_pairs(query, pools["retain"], generator),
+        facts=_pairs(query, pools[query.split], generator),
+        hint=f"the answer begins with {answer[:1]!r} and has {len(words)} words",
+        choices="\n".join(f"- {choice}" for choice in choices),
+    )
+
+
+def _pairs(query: Query, pool: Sequence[Query], generator: random.Random) -> list[tuple[str, str]]:
+    """Other queries with their answers, none of which has the answer that is asked for."""
+    others = [q for q in pool if q.answer and q.answer != query.answer]
+    taken = generator.sample(others, min(_SHOWN_PAIRS, len(others)))
+    return [(q.messages[-1]["content"], q.answer or "") for q in taken]

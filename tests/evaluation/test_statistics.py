@@ -1,0 +1,61 @@
+"""Intervals and paired tests, against SciPy-free closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+
+from duet_unlearn.evaluation.statistics import compare, summarize
+
+
+def test_a_mean_has_its_count_and_an_interval_around_it() -> None:
+    scores = np.array([1.0] * 30 + [0.0] * 70 + [math.nan] * 5)
+    number = summarize(scores)
+    assert number is not None
+    assert (number.mean, number.count) == (pytest.approx(30.0), 100)
+    # 1.96 * sqrt(0.3 * 0.7 / 100) is 9.0 points.
+    assert number.low == pytest.approx(30 - 9, abs=1.5)
+    assert number.high == pytest.approx(30 + 9, abs=1.5)
+    assert summarize(scores) == number
+
+
+def test_many_queries_need_no_resampling() -> None:
+    number = summarize(np.tile([0.0, 0.0, 0.0, 1.0], 1000))
+    assert number is not None
+    half = 196 * math.sqrt(0.25 * 0.75 / 4000)
+    assert (number.low, number.high) == pytest.approx((25 - half, 25 + half), abs=0.01)
+    alike = compare(np.tile([0.5, 0.1, 0.2], 1000), np.tile([0.1, 0.5, 0.2], 1000))
+    assert alike is not None
+    assert alike.p == pytest.approx(1.0)
+
+
+def test_equal_scores_have_no_interval_and_none_no_number() -> None:
+    number = summarize(np.array([0.5, 0.5]))
+    assert number is not None
+    assert (number.low, number.mean, number.high) == (50.0, 50.0, 50.0)
+    assert summarize(np.array([math.nan])) is None
+    assert compare(np.array([math.nan]), np.array([1.0])) is None
+
+
+def test_mcnemar_by_hand() -> None:
+    # Six queries changed, all the same way: 2 / 2 ** 6.
+    difference = compare(np.array([0.0] * 6 + [1.0] * 4), np.array([1.0] * 10))
+    assert difference is not None
+    assert difference.mean == pytest.approx(-60.0)
+    assert difference.p == pytest.approx(2 / 64)
+    same = compare(np.array([0.0, 1.0]), np.array([1.0, 0.0]))
+    assert same is not None
+    assert same.p == 1.0
+
+
+def test_a_paired_bootstrap_tells_a_shift_from_noise() -> None:
+    generator = np.random.default_rng(1)
+    base = generator.random(80)
+    shifted = compare(base * 0.5, base)
+    noisy = compare(base + generator.normal(0, 0.1, 80), base)
+    assert shifted is not None
+    assert noisy is not None
+    assert shifted.p < 0.01
+    assert shifted.high < 0
+    assert noisy.p > 0.05
+    assert noisy.low < 0 < noisy.high
