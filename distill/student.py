@@ -151,7 +151,13 @@ def _id_at(ids: list[int], index: int) -> str:
 def _check_head(student: Student, reader: CacheReader) -> None:
     # Padding rows make heads of one tokenizer differ in width, so a narrower head than the
     # teacher's is only wrong if the cache holds an id beyond it.
-    if student.head_width >= reader.manifest.recipe.vocab_size:
+    recipe = reader.manifest.recipe
+    if recipe.top_k > student.head_width:  # before anything of that width is decoded
+        raise MismatchError(
+            f"student {student.name}: its head gives {student.head_width} logits, but the cache "
+            f"keeps {recipe.top_k} at a position; take a student with the teacher's vocabulary"
+        )
+    if student.head_width >= recipe.vocab_size:
         return
     for index in range(len(reader.row_groups)):
         largest = int(reader.group(index).token_ids.max(initial=0))

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from duet_unlearn.files import write_text
 from duet_unlearn.teacher_cache.format.manifest import Manifest
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 CARD_NAME = "README.md"
+_QUERY_LENGTH = 80
 
 _CARD = """\
 ---
@@ -35,15 +37,25 @@ reference answers.
 | prefix in front of retain queries | {retain_prefix} |
 | logits | {logit_dtype}, computed in {compute_dtype} |
 | recipe | `{recipe_id}` |
+| digest | `{digest}` |
 
-The manifest's digest names this cache: `PATH@sha256:...` pins it wherever a cache is named.
+The recipe says what the signals mean, the digest that these are the very bytes: `PATH@{digest}`
+pins this cache wherever a cache is named.
+
+## Samples
+
+The teacher's strongest first tokens, with their probabilities:
+
+| split | query | tokens |
+| --- | --- | --- |
+{samples}
 
 ## Columns
 
 `query_id`, `split` (forget or retain), `query`, `prompt_ids` (the student's prompt, without the
-prefix), `response_ids` (the teacher's greedy tokens, T), `token_ids` (T*K, row-major, by falling
-logit), `logits` (T*K, raw: before softmax and temperature), `logsumexp` (T, over the full
-vocabulary: `logits - logsumexp` are log-probabilities).
+prefix), `response_ids` (the teacher's greedy tokens, T), `token_ids` (T*K, row-major, by
+descending logit), `logits` (T*K, raw: before softmax and temperature), `logsumexp` (T, over the
+full vocabulary: `logits - logsumexp` are log-probabilities).
 
 ## Load
 
@@ -54,11 +66,12 @@ rows = datasets.load_dataset("parquet", data_files="shards/*.parquet", split="tr
 import pandas
 rows = pandas.read_parquet("shards")
 
-import duckdb
-rows = duckdb.sql("select * from 'shards/*.parquet'")
-
 from duet_unlearn.teacher_cache.reader import CacheReader
 row = CacheReader.open(".").row(0)   # row.logits is [T, K]
+```
+
+```sql
+select split, count(*), avg(logsumexp[1]) from 'shards/*.parquet' group by split
 ```
 
 Train a student from it: `duet-distill run PATH --student MODEL --out DIR`.
@@ -85,8 +98,24 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         logit_dtype=recipe.logit_dtype,
         compute_dtype=recipe.compute_dtype,
         recipe_id=manifest.recipe_id,
+        digest=manifest.digest,
+        samples="\n".join(map(_sample, manifest.samples)),
     )
     write_text(cache / CARD_NAME, text)
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    tokens = ", ".join(
+        f"{_code(token['text'])} {token['probability']:.2f}" for token in sample["strongest"][:5]
+    )
+    query = _inline(sample["query"])
+    return f"| {sample['split']} | {query[:_QUERY_LENGTH]} | {tokens} |"
+
+
+def _code(text: str) -> str:
+    """Return a token as code: blanks and control characters visible, no border of the table."""
+    shown = repr(text)[1:-1].replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`" if text.strip() else f"`{text!r}`"
 
 
 def _inline(text: str) -> str:

@@ -47,12 +47,16 @@ from duet_unlearn.teacher_cache.format.schema import (
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
 from duet_unlearn.teacher_cache.format.strict_json import parse_json
 
-_COMPRESSION_LEVEL = 3
+_COMPRESSION_LEVEL = 6
 # A column of a row group in one page: smaller than several, and faster to read.
 _PAGE_BYTES = 1 << 24
 # What the Parquet library raises over a file that is no shard.
 _LIBRARY_ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
-_BYTE_STREAM_SPLIT = ("logits", "logsumexp", "token_ids")
+_DICTIONARY_BYTES = 1 << 22
+# The smallest that pyarrow, DuckDB, polars and pandas all read: DuckDB splits no float16, and older
+# ones no integers. Ids repeat from row to row, so a dictionary beats splitting them.
+_DICTIONARIES = ["split", "token_ids.list.element"]
+_BYTE_STREAM_SPLIT = {"float16": ["logsumexp"], "float32": ["logsumexp", "logits"]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,8 +153,11 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
             compression="zstd",
             compression_level=_COMPRESSION_LEVEL,
             data_page_size=_PAGE_BYTES,
-            use_dictionary=["split"],
-            use_byte_stream_split=[f"{name}.list.element" for name in _BYTE_STREAM_SPLIT],
+            use_dictionary=_DICTIONARIES,
+            dictionary_pagesize_limit=_DICTIONARY_BYTES,
+            use_byte_stream_split=[
+                f"{name}.list.element" for name in _BYTE_STREAM_SPLIT[header.recipe.logit_dtype]
+            ],
             write_page_checksum=True,
             write_statistics=["query_id", "split"],
         )

@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any
 
+_BYTES_A_VALUE, _FREE_VALUES = 12, 4096
+
 
 def parse_json(data: bytes | str) -> Any:
     """Parse JSON that has exactly one reading.
@@ -14,6 +16,9 @@ def parse_json(data: bytes | str) -> Any:
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
+        # Millions of empty objects in a few megabytes would take a hundred times their size.
+        if sum(map(text.count, ",{[")) > len(text) // _BYTES_A_VALUE + _FREE_VALUES:
+            raise ValueError("more values than its size can mean")
         value = json.loads(
             text,
             object_pairs_hook=_object,

@@ -1,6 +1,7 @@
 """A cache opens in plain pyarrow, datasets, pandas and DuckDB, as its card says."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,64 @@ def test_duckdb_answers_sql(cache: Path) -> None:
         f"from '{cache}/shards/*.parquet' group by 1 order by 1"
     ).fetchall()
     assert rows == [("forget", 5, 6.0), ("retain", 7, 6.0)]
+
+
+@pytest.mark.parametrize("logit_dtype", ["float16", "float32"])
+def test_every_column_is_read_by_each_library(
+    cache_of_rows: Callable[..., Path], logit_dtype: str
+) -> None:
+    import duckdb
+    import pandas
+    import polars
+
+    rows = [(f"q{i}", "forget" if i < 4 else "retain", f"query {i}") for i in range(8)]
+    cache = cache_of_rows("cache", rows, logit_dtype=logit_dtype)
+    files = f"{cache}/shards/*.parquet"
+    reader = CacheReader.open(cache)
+    rows_by_id = sorted(map(reader.row, range(8)), key=lambda row: row.query_id)
+    frames = {
+        "duckdb": duckdb.sql(f"select * from '{files}' order by query_id").to_df(),
+        "pandas": pandas.read_parquet(cache / "shards").sort_values("query_id"),
+        "polars": polars.read_parquet(files).sort("query_id").to_pandas(),
+    }
+    for library, frame in frames.items():
+        for index in range(8):
+            row, found = rows_by_id[index], frame.iloc[index]
+            assert (found["query_id"], found["split"]) == (row.query_id, row.split), library
+            for name in ("prompt_ids", "response_ids", "token_ids", "logits", "logsumexp"):
+                np.testing.assert_array_equal(
+                    np.array(found[name], dtype=np.float32),
+                    getattr(row, name).reshape(-1).astype(np.float32),
+                    err_msg=f"{library} {name}",
+                )
+
+
+def test_the_queries_of_readme_and_card_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fenced block of SQL or Python that reads a cache, as it is printed."""
+    import duckdb
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hp-cache").symlink_to(cache)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Read a cache from other code")[1].split("\n## ")[0]
+    card = (cache / "README.md").read_text(encoding="utf-8")
+    blocks = [("readme", *block) for block in _fenced(section)]
+    blocks += [("card", *block) for block in _fenced(card)]
+    assert {language for _, language, _ in blocks} >= {"python"}
+    for place, language, code in blocks:
+        monkeypatch.chdir(tmp_path if place == "readme" else cache)
+        if language == "python":
+            exec(compile(code, place, "exec"), {})  # noqa: S102 - the very text we print
+        elif language == "sql":
+            assert duckdb.sql(code).fetchall()
+
+
+def _fenced(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_pandas_reads_the_shards(cache: Path) -> None:

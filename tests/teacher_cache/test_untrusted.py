@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import pytest
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError
 from duet_unlearn.teacher_cache.format import schema
-from duet_unlearn.teacher_cache.format.manifest import MAX_MANIFEST_BYTES, read_manifest
+from duet_unlearn.teacher_cache.format.manifest import (
+    MAX_MANIFEST_BYTES,
+    decode_manifest,
+    read_manifest,
+)
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import row_group_rows
 from duet_unlearn.teacher_cache.format.shard import check_storable
@@ -220,7 +225,7 @@ def test_manifest_entries_of_the_wrong_kind_are_refused(
         ("[-Infinity]", "not a JSON number"),
         ("[1e999]", "too large"),
         ('["\\ud800"]', "surrogates not allowed"),
-        ("[" * 200_000, "nested too deep"),
+        ("[" * 200_000, "more values than its size"),
         (b"\xff\xfe", "can't decode"),
         ("9" * 5000, "limit"),
     ],
@@ -331,3 +336,73 @@ def test_row_groups_shrink_with_long_prompts_and_texts() -> None:
 def test_a_recipe_of_rows_that_no_reader_could_hold_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="a row holds at most 16777216 logits"):
         _recipe(vocab_size=1 << 20, top_k=1 << 20, positions=17)
+
+
+def test_a_shard_that_is_swapped_while_it_is_read_is_refused(
+    cache_of_rows: MakeCache, tmp_path: Path
+) -> None:
+    """Many shards, so that early ones are closed and opened again, as in training."""
+    rows = [(f"q{i}", "forget" if i % 2 else "retain", f"query {i}") for i in range(24)]
+    ours = cache_of_rows("ours", rows, shard_rows=2)
+    theirs = cache_of_rows("theirs", rows, shard_rows=2, shift=3.0)
+    pin = CacheReader.open(ours).manifest.digest
+    reader = CacheReader.open(f"{ours}@{pin}")
+    for index in range(24):
+        reader.row(index)
+    for path in (theirs / "shards").iterdir():
+        (ours / "shards" / path.name).write_bytes(path.read_bytes())
+    reader._recent.clear()
+    with pytest.raises(CorruptCacheError, match="its bytes have sha256:|the manifest says"):
+        list(map(reader.row, range(24)))
+
+
+def test_a_shard_that_is_touched_but_not_changed_is_read_on(cache_of_rows: MakeCache) -> None:
+    rows = [(f"q{i}", "forget" if i % 2 else "retain", f"query {i}") for i in range(4)]
+    cache = cache_of_rows("cache", rows)
+    reader = CacheReader.open(cache)
+    before = reader.row(0)
+    for path in (cache / "shards").iterdir():
+        path.touch()
+    reader._recent.clear()
+    np.testing.assert_array_equal(reader.row(0).logits, before.logits)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("logits", [1.0, 2.0, 0.5, 0.1], "not in descending order"),
+        ("logits", [1e25, 2.0, 0.5, 0.1], "logits beyond 1e"),
+        ("logsumexp", [-1e30], "a logsumexp below the largest logit"),
+        ("logsumexp", [1e30], "a logsumexp above what 90 such logits come to"),
+        ("token_ids", [3, 3, 4, 5], "a token id twice at one position"),
+    ],
+)
+def test_what_verify_rejects_is_rejected_while_reading(
+    cache_of_rows: MakeCache, column: str, value: list[float], message: str
+) -> None:
+    cache = cache_of_rows("cache", [("q0", "forget", "query")], logit_dtype="float32")
+    path = next((cache / "shards").iterdir())
+    table = pq.read_table(path)
+    changed = table[column].to_pylist()
+    changed[0][: len(value)] = value
+    position = table.schema.get_field_index(column)
+    field = table.schema.field(position)
+    pq.write_table(table.set_column(position, field, pa.array(changed, field.type)), path)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["shards"][0].update(bytes=path.stat().st_size, sha256=sha256_file(path))
+    del manifest["digest"]
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "digest": sha256_json(manifest)}))
+    assert any(message in problem for problem in verify(cache).problems)
+    with pytest.raises(CorruptCacheError, match=message):
+        CacheReader.open(cache).row(0)
+
+
+def test_a_manifest_of_millions_of_empty_objects_is_refused_before_it_is_parsed() -> None:
+    data = b'{"engines": [' + b"{}," * 5_000_000 + b"{}]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptCacheError, match="more values than its size can mean"):
+            decode_manifest(data, "manifest.json")
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(data)
+    finally:
+        tracemalloc.stop()

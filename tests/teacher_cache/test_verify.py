@@ -163,7 +163,7 @@ def _set(values: list[Any], row: int, place: int, value: object) -> None:
             "token_ids outside the vocabulary of 90",
         ),
         (lambda c: _rewrite(c, "token_ids", _repeat_id), "a token id twice at one position"),
-        (lambda c: _rewrite(c, "logits", lambda v: _set(v, 2, 3, 99.0)), "logits that do not fall"),
+        (lambda c: _rewrite(c, "logits", lambda v: _set(v, 2, 3, 99.0)), "not in descending order"),
         (lambda c: _rewrite(c, "logits", lambda v: _set(v, 2, 0, np.inf)), "not finite"),
         (lambda c: _rewrite(c, "logits", _drop_a_position), "rows are not T*K long"),
         (
