@@ -67,7 +67,7 @@ def demo_commands(out: Path, engine: str = "auto") -> list[list[str]]:
     evaluate += [f"student with view={out / 'student-with-view'}"]
     evaluate += ["--forget", str(world.FORGET_HELDOUT), "--retain", str(world.RETAIN_HELDOUT)]
     evaluate += ["--general", str(world.GENERAL), *steering, "--attacks", "@attacks"]
-    evaluate += ["--json", str(out / "eval.json")]
+    evaluate += ["--out", str(out / "eval.json")]
     return [
         build,
         [*train, "--out", str(out / "student")],

@@ -5,6 +5,7 @@ import os
 import click
 
 from duet_unlearn import __version__
+from duet_unlearn.cli.ask import ask_command
 from duet_unlearn.cli.demo import demo_command
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
 from duet_unlearn.cli.evaluate import eval_command
@@ -26,6 +27,7 @@ def main(verbose: bool) -> None:
 
 main.add_command(run_command)
 main.add_command(eval_command)
+main.add_command(ask_command)
 main.add_command(demo_command)
 
 if __name__ == "__main__":  # torchrun and accelerate start a module or a script, no command

@@ -9,6 +9,8 @@ import click
 from duet_unlearn.data.models.loading import DTYPES
 from duet_unlearn.errors import CacheError, ConfigurationError, StoppedError
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
+from duet_unlearn.evaluation.measures import MEASURES
+from duet_unlearn.evaluation.requirements import check_requirements
 
 _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_fields__.items()}
 
@@ -52,8 +54,9 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
     "--attacks",
     multiple=True,
     metavar="FILE|@NAME",
-    help="Also ask forget and retain queries behind each of these wrappers: a text file, one a "
-    "line with {query} in it, one built-in name, or @attacks, @views, @all. Repeatable.",
+    help="Also ask forget and retain queries in each of these shapes: a text file, one a line "
+    "with {query} in it, a query file with a column `asked`, a built-in name, @family:NAME, "
+    "@attacks or @families. Repeatable.",
 )
 @click.option(
     "--batch-size",
@@ -82,20 +85,40 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
     help="Take this many queries of each file, evenly spread.  [default: all]",
 )
 @click.option(
-    "--json",
-    "json_out",
-    metavar="OUT",
-    help="Also write everything, each response too, to this JSON file; - prints it instead of "
-    "the table, which then goes to standard error.",
+    "--measure",
+    "measures",
+    multiple=True,
+    type=click.Choice(list(MEASURES)),
+    metavar="NAME",
+    help=f"Also show this measure: {', '.join(MEASURES)}. Repeatable.",
 )
-def eval_command(models: tuple[str, ...], json_out: str | None, **settings: Any) -> None:
+@click.option(
+    "--refusals",
+    multiple=True,
+    metavar="FILE",
+    help="Further phrases that mark a refusal, one a line. Repeatable.",
+)
+@click.option(
+    "--require",
+    metavar="BOUNDS",
+    help='Exit 1 where these do not hold, in points: "forget<5,worst<10,retain>97". NAME: or '
+    ".MEASURE may stand around a name.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write everything, each answer too, to this JSON file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as one JSON document.")
+def eval_command(models: tuple[str, ...], out: Path | None, as_json: bool, **settings: Any) -> None:
     """Answer queries with each MODEL and score the answers, side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL to name its row; the
     first one is the reference.
     """
     config = EvalConfig(models=tuple(ModelSpec.parse(text) for text in models), **settings)
-    target = None if json_out in (None, "-") else Path(str(json_out)).expanduser()
+    target = None if out is None else out.expanduser()
     if target is not None:
         _check_target(target)
     try:
@@ -106,22 +129,23 @@ def eval_command(models: tuple[str, ...], json_out: str | None, **settings: Any)
     except KeyboardInterrupt as error:
         raise StoppedError("stopped; an evaluation keeps no parts, so start it again") from error
     # The table first: it is not lost when the file cannot be written.
-    click.echo(format_report(report), err=json_out == "-")
-    if json_out is None:
-        return
-    text = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=1)
-    if target is None:
-        click.echo(text)
-    else:
-        _write(target, text + "\n")
+    click.echo(format_report(report), err=as_json)
+    if as_json or target is not None:
+        text = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=1)
+        if as_json:
+            click.echo(text)
+        if target is not None:
+            _write(target, text + "\n")
+    if config.require:
+        check_requirements(config.require, report)
 
 
 def _check_target(target: Path) -> None:
     """Refuse a file that cannot be written before the work, not after it."""
     if target.is_dir():
-        raise ConfigurationError(f"--json {target}: a folder, expected the name of a file")
+        raise ConfigurationError(f"--out {target}: a folder, expected the name of a file")
     if not target.parent.is_dir():
-        raise ConfigurationError(f"--json {target}: no folder {target.parent}; make it first")
+        raise ConfigurationError(f"--out {target}: no folder {target.parent}; make it first")
 
 
 def _write(target: Path, text: str) -> None:
@@ -132,5 +156,5 @@ def _write(target: Path, text: str) -> None:
     except CacheError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
         raise ConfigurationError(
-            f"--json {target}: cannot be written ({reason}); name a file in another folder"
+            f"--out {target}: cannot be written ({reason}); name a file in another folder"
         ) from error

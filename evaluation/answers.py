@@ -59,6 +59,7 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[Sequence[int]], None] | None = None,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """Answer each prompt greedily.
 
@@ -69,6 +70,7 @@ def generate_answers(
         max_new_tokens: most tokens of an answer.
         batch_size: most prompts of a forward pass.
         on_batch: is told the indices of the prompts that have just been answered.
+        streamer: is given the tokens of the one prompt as they come (transformers' `streamer`).
 
     Returns:
         The new token ids of each prompt, up to and without its end of sequence.
@@ -93,7 +95,7 @@ def generate_answers(
     lengths = [len(prompt) for prompt in prompts]
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=max_new_tokens):
         try:
-            new_ids = _generate_batch(model, [prompts[i] for i in batch], settings)
+            new_ids = _generate_batch(model, [prompts[i] for i in batch], settings, streamer)
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
                 f"{len(batch)} prompts of up to {lengths[batch[0]]} tokens do not fit into the "
@@ -145,7 +147,7 @@ def _generation_config(**settings: object) -> Any:
 
 
 def _generate_batch(
-    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], settings: Any
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], settings: Any, streamer: Any
 ) -> list[list[int]]:
     """Generate for prompts that are padded on the left, where the mask hides the padding."""
     import torch
@@ -161,5 +163,6 @@ def _generate_batch(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=settings,
+            streamer=streamer,
         )
     return output[:, longest:].tolist()  # type: ignore[no-any-return]

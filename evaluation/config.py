@@ -8,6 +8,8 @@ from typing import Any
 
 from duet_unlearn.data.models.loading import DTYPES
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.evaluation.measures import MEASURES
+from duet_unlearn.evaluation.requirements import parse_requirements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class EvalConfig:
     are only taken where they are named."""
     refusals: tuple[str, ...] = ()
     """Files of further phrases that mark a refusal."""
+    require: str | None = None
+    """Bounds that the result has to keep, as `forget<5,worst<10,retain>97`."""
     batch_size: int = 64
     """Most queries of a forward pass."""
     max_new_tokens: int = 64
@@ -79,6 +83,13 @@ class EvalConfig:
             raise ConfigurationError(f"dtype is {self.dtype!r}, expected {', '.join(DTYPES)}")
         if self.topic is not None and self.prefix is None:
             raise ConfigurationError("topic is set without a prefix; give --prefix as well")
+        for part in parse_requirements(self.require) if self.require else ():
+            if MEASURES[part.measure].likelihood and part.measure not in self.measures:
+                raise ConfigurationError(
+                    f"--require {part.text}: give --measure {part.measure} as well"
+                )
+            if part.what.startswith("worst") and not self.attacks:
+                raise ConfigurationError(f"--require {part.text}: give --attacks as well")
         for label, count in Counter(self.labels).items():
             if count > 1:
                 raise ConfigurationError(

@@ -56,7 +56,7 @@ def summarize(scores: Scores) -> Number | None:
     known = scores[~np.isnan(scores)]
     if not known.size:
         return None
-    low, high = _interval(known)
+    low, high = _bounds(known)
     return Number(
         mean=POINTS * float(known.sum() / known.size), count=known.size, low=low, high=high
     )
@@ -78,6 +78,18 @@ def compare(scores: Scores, against: Scores) -> Difference | None:
         high=high,
         p=_mcnemar(changes) if binary else _bootstrap_p(changes),
     )
+
+
+def _bounds(scores: Scores) -> tuple[float, float]:
+    """The interval of a mean of scores, in points.
+
+    Where all are 0, or all 1, every resample is the same and would promise certainty; there it is
+    Clopper and Pearson's, which says that 0 of 144 leaves up to 2.5 points open.
+    """
+    if np.ptp(scores) == 0 and scores[0] in (0.0, 1.0):
+        open_share = 1 - ((1 - LEVEL) / 2) ** (1 / scores.size)
+        return (0.0, POINTS * open_share) if scores[0] == 0 else (POINTS * (1 - open_share), POINTS)
+    return _interval(scores)
 
 
 def _interval(values: Scores) -> tuple[float, float]:

@@ -99,7 +99,7 @@ def _notes(report: EvalReport) -> str:
     counts = ", ".join(f"{s.name} {len(s.queries)}" for s in report.sets)
     notes = [
         f"Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: {counts}.",
-        f"95% bootstrap intervals reach at most {_points(_widest(report))} points to either side.",
+        f"95% intervals reach at most {_points(_widest(report))} points to either side.",
         "refused: responses with a refusal phrase (a heuristic), in points.",
     ]
     if report.shows_shift:

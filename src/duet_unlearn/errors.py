@@ -31,3 +31,7 @@ class MismatchError(CacheError):
 
 class StoppedError(DuetError):
     """The user stopped the work; what is finished is kept and the message says how to go on."""
+
+
+class RequirementError(DuetError):
+    """A measured number is not what the user required of it."""

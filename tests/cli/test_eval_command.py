@@ -46,7 +46,7 @@ def test_table_on_standard_output_and_json_in_a_file(
     result = invoke(
         *(f"base={tiny_model}", f"again={tiny_model}", *files, "--general", files[1]),
         *("--prefix", "@explicit", "--topic", "lanterns", "--attacks", "@role-play"),
-        *("--json", out),
+        *("--out", out),
     )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -64,7 +64,7 @@ def test_table_on_standard_output_and_json_in_a_file(
 
 
 def test_json_on_standard_output_is_one_document(tiny_model: Path, files: list[object]) -> None:
-    result = invoke(tiny_model, *files, "--json", "-", "--limit", 2)
+    result = invoke(tiny_model, *files, "--json", "--limit", 2)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [s["queries"] for s in document["sets"]] == [2, 2]
@@ -78,9 +78,12 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         ([tiny_model, *files, "--max-new-tokens", 250], "lower --max-new-tokens"),
         ([tiny_model, *files, "--prefix", "@explicit"], "--topic"),
         ([tiny_model, *files, "--attacks", "@gone"], "no such built-in shape"),
-        ([tiny_model, *files, "--json", tmp_path / "no" / "x.json"], "make it first"),
-        ([tiny_model, *files, "--json", tmp_path], "a folder"),
+        ([tiny_model, *files, "--out", tmp_path / "no" / "x.json"], "make it first"),
+        ([tiny_model, *files, "--out", tmp_path], "a folder"),
         ([tiny_model, tiny_model, *files], "NAME=MODEL"),
+        ([tiny_model, *files, "--require", "forget=5"], "expected NAME<NUMBER"),
+        ([tiny_model, *files, "--require", "worst<5"], "give --attacks as well"),
+        ([tiny_model, *files, "--refusals", tmp_path / "gone"], "not readable"),
     ]
     for arguments, expected in cases:
         result = invoke(*arguments)
@@ -89,6 +92,19 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
         assert expected in result.stderr
+
+
+def test_a_requirement_that_does_not_hold_exits_1_with_its_number(
+    tiny_model: Path, files: list[object]
+) -> None:
+    held = invoke(tiny_model, *files, "--require", "forget<20, retain.refusal<=0")
+    assert held.exit_code == 0, held.output
+    broken = invoke(tiny_model, *files, "--require", "forget<20,retain>97", "--json")
+    assert broken.exit_code == 1
+    assert broken.stderr.splitlines()[-1] == (
+        f"error: required, and does not hold: {tiny_model.name}: retain is 0.0, required > 97"
+    )
+    assert json.loads(broken.stdout)["config"]["require"] == "forget<20,retain>97"
 
 
 def test_wrong_usage_and_help() -> None:
@@ -102,7 +118,7 @@ def test_a_stopped_evaluation_says_so_and_writes_nothing(
     tiny_model: Path, files: list[object], tmp_path: Path
 ) -> None:
     out = tmp_path / "eval.json"
-    many = ["--attacks", "@all", "--batch-size", "1", "--json", str(out)]
+    many = ["--attacks", "@all", "--batch-size", "1", "--out", str(out)]
     arguments = [str(part) for part in (tiny_model, *files, *many)]
     result = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, "eval", *arguments],

@@ -6,8 +6,10 @@ import json
 import pytest
 
 from duet_unlearn.data.queries import Query
+from duet_unlearn.errors import ConfigurationError, RequirementError
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer
+from duet_unlearn.evaluation.requirements import check_requirements, parse_requirements
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.table import WIDTH, format_report
 from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
@@ -87,7 +89,7 @@ worst   100.0 / 100.0   87.5 / 100.0   25.0 /  50.0
 
 Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: forget 4, retain 2, general 2.
 near, far: kinds of forget queries.
-95% bootstrap intervals reach at most 50.0 points to either side.
+95% intervals reach at most 84.2 points to either side.
 refused: responses with a refusal phrase (a heuristic), in points.
 shift: Performance Shift against base: drops on forget sets + changes on all others.
 worst: highest forget and lowest retain recall under any attack that counts.
@@ -256,3 +258,51 @@ def test_kinds_that_do_not_fit_have_a_table_of_their_own() -> None:
     assert blocks[1].startswith("Kinds of forget queries\n")
     assert "charac" not in blocks[0]
     assert blocks[1].splitlines()[-1].split() == ["student", "0.0", "0.0", "0.0", "50.0"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "forget<12.6",
+        "forget<=12.5, retain>=50,general>99",
+        "worst<25.1,worst-retain>=50",
+        "base:forget>99",
+        "base + prefix:forget.refusal>=100",
+        "student:retain.exact_match > 49",
+    ],
+)
+def test_requirements_that_hold(report: EvalReport, text: str) -> None:
+    check_requirements(text, report)
+
+
+def test_every_failing_number_is_named(report: EvalReport) -> None:
+    with pytest.raises(RequirementError) as caught:
+        check_requirements("forget<5,retain>97,general>1,worst<25", report)
+    assert str(caught.value) == (
+        "required, and does not hold: student: forget is 12.5, required < 5; "
+        "student: retain is 50.0, required > 97; student: worst is 25.0, required < 25"
+    )
+
+
+def test_a_model_alone_is_held_to_it_itself(report: EvalReport) -> None:
+    config = dataclasses.replace(
+        report.config, models=report.config.models[:1], prefix=None, topic=None
+    )
+    alone = dataclasses.replace(report, config=config)
+    with pytest.raises(RequirementError, match="base: forget is 100.0"):
+        check_requirements("forget<5", alone)
+
+
+@pytest.mark.parametrize("text", ["", "forget", "forget=5", "forget<x", "<5", "forget<5,"])
+def test_what_is_no_requirement_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="expected NAME<NUMBER or NAME>NUMBER"):
+        parse_requirements(text)
+
+
+def test_requirements_about_nothing_are_refused(report: EvalReport) -> None:
+    with pytest.raises(ConfigurationError, match="no measure 'nope'"):
+        parse_requirements("forget.nope<5")
+    with pytest.raises(ConfigurationError, match="no row 'gone'; there are base"):
+        check_requirements("gone:forget<5", report)
+    with pytest.raises(ConfigurationError, match="expected one of forget, retain, general, worst"):
+        check_requirements("forgotten<5", report)

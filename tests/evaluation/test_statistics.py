@@ -34,6 +34,13 @@ def test_equal_scores_have_no_interval_and_none_no_number() -> None:
     assert number is not None
     assert (number.low, number.mean, number.high) == (50.0, 50.0, 50.0)
     assert summarize(np.array([math.nan])) is None
+    none_of_144 = summarize(np.zeros(144))
+    assert none_of_144 is not None
+    # The chance to see none of 144 at a true share of 2.5 points is 2.5%.
+    assert (1 - none_of_144.high / 100) ** 144 == pytest.approx(0.025)
+    all_of_two = summarize(np.ones(2))
+    assert all_of_two is not None
+    assert (all_of_two.low, all_of_two.high) == pytest.approx((100 * 0.025**0.5, 100))
     assert compare(np.array([math.nan]), np.array([1.0])) is None
 
 

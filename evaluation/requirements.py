@@ -1,0 +1,120 @@
+"""`--require "forget<5,worst<10,retain>97"`: what an evaluation has to show, as a gate in CI."""
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from duet_unlearn.errors import ConfigurationError, RequirementError
+from duet_unlearn.evaluation.measures import MEASURES, RECALL
+
+if TYPE_CHECKING:
+    from duet_unlearn.evaluation.results import EvalReport
+
+_FORM = re.compile(
+    r"(?:(?P<row>[^:<>]+):)?(?P<what>[\w -]+?)(?:\.(?P<measure>\w+))?\s*"
+    r"(?P<sign><=|>=|<|>)\s*(?P<limit>-?\d+(?:\.\d+)?)"
+)
+_SIGNS: Mapping[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_WORST = {"worst": "forget", "worst-retain": "retain"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """One bound on one number."""
+
+    text: str
+    row: str | None
+    """Label of the row that has to meet it; None for all that were trained."""
+    what: str
+    """A split, a set, `worst` (forget recall under any attack that counts) or `worst-retain`."""
+    measure: str
+    sign: str
+    limit: float
+    """In points."""
+
+    def failures(self, report: "EvalReport") -> Iterator[str]:
+        """Yield what does not hold, with the number that was found.
+
+        Raises:
+            ConfigurationError: The evaluation has no such row or number.
+        """
+        for row in [self.row] if self.row else required_rows(report):
+            if row not in report.labels:
+                raise ConfigurationError(
+                    f"--require {self.text}: no row {row!r}; there are {', '.join(report.labels)}"
+                )
+            found = self._number(report, row)
+            if not _SIGNS[self.sign](found, self.limit):
+                yield f"{row}: {self.what} is {found:.1f}, required {self.sign} {self.limit:g}"
+
+    def _number(self, report: "EvalReport", row: str) -> float:
+        if self.what in _WORST:
+            number = report.worst(row, _WORST[self.what])
+        else:
+            key = "split" if report.sets_of(self.what) else "set_name"
+            found = report.number(row, self.measure, **{key: self.what})
+            number = None if found is None else found.mean
+        if number is None:
+            names = dict.fromkeys(n for s in report.sets for n in (s.split, s.name))
+            raise ConfigurationError(
+                f"--require {self.text}: nothing was measured of it; expected one of "
+                f"{', '.join(names)}, worst or worst-retain (with --attacks)"
+            )
+        return number
+
+
+def required_rows(report: "EvalReport") -> tuple[str, ...]:
+    """Return the rows that a requirement without a row is about: all but base and base + prefix."""
+    trained = tuple(spec.label for spec in report.config.models[1:])
+    return trained or report.labels[:1]
+
+
+def parse_requirements(text: str) -> tuple[Requirement, ...]:
+    """Return the requirements of a text such as `forget<5, student:retain.exact_match>=90`.
+
+    Raises:
+        ConfigurationError: A part of it is no requirement.
+    """
+    found = []
+    for part in (part.strip() for part in text.split(",")):
+        match = _FORM.fullmatch(part)
+        if match is None:
+            raise ConfigurationError(
+                f"--require {part!r}: expected NAME<NUMBER or NAME>NUMBER, as in "
+                "forget<5,worst<10,retain>97"
+            )
+        measure = match["measure"] or RECALL
+        if measure not in MEASURES:
+            raise ConfigurationError(
+                f"--require {part!r}: no measure {measure!r}; choose from {', '.join(MEASURES)}"
+            )
+        found.append(
+            Requirement(
+                text=part,
+                row=match["row"],
+                what=match["what"],
+                measure=measure,
+                sign=match["sign"],
+                limit=float(match["limit"]),
+            )
+        )
+    return tuple(found)
+
+
+def check_requirements(text: str, report: "EvalReport") -> None:
+    """Hold an evaluation to its requirements.
+
+    Raises:
+        ConfigurationError: One of them is about nothing that was measured.
+        RequirementError: Some do not hold; the message has the numbers.
+    """
+    failures = [line for part in parse_requirements(text) for line in part.failures(report)]
+    if failures:
+        raise RequirementError(f"required, and does not hold: {'; '.join(failures)}")
