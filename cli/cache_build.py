@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from duet_unlearn.cli.cache_result import print_cache
+from duet_unlearn.cli.paths import FolderPath
 
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.build.build import BuildResult
@@ -61,9 +62,7 @@ def _read_engine_args(
     help="The steering prefix, or a built-in one: see `duet-cache prefixes`.",
 )
 @click.option("--topic", metavar="TEXT", help="What to forget; fills {topic} in the prefix.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The cache folder to write."
-)
+@click.option("--out", required=True, type=FolderPath(), help="The cache folder to write.")
 @click.option(
     "--prefix-place",
     type=click.Choice(["system", "user", "raw"]),

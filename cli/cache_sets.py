@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from duet_unlearn.cli.cache_result import print_cache
+from duet_unlearn.cli.paths import FolderPath
 from duet_unlearn.errors import DuetError
 
 _DIFFERENT, _TROUBLE = 1, 2
@@ -13,9 +14,7 @@ _DIFFERENT, _TROUBLE = 1, 2
 
 @click.command("merge")
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The cache folder to write."
-)
+@click.option("--out", required=True, type=FolderPath(), help="The cache folder to write.")
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),

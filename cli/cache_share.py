@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from duet_unlearn.cli.paths import FolderPath
+
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.share.listing import ListedCache
     from duet_unlearn.teacher_cache.share.share import TransferResult
@@ -31,7 +33,7 @@ def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
 
 @click.command("pull")
 @click.argument("url")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=FolderPath())
 @_JSON
 def pull_command(url: str, folder: Path, as_json: bool) -> None:
     """Copy the cache at URL, or URL@sha256:DIGEST, into DIR.

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from duet_unlearn.data.queries import fingerprint_rows, hashed_id
 from duet_unlearn.errors import ConfigurationError, MismatchError
-from duet_unlearn.files import make_folder
+from duet_unlearn.files import claim_folder, make_folder
 from duet_unlearn.teacher_cache.build.assemble import Assembly, Samples, find_finished
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import check_shard_rows, plan_shards
 from duet_unlearn.teacher_cache.build.resume import PlannedCache
 from duet_unlearn.teacher_cache.build.row_source import Place, PlannedRows, RowSource, open_caches
-from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.format.manifest import Manifest, is_cache_folder
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.row_group import Identity
 from duet_unlearn.teacher_cache.format.samples import QUERIES_PER_SPLIT
@@ -126,6 +126,7 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
     manifest = find_finished(plan)
     hit = manifest is not None
     if manifest is None:
+        claim_folder(out, is_cache_folder)
         make_folder(out / SHARD_FOLDER)
         with build_lock(out):
             manifest = _write(plan, shards, source, readers)

@@ -3,12 +3,20 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from duet_unlearn.errors import CacheError
+from duet_unlearn.errors import CacheError, ConfigurationError
 
 TEMPORARY_SUFFIX = ".tmp"
+CACHE_FORMAT = "duet-teacher-cache"
+"""What the manifest of a cache calls its format."""
+CLAIM_NAME = ".duet-unlearn"
+"""Marks a folder that we made or found empty, until what we wrote into it proves itself."""
+_LEFTOVER = re.compile(
+    r"\.(manifest\.json|README\.md|\d{5,9}-of-\d{5,9}\.parquet)\.(\d+|[0-9a-f]{32})\.tmp"
+)
 
 
 @contextlib.contextmanager
@@ -23,9 +31,9 @@ def atomic_path(final: Path) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(final)
-        _fsync(final.parent)
+        fsync(final.parent)
     except OSError as error:
         raise write_error(final, error) from error
     finally:
@@ -55,11 +63,74 @@ def make_folder(folder: Path) -> None:
         raise write_error(folder, error) from error
 
 
+def user_path(text: str | Path, what: str = "path") -> Path:
+    """Return a path that a user typed, `~` resolved.
+
+    Raises:
+        ConfigurationError: It is empty, or names the home of nobody.
+    """
+    if not str(text).strip():
+        raise ConfigurationError(f"{what} is empty; name a folder or a file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        user = Path(text).parts[0]
+        raise ConfigurationError(
+            f"{what} is {str(text)!r}, but there is no user {user[1:]!r} here; check the name, or "
+            f"write ./{user} for a folder of that name"
+        ) from None
+
+
+def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Make a folder to write into, or take one that is empty or provably ours.
+
+    Whatever else a folder holds belongs to somebody: it is neither overwritten nor deleted. A
+    marker file proves a claim until the finished work does, so that what was stopped resumes.
+
+    Args:
+        folder: Where to write.
+        is_ours: Says of a folder that is not empty whether its content shows that we wrote it.
+
+    Raises:
+        ConfigurationError: The folder is a file, holds files of others, or lies inside a cache.
+        CacheError: The folder cannot be made.
+    """
+    inside = next((p for p in folder.absolute().parents if _holds_cache(p)), None)
+    if inside is not None:
+        raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder}: is a file, expected a folder; choose another --out")
+    make_folder(folder)
+    present = sorted(path.name for path in folder.iterdir())
+    if present and CLAIM_NAME not in present and not is_ours(folder):
+        raise ConfigurationError(
+            f"{folder}: not empty, and nothing in it shows that duet-unlearn wrote it (found "
+            f"{present[0]}); choose another --out"
+        )
+    if not present:
+        write_text(folder / CLAIM_NAME, "duet-unlearn writes into this folder\n")
+
+
+def release_claim(folder: Path) -> None:
+    """Remove the marker of a claim, once what was written proves itself."""
+    with contextlib.suppress(OSError):
+        (folder / CLAIM_NAME).unlink(missing_ok=True)
+
+
+def _holds_cache(folder: Path) -> bool:
+    try:
+        with (folder / "manifest.json").open("rb") as file:
+            return f'"{CACHE_FORMAT}"'.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed writers left behind in a folder of ours."""
+    """Remove what killed writers of ours left behind: `.NAME.PID.tmp` beside a name we write."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if _LEFTOVER.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> CacheError:
@@ -79,7 +150,8 @@ def write_error(path: Path, error: OSError) -> CacheError:
     )
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to its disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

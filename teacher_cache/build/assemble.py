@@ -11,7 +11,7 @@ from typing import Any
 
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.teacher_cache.format.card import write_card
-from duet_unlearn.files import remove_temporary_files
+from duet_unlearn.files import release_claim, remove_temporary_files
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -144,4 +144,6 @@ class Assembly:
         )
         manifest = replace(manifest, digest=manifest.to_json()["digest"])
         write_card(plan.folder, manifest)
-        return manifest.write(plan.folder)
+        manifest = manifest.write(plan.folder)
+        release_claim(plan.folder)
+        return manifest

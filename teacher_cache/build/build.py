@@ -27,9 +27,9 @@ from duet_unlearn.teacher_cache.build.assemble import Assembly, find_finished
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
-from duet_unlearn.files import make_folder
+from duet_unlearn.files import claim_folder, make_folder
 from duet_unlearn.teacher_cache.build.lock import build_lock
-from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf
+from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
 from duet_unlearn.teacher_cache.build.plan import plan_shards
 from duet_unlearn.teacher_cache.build.resume import PlannedCache
 from duet_unlearn.teacher_cache.build.reuse import ReusedRows
@@ -75,6 +75,7 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     model, plan, shards = _plan(config)
     manifest = find_finished(plan)
     if manifest is None:
+        claim_folder(config.out, is_cache_folder)
         make_folder(config.out / SHARD_FOLDER)
         with build_lock(config.out):
             # Another build may have finished between the first look and the lock.

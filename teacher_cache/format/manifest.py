@@ -191,6 +191,18 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         ) from error
 
 
+def is_cache_folder(folder: Path) -> bool:
+    """Say whether what a folder holds shows that a cache was written there, finished or not."""
+    try:
+        if (folder / MANIFEST_NAME).is_file():
+            read_manifest(folder)
+            return True
+        shards = [path.name for path in (folder / SHARD_FOLDER).iterdir()]
+    except (OSError, CacheError):
+        return False
+    return any(map(_SHARD_NAME.fullmatch, shards))
+
+
 def _absent(cache: Path) -> CacheError:
     if not cache.exists():
         return CacheError(f"{cache}: no such folder; expected a teacher cache (duet-cache build)")

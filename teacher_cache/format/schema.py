@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from duet_unlearn.files import CACHE_FORMAT
 from duet_unlearn.teacher_cache.format.signal import Signal
 
-FORMAT_NAME = "duet-teacher-cache"
+FORMAT_NAME = CACHE_FORMAT
 FORMAT_VERSION = 1
 SPLITS = ("forget", "retain")
 

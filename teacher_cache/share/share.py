@@ -5,6 +5,7 @@ sees half of one. Both directions go on where they were stopped, and move nothin
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,16 +13,23 @@ from pathlib import Path
 
 from duet_unlearn.data.models.fingerprint import sha256_file
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
-from duet_unlearn.files import atomic_path, make_folder, remove_temporary_files
+from duet_unlearn.files import (
+    atomic_path,
+    claim_folder,
+    make_folder,
+    release_claim,
+    remove_temporary_files,
+)
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.format.card import CARD_NAME, write_card
 from duet_unlearn.teacher_cache.format.manifest import (
     Manifest,
     ShardEntry,
+    is_cache_folder,
     read_manifest,
     split_pin,
 )
-from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
+from duet_unlearn.teacher_cache.format.schema import FORMAT_NAME, MANIFEST_NAME, SHARD_FOLDER
 from duet_unlearn.teacher_cache.format.shard import ShardFile
 from duet_unlearn.teacher_cache.reader import check_bytes, check_size
 from duet_unlearn.teacher_cache.share.hub import HubPlace
@@ -43,6 +51,8 @@ from duet_unlearn.teacher_cache.share.transfer import (
 
 logger = logging.getLogger(__name__)
 
+_CARD_BYTES = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.tmp")
 _ANOTHER_PLACE = "choose another place for this cache"
 
 
@@ -99,6 +109,8 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
     if hub is not None:
         hub.create_repository()
     finished = _is_finished(store, manifest)
+    if not finished:
+        _refuse_files_of_others(store)
     missing = _missing_there(store, folder, manifest, sizes_do=finished and not check)
     with ThreadPoolExecutor(max_workers=JOBS) as pool:
         list(pool.map(lambda shard: check_bytes(folder, shard), missing))
@@ -109,6 +121,25 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
         if not finished:
             _publish(store, folder, manifest)
     return _result(store.url, manifest, missing)
+
+
+def _refuse_files_of_others(store: Store) -> None:
+    """Refuse a place that holds anything but what a stopped push of ours leaves.
+
+    Raises:
+        CacheError: It does, and what it is.
+    """
+    ours = {SHARD_FOLDER, ".gitattributes"}
+    there = [name for name in store.list() if name not in ours and not _TEMPORARY.fullmatch(name)]
+    if CARD_NAME in there:
+        card = store.read(CARD_NAME, _CARD_BYTES) or b""
+        if FORMAT_NAME.encode() in card:
+            there.remove(CARD_NAME)
+    if there:
+        raise CacheError(
+            f"{store.url}: holds {min(there)[:80]!r} and no cache; {_ANOTHER_PLACE}, such as a new "
+            "folder below it"
+        )
 
 
 def _is_finished(store: Store, manifest: Manifest) -> bool:
@@ -221,6 +252,7 @@ def pull(url: str, folder: Path) -> TransferResult:
     found = fetch_manifest(store, location)
     manifest = found.manifest
     _refuse_other_content(folder, manifest)
+    claim_folder(folder, is_cache_folder)
     make_folder(folder / SHARD_FOLDER)
     with build_lock(folder):
         remove_temporary_files(folder / SHARD_FOLDER)
@@ -235,6 +267,7 @@ def pull(url: str, folder: Path) -> TransferResult:
         if not (folder / MANIFEST_NAME).exists():
             with atomic_path(folder / MANIFEST_NAME) as temporary:
                 temporary.write_bytes(found.data)
+        release_claim(folder)
     return _result(str(folder), manifest, missing)
 
 

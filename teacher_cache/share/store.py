@@ -7,12 +7,14 @@ than the caller allows, because whoever runs the server may lie about sizes.
 import hashlib
 import logging
 import posixpath
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError, DuetError
+from duet_unlearn.files import fsync
 from duet_unlearn.teacher_cache.share.location import hide_credentials, protocol_of
 from duet_unlearn.teacher_cache.share.remote_errors import (
     ATTEMPTS,
@@ -190,14 +192,19 @@ class Store:
                 send(final)
                 return
             folder, base = posixpath.split(final)
-            temporary = f"{folder}/.{base}.tmp"
+            # A name of its own: two may push to one place at the same time.
+            temporary = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
             self._fs.makedirs(folder, exist_ok=True)
             send(temporary)
             if self._hash(temporary) != digest:
                 raise CacheError(
                     f"{self.where(name)}: what arrived is not what was sent; check that disk"
                 )
+            if self.protocol == "file":
+                fsync(Path(temporary))
             self._fs.mv(temporary, final)
+            if self.protocol == "file":
+                fsync(Path(folder))
 
         try:
             with_retries(attempt, self.where(name))

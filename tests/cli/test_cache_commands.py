@@ -189,3 +189,15 @@ def test_help_and_inspect_import_neither_torch_nor_vllm(cache: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
+
+
+@pytest.mark.parametrize("out", ["", "~no-such-user/x"])
+def test_an_out_that_names_nothing_is_one_line(
+    cache: Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["merge", str(cache), "--out", out])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --out is ")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("shards"))

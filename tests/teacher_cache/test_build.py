@@ -22,13 +22,16 @@ from duet_unlearn.errors import (
     MismatchError,
     StoppedError,
 )
+from duet_unlearn.files import claim_folder
 from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import merge_evenly, plan_shards
 from duet_unlearn.teacher_cache.engines.options import published_options
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
+from duet_unlearn.teacher_cache.format.manifest import is_cache_folder
 from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.merge import merge
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -230,13 +233,13 @@ def test_foreign_files_are_never_deleted(config: BuildConfig) -> None:
     (config.out / "shards").mkdir(parents=True)
     precious = config.out / "shards" / "precious.parquet"
     precious.write_bytes(b"mine")
-    with pytest.raises(MismatchError, match=r"precious\.parquet"):
+    with pytest.raises(ConfigurationError, match="not empty"):
         run(config)
     assert precious.read_bytes() == b"mine"
 
 
 def test_a_second_build_is_told_who_holds_the_folder(config: BuildConfig) -> None:
-    config.out.mkdir()
+    claim_folder(config.out, is_cache_folder)
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -290,8 +293,25 @@ def test_a_query_longer_than_the_context_is_named(config: BuildConfig, tmp_path:
 
 def test_a_folder_that_is_a_file_gets_one_line(config: BuildConfig, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(CacheError, match="cannot write"):
+    with pytest.raises(ConfigurationError, match="is a file"):
         run(config, out=tmp_path / "taken")
+    for inside in (tmp_path / "taken" / "x", Path("/proc/x")):
+        with pytest.raises(CacheError, match="cannot write"):
+            run(config, out=inside)
+
+
+def test_a_folder_of_the_users_is_left_alone(config: BuildConfig) -> None:
+    config.out.mkdir()
+    (config.out / "README.md").write_text("mine")
+    (config.out / ".notes.tmp").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"not empty.*choose another --out"):
+        run(config)
+    run(config, out=config.out.parent / "cache2")
+    with pytest.raises(ConfigurationError, match="lies inside the cache"):
+        run(config, out=config.out.parent / "cache2" / "shards" / "new")
+    with pytest.raises(ConfigurationError, match="not empty"):
+        merge([str(config.out.parent / "cache2")], config.out)
+    assert {path.read_text() for path in config.out.iterdir()} == {"mine"}
 
 
 def test_a_full_disk_leaves_a_state_that_resumes(config: BuildConfig) -> None:

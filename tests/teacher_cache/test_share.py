@@ -258,3 +258,16 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'duet-unlearn\[s3\]'"):
         push(shared_cache, "s3://bucket/x")
+
+
+def test_a_place_that_holds_files_of_others_is_refused(make_cache, tmp_path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    place = tmp_path / "theirs"
+    place.mkdir()
+    (place / "README.md").write_text("mine")
+    with pytest.raises(CacheError, match="holds 'README.md' and no cache"):
+        push(cache, str(place))
+    with pytest.raises(CacheError, match="not empty"):
+        pull(str(cache), place)
+    assert [path.name for path in place.iterdir()] == ["README.md"]
+    assert (place / "README.md").read_text() == "mine"

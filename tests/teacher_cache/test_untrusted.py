@@ -397,6 +397,13 @@ def test_what_verify_rejects_is_rejected_while_reading(
         CacheReader.open(cache).row(0)
 
 
+def test_texts_full_of_commas_and_brackets_are_read() -> None:
+    value = {"prefix": "1," * 6000, "query": '"[{,' * 5000, "tokens": [",", "\\", '"'] * 50}
+    assert parse_json(json.dumps(value)) == value
+    with pytest.raises(ValueError, match="Unterminated"):
+        parse_json('["' + '\\"' * 2_000_000)
+
+
 def test_a_manifest_of_millions_of_empty_objects_is_refused_before_it_is_parsed() -> None:
     data = b'{"engines": [' + b"{}," * 5_000_000 + b"{}]}"
     tracemalloc.start()
