@@ -1,16 +1,20 @@
 """`duet-distill eval`: compare what models still answer."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from duet_unlearn.data.models.loading import DTYPES
+from duet_unlearn.data.models.loading import DTYPES, fastest_dtype
 from duet_unlearn.errors import CacheError, ConfigurationError, StoppedError
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import MEASURES
 from duet_unlearn.evaluation.requirements import check_requirements
+
+if TYPE_CHECKING:
+    from duet_unlearn.evaluation.evaluate import Respond
 
 _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_fields__.items()}
 
@@ -80,6 +84,13 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
     show_default=True,
 )
 @click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    help="What answers; vLLM is faster where there are many queries.",
+    show_default=True,
+)
+@click.option(
     "--limit",
     type=click.IntRange(min=1),
     help="Take this many queries of each file, evenly spread.  [default: all]",
@@ -111,7 +122,9 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
     help="Also write everything, each answer too, to this JSON file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same as one JSON document.")
-def eval_command(models: tuple[str, ...], out: Path | None, as_json: bool, **settings: Any) -> None:
+def eval_command(
+    models: tuple[str, ...], out: Path | None, as_json: bool, engine: str, **settings: Any
+) -> None:
     """Answer queries with each MODEL and score the answers, side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL to name its row; the
@@ -125,7 +138,7 @@ def eval_command(models: tuple[str, ...], out: Path | None, as_json: bool, **set
         from duet_unlearn.evaluation.evaluate import evaluate
         from duet_unlearn.evaluation.table import format_report
 
-        report = evaluate(config)
+        report = evaluate(config, _vllm_answers(config) if engine == "vllm" else None)
     except KeyboardInterrupt as error:
         raise StoppedError("stopped; an evaluation keeps no parts, so start it again") from error
     # The table first: it is not lost when the file cannot be written.
@@ -138,6 +151,37 @@ def eval_command(models: tuple[str, ...], out: Path | None, as_json: bool, **set
             _write(target, text + "\n")
     if config.require:
         check_requirements(config.require, report)
+
+
+def _vllm_answers(config: EvalConfig) -> "Respond":
+    """Return what answers by vLLM, one engine a model."""
+    from duet_unlearn.teacher_cache.engines import open_engine, resolve_engine_name
+    from duet_unlearn.teacher_cache.engines.base import EngineConfig
+
+    resolve_engine_name("vllm")  # a missing vLLM is named before any query is read
+
+    def respond(
+        folder: Path, prompts: Sequence[tuple[int, ...]], ends: Sequence[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        dtype = fastest_dtype(folder) if config.dtype == "auto" else config.dtype
+        engine = open_engine(
+            "vllm",
+            EngineConfig(
+                model=folder,
+                top_k=1,
+                positions=1,
+                eos_token_ids=tuple(ends),
+                compute_dtype=dtype,
+                max_prompt_tokens=max(map(len, prompts)),
+                max_new_tokens=config.max_new_tokens,
+            ),
+        )
+        try:
+            yield from engine.responses(enumerate(prompts), config.max_new_tokens)
+        finally:
+            engine.close()
+
+    return respond
 
 
 def _check_target(target: Path) -> None:

@@ -7,7 +7,7 @@ model folder brings along.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.errors import ConfigurationError
@@ -58,10 +58,34 @@ def generate_answers(
     eos_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
-    on_batch: Callable[[Sequence[int]], None] | None = None,
-    streamer: Any = None,
 ) -> list[list[int]]:
-    """Answer each prompt greedily.
+    """Answer each prompt greedily; arguments and errors are those of `stream_answers`.
+
+    Returns:
+        The new token ids of each prompt, up to and without its end of sequence.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for index, ids in stream_answers(
+        model,
+        prompts,
+        eos_token_ids=eos_token_ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    ):
+        answers[index] = ids
+    return answers
+
+
+def stream_answers(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    streamer: Any = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the index of each prompt with its greedy answer, batch by batch.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -69,11 +93,7 @@ def generate_answers(
         eos_token_ids: the ids that end an answer; may be empty.
         max_new_tokens: most tokens of an answer.
         batch_size: most prompts of a forward pass.
-        on_batch: is told the indices of the prompts that have just been answered.
         streamer: is given the tokens of the one prompt as they come (transformers' `streamer`).
-
-    Returns:
-        The new token ids of each prompt, up to and without its end of sequence.
 
     Raises:
         ConfigurationError: the device's memory does not hold a batch.
@@ -91,7 +111,6 @@ def generate_answers(
     # `generate` fills whatever is unset from the folder's own defaults (a repetition penalty,
     # say), so that those have to go too.
     model.generation_config = _generation_config()
-    answers: list[list[int]] = [[] for _ in prompts]
     lengths = [len(prompt) for prompt in prompts]
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=max_new_tokens):
         try:
@@ -102,10 +121,7 @@ def generate_answers(
                 "memory of the GPU; use a smaller --batch-size"
             ) from error
         for index, row in zip(batch, new_ids, strict=True):
-            answers[index] = cut_at_end(row, eos_token_ids)
-        if on_batch is not None:
-            on_batch(batch)
-    return answers
+            yield index, cut_at_end(row, eos_token_ids)
 
 
 def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.answers import generate_answers
+from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import ModelSpec
 from duet_unlearn.evaluation.tasks import Attack, Task, check_length, load_attacks
 
@@ -132,7 +132,7 @@ class Asker:
         prompt = task.render(row.renderer, prefixed=row.prefixed)
         new_tokens = self._config.max_new_tokens
         check_length(task, len(prompt), row.label, row.context, new_tokens)
-        (ids,) = generate_answers(
+        ((_, ids),) = stream_answers(
             row.model,
             [prompt],
             eos_token_ids=row.ends,

@@ -6,12 +6,16 @@ is in memory at a time. All prompts are rendered before the first one is loaded,
 that does not fit is found in seconds.
 """
 
+import contextlib
 import dataclasses
 import gc
 import logging
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +26,10 @@ from duet_unlearn.data.models.folder import context_length, eos_token_ids, read_
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.evaluation.answers import generate_answers
+from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.likelihoods import score_references
-from duet_unlearn.evaluation.measures import Answer, Likelihood, select_measures
+from duet_unlearn.evaluation.measures import MEASURES, Answer, Likelihood, select_measures
 from duet_unlearn.evaluation.measures.refusal import REFUSAL_PHRASES, load_phrases
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.tasks import Task, check_length, list_tasks, load_attacks, load_sets
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Prompt = tuple[int, ...]
+
+Respond = Callable[[Path, Sequence[Prompt], Sequence[int]], Iterator[tuple[int, list[int]]]]
+"""Another engine than transformers: from a model folder, prompts and the ids that end an answer to
+the index of a prompt and its greedy answer, in any order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +60,12 @@ class _Subject:
     """By row label, one prompt a task."""
 
 
-def evaluate(config: EvalConfig) -> EvalReport:
+def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     """Answer all queries with all models and score the answers.
+
+    Args:
+        config: what to ask whom.
+        respond: what answers instead of transformers; measures on likelihood need those still.
 
     Raises:
         ConfigurationError: the prefix, a measure or an attack cannot be used, or a batch does not
@@ -71,7 +83,7 @@ def evaluate(config: EvalConfig) -> EvalReport:
         _open_subject(config, spec, prefix if index == 0 else None, tasks)
         for index, spec in enumerate(config.models)
     ]
-    answers: dict[str, list[Answer]] = {}
+    answers: dict[str, Sequence[Answer]] = {}
     with tqdm(
         total=len(tasks) * len(config.labels),
         desc="answering",
@@ -80,14 +92,7 @@ def evaluate(config: EvalConfig) -> EvalReport:
     ) as bar:
         for subject in subjects:
             bar.set_postfix_str(subject.spec.label, refresh=False)
-            model = load_model(subject.folder, dtype=config.dtype, adapter=subject.adapter)
-            answers.update(_answer(config, subject, model, bar))
-            if any(measure.likelihood for measure in measures):
-                for label in subject.prompts:
-                    answers[label] = _with_likelihoods(
-                        config, subject, model, tasks, label, answers[label]
-                    )
-            del model
+            answers.update(_answer_all(config, subject, tasks, bar, respond))
             _free_memory()
     return EvalReport(
         config=config,
@@ -126,8 +131,36 @@ def _open_subject(
     )
 
 
+def _answer_all(
+    config: EvalConfig,
+    subject: _Subject,
+    tasks: Sequence[Task],
+    bar: "tqdm[Any]",
+    respond: Respond | None,
+) -> dict[str, list[Answer]]:
+    """Return the answers of each row of one model, with likelihoods where a measure needs them."""
+    model = None
+    if respond is None:
+        model = load_model(subject.folder, dtype=config.dtype, adapter=subject.adapter)
+        answers = _answer(config, subject, _transformers(config, model), bar)
+    else:
+        with _merged(subject, config.dtype) as folder:
+            answers = _answer(config, subject, partial(respond, folder), bar)
+    if not any(MEASURES[name].likelihood for name in config.measures):
+        return answers
+    if model is None:
+        model = load_model(subject.folder, dtype=config.dtype, adapter=subject.adapter)
+    return {
+        label: _with_likelihoods(config, subject, model, tasks, label, found)
+        for label, found in answers.items()
+    }
+
+
 def _answer(
-    config: EvalConfig, subject: _Subject, model: "PreTrainedModel", bar: "tqdm[Any]"
+    config: EvalConfig,
+    subject: _Subject,
+    respond: Callable[[Sequence[Prompt], Sequence[int]], Iterable[tuple[int, list[int]]]],
+    bar: "tqdm[Any]",
 ) -> dict[str, list[Answer]]:
     """Return the answers of each row of one model; equal prompts are answered once."""
     copies = _count(prompt for rendered in subject.prompts.values() for prompt in rendered)
@@ -139,27 +172,45 @@ def _answer(
             subject.spec.label,
             config.max_new_tokens,
         )
-
-    def advance(batch: Sequence[int]) -> None:
-        bar.update(sum(copies[distinct[index]] for index in batch))
-
-    said = generate_answers(
-        model,
-        distinct,
-        eos_token_ids=ends,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        on_batch=advance,
-    )
-    texts = subject.tokenizer.batch_decode(said, skip_special_tokens=True)
-    by_prompt = {
-        prompt: Answer(text=text.strip(), token_ids=tuple(ids))
-        for prompt, text, ids in zip(distinct, texts, said, strict=True)
-    }
+    by_prompt: dict[Prompt, Answer] = {}
+    for index, ids in respond(distinct, ends):
+        text = str(subject.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        by_prompt[distinct[index]] = Answer(text=text, token_ids=tuple(ids))
+        bar.update(copies[distinct[index]])
     return {
         label: [by_prompt[prompt] for prompt in rendered]
         for label, rendered in subject.prompts.items()
     }
+
+
+def _transformers(
+    config: EvalConfig, model: "PreTrainedModel"
+) -> Callable[[Sequence[Prompt], Sequence[int]], Iterator[tuple[int, list[int]]]]:
+    def respond(prompts: Sequence[Prompt], ends: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        return stream_answers(
+            model,
+            prompts,
+            eos_token_ids=ends,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+        )
+
+    return respond
+
+
+@contextlib.contextmanager
+def _merged(subject: _Subject, dtype: str) -> Iterator[Path]:
+    """Give a folder that any engine loads: the model's own, or one with the adapter in it."""
+    if subject.adapter is None:
+        yield subject.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="duet-merged-") as scratch:
+        for path in subject.folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copy(path, scratch)
+        model = load_model(subject.folder, dtype=dtype, adapter=subject.adapter)
+        model.save_pretrained(scratch)
+        yield Path(scratch)
 
 
 def _count(prompts: Iterable[Prompt]) -> dict[Prompt, int]:

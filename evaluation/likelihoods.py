@@ -1,6 +1,6 @@
 """How likely a model finds given answers: one pass over prompt and answer, nothing is generated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.errors import ConfigurationError
@@ -21,7 +21,6 @@ def score_references(
     answers: Sequence[Sequence[int]],
     *,
     batch_size: int = 32,
-    on_batch: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Likelihood]:
     """Return how a model takes each answer behind its prompt, teacher-forced.
 
@@ -30,7 +29,6 @@ def score_references(
         prompts: token ids, each of at least one token.
         answers: the token ids of one answer a prompt, each of at least one token.
         batch_size: most pairs of a forward pass.
-        on_batch: is told the indices of the pairs that have just been scored.
 
     Returns:
         For each pair the log-probability in nats of every token of the answer, and whether it is
@@ -55,8 +53,6 @@ def score_references(
                 "fit into the memory of the GPU; use a smaller --batch-size"
             ) from error
         found.update(zip(batch, scored, strict=True))
-        if on_batch is not None:
-            on_batch(batch)
     return [found[index] for index in range(len(prompts))]
 
 

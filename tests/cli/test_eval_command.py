@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_json_on_standard_output_is_one_document(tiny_model: Path, files: list[o
     assert [s["queries"] for s in document["sets"]] == [2, 2]
     assert document["models"][0]["label"] == tiny_model.name
     assert "Mean ROUGE-L recall" in result.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_gives_the_same_answers(tiny_model: Path, files: list[object]) -> None:
+    said = {}
+    for engine in ("transformers", "vllm"):
+        result = invoke(tiny_model, *files, "--engine", engine, "--json", "--dtype", "float32")
+        assert result.exit_code == 0, result.output
+        queries = json.loads(result.stdout)["queries"]
+        said[engine] = [query["responses"][tiny_model.name]["text"] for query in queries]
+    assert said["vllm"] == said["transformers"]
 
 
 def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: Path) -> None:

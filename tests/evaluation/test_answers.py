@@ -68,19 +68,6 @@ def test_sampling_defaults_of_the_folder_change_nothing(model, tiny_model: Path)
     assert generate_answers(wild, prompts, **settings) == expected
 
 
-def test_progress_names_every_prompt_once(model) -> None:
-    seen: list[int] = []
-    generate_answers(
-        model,
-        random_prompts(7),
-        eos_token_ids=[],
-        max_new_tokens=1,
-        batch_size=3,
-        on_batch=seen.extend,
-    )
-    assert sorted(seen) == list(range(7))
-
-
 def test_batches_are_sorted_by_length_and_bounded() -> None:
     lengths = [5, 90, 10, 30, 30, 7]
     batches = plan_batches(lengths, batch_size=3, max_new_tokens=10, max_tokens=100)

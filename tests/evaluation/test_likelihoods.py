@@ -32,11 +32,7 @@ def test_batches_of_any_size_give_the_naive_log_probabilities(model) -> None:
     prompts, answers = random_ids(20, 30, 0), random_ids(20, 9, 1)
     expected = [naive(model, p, a) for p, a in zip(prompts, answers, strict=True)]
     for batch_size in (1, 7):
-        seen: list[int] = []
-        found = score_references(
-            model, prompts, answers, batch_size=batch_size, on_batch=seen.extend
-        )
-        assert sorted(seen) == list(range(20))
+        found = score_references(model, prompts, answers, batch_size=batch_size)
         for likelihood, logs in zip(found, expected, strict=True):
             assert likelihood.log_probabilities == pytest.approx(logs, abs=1e-4)
 
