@@ -13,6 +13,18 @@ class ConfigurationError(DuetError):
     """A setting has a value that cannot work, or two settings contradict each other."""
 
 
+class MissingSettingError(ConfigurationError):
+    """A setting that has no default was not given."""
+
+    def __init__(self, message: str, *, setting: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class OutputError(DuetError):
+    """A result cannot be written: the disk is full, the place is not ours, the folder is closed."""
+
+
 class DataError(DuetError):
     """A query file, a dataset or a model folder is missing, unreadable or malformed."""
 

@@ -1,0 +1,130 @@
+"""A command whose flags, help page and suggestions come from a class of settings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from duet_unlearn.settings import Field, Settings, fields, read_pairs, suggest
+
+OTHERS = "Other options"
+
+
+class SettingsCommand(click.Command):
+    """A command with a flag for each field, under the headings that the fields declare.
+
+    Flags that the command has besides stand under the heading they name with `Extra`, else last.
+
+    Args:
+        settings: The class of settings.
+    """
+
+    def __init__(self, *args: Any, settings: type[Settings], **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.settings = settings
+        self.declared = {
+            field.name: (field, parameter)
+            for field in fields(settings).values()
+            if (parameter := _parameter(field)) is not None
+        }
+        own = {parameter.name: parameter for parameter in self.params}
+        # What a command spells out by hand wins over what its settings would make.
+        self.params = [p for name, (_, p) in self.declared.items() if name not in own] + self.params
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an unknown flag ends with the one that was meant."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = (
+                fields(self.settings)[n].flag for n in suggest(self.settings, error.option_name)
+            )
+            meant = [flag.partition("/")[0] for flag in flags if flag and flag.startswith("-")]
+            raise click.NoSuchOption(
+                error.option_name, possibilities=meant or error.possibilities, ctx=error.ctx
+            ) from None
+
+    def given(self, ctx: click.Context) -> dict[str, Any]:
+        """Return the settings that the command line gives, without defaults."""
+        return {
+            name: ctx.params[name]
+            for name in self.declared
+            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        }
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section a heading."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            group = getattr(parameter, "group", None)
+            if parameter.name in self.declared:
+                group = self.declared[parameter.name][0].group
+            if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)):
+                groups.setdefault(group or OTHERS, []).append(row)
+        others = groups.pop(OTHERS, [])
+        for group, rows in [*groups.items(), (OTHERS, others)]:
+            if rows:
+                with formatter.section(group):
+                    formatter.write_dl(rows)
+
+
+class Extra(click.Option):
+    """A flag that is no setting, under a heading of the settings."""
+
+    def __init__(self, names: Sequence[str], *, group: str, **settings: Any) -> None:
+        super().__init__(names, **settings)
+        self.group = group
+
+
+class _Text(click.ParamType[Any]):
+    """A text that is read by the type of its field."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+        self.name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the field's value."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.field.parse(value)
+        except ValueError:
+            self.fail(f"{value!r}, expected {self.field.expected}", param, ctx)
+
+
+def _parameter(field: Field) -> click.Parameter | None:
+    flag, shown = field.flag, field.shown
+    if flag is None:
+        return None
+    if not flag.startswith("-"):
+        return click.Argument([field.name], required=False, metavar=flag)
+    settings: dict[str, Any] = {"help": shown.help, "metavar": shown.metavar}
+    if isinstance(field.default, str | int | float):
+        settings["default"] = field.default
+    if bool in field.alternatives:
+        settings["is_flag"] = True
+    elif field.choices:
+        settings["type"] = click.Choice(field.choices)
+    elif field.many:
+        settings["multiple"] = True
+        if isinstance(field.default, dict):
+            settings["callback"] = _pairs
+    else:
+        settings["type"] = _Text(field)
+        settings["metavar"] = shown.metavar or _metavar(field)
+    return click.Option([flag, field.name], **settings)
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
+    try:
+        return read_pairs(values)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx=ctx, param=param) from None
+
+
+def _metavar(field: Field) -> str:
+    words = {"a whole number": "INTEGER", "a number": "NUMBER", "text": "TEXT", "a path": "PATH"}
+    kinds = field.expected.split(" or ")
+    return "|".join(words.get(kind.partition(",")[0], kind) for kind in reversed(kinds))

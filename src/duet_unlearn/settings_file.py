@@ -1,0 +1,159 @@
+"""Read settings from a YAML file: text, numbers, lists and names with values, nothing else.
+
+A wrong key or value ends in one line that says the file's line, what stands there and what is
+expected. Nothing is constructed from the file's tags.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from duet_unlearn.errors import ConfigurationError, MissingSettingError
+from duet_unlearn.settings import Field, Settings, fields, json_or_text, suggest
+
+T = TypeVar("T", bound=Settings)
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
+)
+
+
+def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
+    """Return the settings of a YAML file with those given beside it, which win.
+
+    Args:
+        of: A class of settings.
+        path: The file, or None for no file. Paths in it count from the current folder, as those on
+            the command line do.
+        given: Settings by name.
+
+    Raises:
+        ConfigurationError: The file cannot be read, a key or value in it is wrong, or the settings
+            contradict each other.
+        MissingSettingError: A setting without default is in neither.
+    """
+    entries = {} if path is None else read_file(of, Path(path).expanduser(), passed_over=given)
+    try:
+        return of(**{name: value for name, (value, _) in entries.items()}, **given)
+    except MissingSettingError:
+        raise
+    except ConfigurationError as error:
+        name = str(error).partition(" ")[0]
+        if name in entries:
+            raise ConfigurationError(f"{path}, line {entries[name][1]}: {error}") from error
+        raise
+
+
+def read_file(
+    of: type[Settings], path: Path, *, passed_over: Collection[str] = ()
+) -> dict[str, tuple[Any, int]]:
+    """Return the settings in a file by name, each with its line.
+
+    Args:
+        of: The class that declares them.
+        path: The file.
+        passed_over: Names whose values are not read, as others win over them.
+
+    Raises:
+        ConfigurationError: It cannot be read, or a key or value is wrong.
+    """
+    root = _parse(path)
+    if root is None:
+        raise ConfigurationError(f"{path}: holds no settings; write `name: value`, one a line")
+    if not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+        raise ConfigurationError(
+            f"{path}, line {_line(root)}: {kind}, expected settings as `name: value`"
+        )
+    known = fields(of)
+    lines: dict[str, int] = {}
+    entries: dict[str, tuple[Any, int]] = {}
+    for key, node in root.value:
+        where = f"{path}, line {_line(key)}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigurationError(f"{where}: {_shown(key)}, expected the name of a setting")
+        name = key.value
+        if name not in known:
+            near = suggest(of, name)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise ConfigurationError(f"{where}: no setting {name!r}; {hint}")
+        if name in lines:
+            raise ConfigurationError(
+                f"{where}: {name} stands in line {lines[name]} already; give it once"
+            )
+        lines[name] = _line(key)
+        if name in passed_over:
+            continue
+        try:
+            entries[name] = (_value(node, known[name]), lines[name])
+        except ValueError:
+            raise ConfigurationError(
+                f"{path}, line {_line(node)}: {name} is {_shown(node)}, expected "
+                f"{known[name].expected}"
+            ) from None
+    return entries
+
+
+def _parse(path: Path) -> yaml.Node | None:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{path}: no such file; expected a YAML file of settings"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigurationError(f"{path}: not readable as UTF-8 text ({reason})") from error
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        quoted = "; put a name that begins with @ in quotes" if "'@'" in str(error) else ""
+        raise ConfigurationError(f"{where}: not YAML ({error.problem}){quoted}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    except RecursionError:
+        raise ConfigurationError(f"{path}: nested too deeply; expected `name: value`") from None
+    return node
+
+
+def _value(node: yaml.Node, field: Field) -> Any:
+    if field.many and isinstance(node, yaml.MappingNode):
+        return field.parse({_text(key): _guess(value) for key, value in node.value})
+    if field.many and isinstance(node, yaml.ScalarNode):
+        return field.parse([_text(node)])  # one text stands for a list of one
+    if isinstance(node, yaml.SequenceNode):
+        return field.parse([_text(item) for item in node.value])
+    return field.parse(_text(node))
+
+
+def _text(node: yaml.Node) -> str | None:
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
+        raise ValueError
+    return None if node.tag.endswith(":null") else str(node.value)
+
+
+def _guess(node: yaml.Node) -> Any:
+    """Read a value whose type nobody declares, as the command line reads `KEY=VALUE`."""
+    if node.tag not in _PLAIN_TAGS:
+        raise ValueError
+    if isinstance(node, yaml.MappingNode):
+        return {_text(key): _guess(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_guess(item) for item in node.value]
+    text = _text(node)
+    quoted = getattr(node, "style", None) in ("'", '"')
+    return text if text is None or quoted else json_or_text(text)
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value) if node.value else "empty"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a group of settings"
