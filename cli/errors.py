@@ -11,6 +11,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from duet_unlearn.errors import DuetError, StoppedError
+from duet_unlearn.urls import redact_url, visible
 
 EXIT_FAILURE = 1
 EXIT_STOPPED = 130
@@ -24,7 +25,7 @@ class _Failed(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line."""
-        click.echo(f"{self.label}{' '.join(self.message.split())}", err=file is None, file=file)
+        click.echo(f"{self.label}{_harmless(self.message)}", err=file is None, file=file)
 
 
 class _Stopped(_Failed):
@@ -59,6 +60,19 @@ class DuetGroup(click.Group):
             raise _Failed("out of memory; use a smaller batch or a smaller model") from error
 
 
+def _harmless(text: str) -> str:
+    """Return a message as one line without secrets of URLs and without terminal escapes."""
+    return visible(redact_url(text))
+
+
+class _Line(logging.Formatter):
+    """One harmless line a record; a traceback, which no user should see, keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 logging's own name
+        """Format a record without its traceback."""
+        return f"{record.levelname}: {_harmless(record.message)}"
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -69,7 +83,7 @@ def configure_logging(*, verbose: bool) -> None:
     Of several processes only the first one speaks, the others of errors alone.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Line())
     logger = logging.getLogger("duet_unlearn")
     logger.handlers[:] = [handler]
     first = os.environ.get("RANK", "0") == "0"  # torchrun sets it

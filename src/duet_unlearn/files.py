@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def atomic_path(final: Path) -> Iterator[Path]:
     Raises:
         CacheError: The file system is full, read-only or not writable for this user.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    # Process ids repeat on machines that share a folder, and threads of a process share one.
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(16)}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         fsync(temporary)
@@ -126,7 +128,7 @@ def _holds_cache(folder: Path) -> bool:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed writers of ours left behind: `.NAME.PID.tmp` beside a name we write."""
+    """Remove what killed writers of ours left behind: `.NAME.HEX.tmp` beside a name we write."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         if _LEFTOVER.fullmatch(path.name):
             with contextlib.suppress(OSError):

@@ -3,16 +3,16 @@
 Nothing here imports fsspec, so commands on local caches stay quick.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from duet_unlearn.errors import CacheError
 from duet_unlearn.teacher_cache.format.manifest import split_pin
+from duet_unlearn.urls import is_url, protocol_of
+from duet_unlearn.urls import redact_url as hide_credentials
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+__all__ = ["Location", "hide_credentials", "is_url", "parse_location", "protocol_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,17 +28,6 @@ class Location:
     def shown(self) -> str:
         """The place without a password, for messages."""
         return hide_credentials(self.url)
-
-
-def is_url(cache: str | Path) -> bool:
-    """Say whether a cache is named by a URL; a plain path is read where it lies."""
-    return isinstance(cache, str) and _URL.match(cache) is not None
-
-
-def protocol_of(url: str) -> str:
-    """Return a URL's protocol in lower case, `file` for a plain path."""
-    match = _URL.match(url)
-    return match.group(1).lower() if match else "file"
 
 
 def parse_location(cache: str | Path) -> Location:
@@ -64,8 +53,3 @@ def parse_location(cache: str | Path) -> Location:
                 "below one URL"
             )
     return Location(url=url.rstrip("/"), pin=pin)
-
-
-def hide_credentials(text: str) -> str:
-    """Return a text without the user and password of the URLs in it."""
-    return _CREDENTIALS.sub("", text)

@@ -89,7 +89,7 @@ def test_commands_take_a_url(cache: Path, command: str) -> None:
     ("arguments", "message"),
     [
         (("push", "nowhere", "x"), "error: nowhere: no such folder"),
-        (("pull", "http://127.0.0.1:1/x?y=z", "x"), "error: http://127.0.0.1:1/x?y=z: expected"),
+        (("pull", "http://127.0.0.1:1/x?y=z", "x"), "error: http://127.0.0.1:1/x?...: expected"),
         (("list", "nothing://x"), "error: nothing://x: unknown protocol"),
         (("push", "s3://bucket/x", "x"), "error: s3://bucket/x: push takes a local cache"),
     ],
