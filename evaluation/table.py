@@ -73,8 +73,9 @@ def _shows_families(report: EvalReport) -> bool:
 def _attack_table(report: EvalReport) -> tuple[list[str], list[Column]]:
     """One line an attack or family, and a last one for the worst of those that count."""
     if _shows_families(report):
-        families = tuple(dict.fromkeys(a.family for a in report.counting_attacks))
-        names = list(families)
+        families = tuple(dict.fromkeys(a.family for a in report.attacks))
+        counting = {a.family for a in report.counting_attacks}
+        names = [family + " *" * (family not in counting) for family in families]
     else:
         names = [a.name + " *" * (report.breaks_prefix(a.name) is False) for a in report.attacks]
     columns: list[Column] = []
@@ -111,13 +112,11 @@ def _notes(report: EvalReport) -> str:
     if kinds:
         notes.insert(1, f"{', '.join(dict.fromkeys(kinds))}: kinds of forget queries.")
     if report.attacks:
-        notes.append("worst: highest forget and lowest retain recall under any attack that counts.")
-    weak = [a.name for a in report.attacks if report.breaks_prefix(a.name) is False]
-    if weak:
-        which = ", ".join(weak) if _shows_families(report) else "*"
+        notes.append("worst: highest forget and lowest retain recall under any attack.")
+    if any(report.breaks_prefix(a.name) is False for a in report.attacks):
         notes.append(
-            f"{which}: does not count: it brings less than {ATTACK_THRESHOLD:.0%} of the forget "
-            f"recall of {base} back in {report.config.prefixed_label}."
+            f"*: brings less than {ATTACK_THRESHOLD:.0%} of the forget recall of {base} back in "
+            f"{report.config.prefixed_label}; the worst retain recall leaves such attacks out."
         )
     return "\n".join(
         textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes

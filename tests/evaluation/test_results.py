@@ -85,15 +85,16 @@ Under attack: forget / retain
                  base  base + prefix        student
 strong  100.0 / 100.0   87.5 / 100.0   25.0 /  50.0
 weak *  100.0 / 100.0   75.0 / 100.0  100.0 /   0.0
-worst   100.0 / 100.0   87.5 / 100.0   25.0 /  50.0
+worst   100.0 / 100.0   87.5 / 100.0  100.0 /  50.0
 
 Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: forget 4, retain 2, general 2.
 near, far: kinds of forget queries.
 95% intervals reach at most 84.2 points to either side.
 refused: responses with a refusal phrase (a heuristic), in points.
 shift: Performance Shift against base: drops on forget sets + changes on all others.
-worst: highest forget and lowest retain recall under any attack that counts.
-*: does not count: it brings less than 80% of the forget recall of base back in base + prefix.
+worst: highest forget and lowest retain recall under any attack.
+*: brings less than 80% of the forget recall of base back in base + prefix; the worst retain recall
+  leaves such attacks out.
 """
 
 SAID = {
@@ -144,8 +145,10 @@ def test_only_attacks_that_break_base_with_prefix_count(report: EvalReport) -> N
     assert report.breaks_prefix("weak") is False
     assert [a.name for a in report.counting_attacks] == ["strong"]
     assert report.potency("weak") == pytest.approx(75.0)
-    assert report.worst("student", "forget") == pytest.approx(25.0)
+    # What leaks, leaks, also where the attack does not break base + prefix.
+    assert report.worst("student", "forget") == pytest.approx(100.0)
     assert report.worst("student", "retain") == pytest.approx(50.0)
+    assert report.worst("student", "retain", family="second") == pytest.approx(0.0)
 
 
 def test_without_a_prefix_every_attack_counts() -> None:
@@ -168,7 +171,7 @@ def test_json_holds_every_response_with_its_scores(report: EvalReport) -> None:
         "potency": 75.0,
         "breaks_prefix": False,
     }
-    assert document["models"][2]["worst_forget_recall_by_family"] == {"first": 25, "second": None}
+    assert document["models"][2]["worst_forget_recall_by_family"] == {"first": 25, "second": 100}
     assert len(document["queries"]) == 8 + 6 + 6
     weak = [q for q in document["queries"] if q["attack"] == "weak" and q["id"] == "forget-3"]
     assert weak[0]["responses"]["base + prefix"] == {
@@ -233,8 +236,7 @@ def test_many_attacks_are_shown_by_family(report: EvalReport) -> None:
     text = format_report(dataclasses.replace(report, attacks=(STRONG, *attacks, WEAK)))
     block = text.split("\n\n")[1].splitlines()
     assert block[0] == "Under attack, worst of each family: forget / retain"
-    assert [line.split()[0] for line in block[2:]] == ["first", "worst"]
-    assert "weak" in text.splitlines()[-2]
+    assert [line.split()[0] for line in block[2:]] == ["first", "second", "worst"]
 
 
 def test_the_table_reads_well(report: EvalReport) -> None:
@@ -265,7 +267,7 @@ def test_kinds_that_do_not_fit_have_a_table_of_their_own() -> None:
     [
         "forget<12.6",
         "forget<=12.5, retain>=50,general>99",
-        "worst<25.1,worst-retain>=50",
+        "base + prefix:worst<90,worst-retain>=50",
         "base:forget>99",
         "base + prefix:forget.refusal>=100",
         "student:retain.exact_match > 49",
@@ -280,7 +282,7 @@ def test_every_failing_number_is_named(report: EvalReport) -> None:
         check_requirements("forget<5,retain>97,general>1,worst<25", report)
     assert str(caught.value) == (
         "required, and does not hold: student: forget is 12.5, required < 5; "
-        "student: retain is 50.0, required > 97; student: worst is 25.0, required < 25"
+        "student: retain is 50.0, required > 97; student: worst is 100.0, required < 25"
     )
 
 
