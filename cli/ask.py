@@ -8,52 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from duet_unlearn.data.models.loading import DTYPES
-from duet_unlearn.evaluation.config import ModelSpec
+from duet_unlearn.cli.options import SettingsCommand, read_settings
+from duet_unlearn.evaluation.config import AskConfig, parse_models
 
 if TYPE_CHECKING:
     from duet_unlearn.evaluation.ask import Asker
 
 
-@click.command("ask")
+@click.command("ask", cls=SettingsCommand, settings=AskConfig)
 @click.argument("words", nargs=-1, required=True, metavar="MODEL... [QUESTION]")
-@click.option(
-    "--prefix", metavar="TEXT|@NAME", help="Steering prefix: the first MODEL is asked with it too."
-)
-@click.option("--topic", metavar="TEXT", help="What fills {topic} in the prefix.")
-@click.option(
-    "--prefix-place",
-    type=click.Choice(["system", "user", "raw"]),
-    default="system",
-    help="Where the prefix stands.",
-)
-@click.option(
-    "--attacks",
-    multiple=True,
-    metavar="FILE|@NAME",
-    help="Also ask in each of these shapes: a text file, a built-in name, @family:NAME or "
-    "@attacks. Repeatable.",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, help="Longest answer in tokens."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="auto",
-    help="Arithmetic; auto is as stored where the processor has that fast, else float32.",
-)
 @click.option("--json", "as_json", is_flag=True, help="Print all answers as one JSON document.")
-def ask_command(words: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+@click.pass_context
+def ask_command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **_: Any) -> None:
     """Ask each MODEL the QUESTION and print the answers side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL. Without QUESTION,
     the last word with a blank or a question mark in it, questions are read line by line.
     """
-    from duet_unlearn.evaluation.ask import AskConfig, Asker, split_question
+    from duet_unlearn.evaluation.ask import Asker, split_question
 
     models, question = split_question(words)
-    config = AskConfig(models=tuple(ModelSpec.parse(text) for text in models), **settings)
+    config = read_settings(ctx, AskConfig, models=parse_models(models))
     asker = Asker(config)
     asked = []
     for text in _lines() if question is None else [question]:

@@ -7,113 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from duet_unlearn.data.models.loading import DTYPES, fastest_dtype
+from duet_unlearn.cli.options import SettingsCommand, read_settings
+from duet_unlearn.data.models.loading import fastest_dtype
 from duet_unlearn.errors import CacheError, ConfigurationError, StoppedError
-from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
-from duet_unlearn.evaluation.measures import MEASURES
+from duet_unlearn.evaluation.config import EvalConfig, parse_models
 from duet_unlearn.evaluation.requirements import check_requirements
 
 if TYPE_CHECKING:
     from duet_unlearn.evaluation.evaluate import Respond
 
-_DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_fields__.items()}
 
-
-@click.command("eval")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.command("eval", cls=SettingsCommand, settings=EvalConfig)
+@click.argument("words", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
-    "--forget",
-    multiple=True,
-    required=True,
+    "--config",
+    "config_file",
     metavar="FILE",
-    help="Queries with answers that should be gone; a column `kind` is scored apart. Repeatable.",
-)
-@click.option(
-    "--retain",
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="Queries with answers that should be kept. Repeatable.",
-)
-@click.option(
-    "--general",
-    multiple=True,
-    metavar="FILE",
-    help="Queries with answers on anything else. Repeatable.",
-)
-@click.option(
-    "--prefix",
-    metavar="TEXT|@NAME",
-    help="Steering prefix: adds a row for the first MODEL with it.",
-)
-@click.option("--topic", metavar="TEXT", help="What fills {topic} in the prefix.")
-@click.option(
-    "--prefix-place",
-    type=click.Choice(["system", "user", "raw"]),
-    default=_DEFAULTS["prefix_place"],
-    help="Where the prefix stands.",
-    show_default=True,
-)
-@click.option(
-    "--attacks",
-    multiple=True,
-    metavar="FILE|@NAME",
-    help="Also ask forget and retain queries in each of these shapes: a text file, one a line "
-    "with {query} in it, a query file with a column `asked`, a built-in name, @family:NAME, "
-    "@attacks or @families. Repeatable.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=_DEFAULTS["batch_size"],
-    help="Most queries of a forward pass.",
-    show_default=True,
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=_DEFAULTS["max_new_tokens"],
-    help="Longest answer in tokens.",
-    show_default=True,
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default=_DEFAULTS["dtype"],
-    help="Arithmetic; auto is as stored where the processor has that fast, else float32.",
-    show_default=True,
+    help="Read settings from this YAML file; flags win over it.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "vllm"]),
     default="transformers",
     help="What answers; vLLM is faster where there are many queries.",
-    show_default=True,
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help="Take this many queries of each file, evenly spread.  [default: all]",
-)
-@click.option(
-    "--measure",
-    "measures",
-    multiple=True,
-    type=click.Choice(list(MEASURES)),
-    metavar="NAME",
-    help=f"Also show this measure: {', '.join(MEASURES)}. Repeatable.",
-)
-@click.option(
-    "--refusals",
-    multiple=True,
-    metavar="FILE",
-    help="Further phrases that mark a refusal, one a line. Repeatable.",
-)
-@click.option(
-    "--require",
-    metavar="BOUNDS",
-    help='Exit 1 where these do not hold, in points: "forget<5,worst<10,retain>97". NAME: or '
-    ".MEASURE may stand around a name.",
 )
 @click.option(
     "--out",
@@ -122,15 +38,23 @@ _DEFAULTS = {name: field.default for name, field in EvalConfig.__dataclass_field
     help="Also write everything, each answer too, to this JSON file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same as one JSON document.")
+@click.pass_context
 def eval_command(
-    models: tuple[str, ...], out: Path | None, as_json: bool, engine: str, **settings: Any
+    ctx: click.Context,
+    /,
+    words: tuple[str, ...],
+    config_file: str | None,
+    engine: str,
+    out: Path | None,
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Answer queries with each MODEL and score the answers, side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL to name its row; the
     first one is the reference.
     """
-    config = EvalConfig(models=tuple(ModelSpec.parse(text) for text in models), **settings)
+    config = read_settings(ctx, EvalConfig, config_file, models=parse_models(words))
     target = None if out is None else out.expanduser()
     if target is not None:
         _check_target(target)

@@ -1,13 +1,16 @@
 """A command whose flags, help page and suggestions come from a class of settings."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
+from duet_unlearn.errors import MissingSettingError
 from duet_unlearn.settings import Field, Settings, fields, read_pairs, suggest
+from duet_unlearn.settings_file import load
 
+T = TypeVar("T", bound=Settings)
 OTHERS = "Other options"
 
 
@@ -67,6 +70,20 @@ class SettingsCommand(click.Command):
             if rows:
                 with formatter.section(group):
                     formatter.write_dl(rows)
+
+
+def read_settings(ctx: click.Context, of: type[T], path: str | None = None, **given: Any) -> T:
+    """Return the settings of a command: its flags, those given here, and a YAML file's.
+
+    Raises:
+        click.UsageError: One that has no default is in none of them.
+    """
+    command = cast("SettingsCommand", ctx.command)
+    try:
+        return load(of, path, {**command.given(ctx), **given})
+    except MissingSettingError as error:
+        flag = fields(of)[error.setting].flag
+        raise click.UsageError(f"Missing option '{flag}'.", ctx=ctx) from error
 
 
 class Extra(click.Option):

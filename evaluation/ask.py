@@ -12,30 +12,11 @@ from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
-from duet_unlearn.evaluation.config import ModelSpec
+from duet_unlearn.evaluation.config import AskConfig, ModelSpec
 from duet_unlearn.evaluation.tasks import Attack, Task, check_length, load_attacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskConfig:
-    """Who is asked, and how."""
-
-    models: tuple[ModelSpec, ...]
-    prefix: str | None = None
-    """Steering prefix, as text or `@NAME`: the first model is asked with it as well."""
-    topic: str | None = None
-    """What fills the prefix's `{topic}`."""
-    prefix_place: str = "system"
-    """`system`, `user` or `raw`."""
-    attacks: tuple[str, ...] = ()
-    """Shape files or `@NAME`s: the question is also asked in each of them."""
-    max_new_tokens: int = 128
-    """Longest answer in tokens."""
-    dtype: str = "auto"
-    """Arithmetic: `auto` is as stored where the processor has that fast, else float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,16 @@
-"""What an evaluation is told: one frozen dataclass, checked when it is made."""
+"""What an evaluation is told, and one question: settings, checked when they are made."""
 
-import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from duet_unlearn.data.models.loading import DTYPES
+from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.measures import MEASURES
+from duet_unlearn.evaluation.measures import MEASURES, select_measures
 from duet_unlearn.evaluation.requirements import parse_requirements
+from duet_unlearn.settings import Count, Settings, setting, settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,61 +36,47 @@ class ModelSpec:
         return cls(label=label.strip(), model=model.strip())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Settings of `duet-distill eval`."""
+def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
+    """Return the models of a command line."""
+    return tuple(ModelSpec.parse(text) for text in words)
 
-    models: tuple[ModelSpec, ...]
-    """Models side by side; the first is the reference of all differences."""
-    forget: tuple[str, ...]
-    """Query sources with answers that the models should no longer give."""
-    retain: tuple[str, ...]
-    """Query sources with answers that they should still give."""
-    general: tuple[str, ...] = ()
-    """Query sources on what has nothing to do with either."""
-    prefix: str | None = None
-    """Steering prefix, as text or `@NAME`: adds the first model with this prefix as a row."""
-    topic: str | None = None
-    """What fills the prefix's `{topic}`."""
-    prefix_place: str = "system"
-    """`system`, `user` or `raw`."""
-    attacks: tuple[str, ...] = ()
-    """Shape files or `@NAME`s: forget and retain queries are also asked behind each of them."""
-    measures: tuple[str, ...] = ()
-    """Measures of `duet_unlearn.evaluation.measures` that are shown as well; those on likelihood
-    are only taken where they are named."""
-    refusals: tuple[str, ...] = ()
-    """Files of further phrases that mark a refusal."""
-    require: str | None = None
-    """Bounds that the result has to keep, as `forget<5,worst<10,retain>97`."""
-    batch_size: int = 64
-    """Most queries of a forward pass."""
-    max_new_tokens: int = 64
-    """Longest answer in tokens."""
-    dtype: str = "auto"
-    """Arithmetic: `auto` is as stored where the processor has that fast, else float32."""
-    limit: int | None = None
-    """Evaluate this many queries of each source, evenly spread over it; None takes all."""
+
+@settings
+class AskConfig(Settings):
+    """Settings of `duet-distill ask`: who is asked, and how."""
+
+    models: tuple[ModelSpec, ...] = setting(
+        flag=None, help="Models side by side; the first is the reference of all differences."
+    )
+    prefix: str | None = setting(
+        default=None,
+        group="How to ask",
+        metavar="TEXT|@NAME",
+        help="Steering prefix: adds a row for the first MODEL with it.",
+    )
+    topic: str | None = setting(default=None, help="What fills {topic} in the prefix.")
+    prefix_place: Literal["system", "user", "raw"] = setting(
+        default="system", help="Where the prefix stands."
+    )
+    attacks: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE|@NAME",
+        help="Also ask in each of these shapes: a text file, one a line with {query} in it, a "
+        "query file with a column `asked`, a built-in name, @family:NAME, @attacks or @families. "
+        "Repeatable.",
+    )
+    max_new_tokens: Count = setting(default=64, help="Longest answer in tokens.")
+    dtype: Dtype = setting(
+        default="auto",
+        help="Arithmetic; auto is as stored where the processor has that fast, else float32.",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("models", "forget", "retain"):
-            if not getattr(self, name):
-                raise ConfigurationError(f"{name} is empty, expected at least one")
-        for name in ("batch_size", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} is {value}, expected 1 or more")
-        if self.dtype not in DTYPES:
-            raise ConfigurationError(f"dtype is {self.dtype!r}, expected {', '.join(DTYPES)}")
+        """Refuse settings that contradict each other."""
+        if not self.models:
+            raise ConfigurationError("models is empty, expected at least one")
         if self.topic is not None and self.prefix is None:
             raise ConfigurationError("topic is set without a prefix; give --prefix as well")
-        for part in parse_requirements(self.require) if self.require else ():
-            if MEASURES[part.measure].likelihood and part.measure not in self.measures:
-                raise ConfigurationError(
-                    f"--require {part.text}: give --measure {part.measure} as well"
-                )
-            if part.what.startswith("worst") and not self.attacks:
-                raise ConfigurationError(f"--require {part.text}: give --attacks as well")
         for label, count in Counter(self.labels).items():
             if count > 1:
                 raise ConfigurationError(
@@ -103,17 +90,68 @@ class EvalConfig:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The rows of the table in order."""
+        """The rows in order."""
         prefixed = () if self.prefixed_label is None else (self.prefixed_label,)
         first, *others = (spec.label for spec in self.models)
         return (first, *prefixed, *others)
+
+
+@settings
+class EvalConfig(AskConfig):
+    """Settings of `duet-distill eval`."""
+
+    forget: tuple[str, ...] = setting(
+        group="What to ask",
+        metavar="FILE",
+        help="Queries with answers that should be gone; a column `kind` is scored apart. "
+        "Repeatable.",
+    )
+    retain: tuple[str, ...] = setting(
+        metavar="FILE", help="Queries with answers that should be kept. Repeatable."
+    )
+    general: tuple[str, ...] = setting(
+        default=(), metavar="FILE", help="Queries with answers on anything else. Repeatable."
+    )
+    limit: Count | None = setting(
+        default=None, help="Take this many queries of each file, evenly spread.  [default: all]"
+    )
+    batch_size: Count = setting(default=64, help="Most queries of a forward pass.")
+    measures: tuple[str, ...] = setting(
+        default=(),
+        group="What to show",
+        flag="--measure",
+        metavar="NAME",
+        help=f"Also show this measure: {', '.join(MEASURES)}. Repeatable.",
+    )
+    refusals: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        help="Further phrases that mark a refusal, one a line. Repeatable.",
+    )
+    require: str | None = setting(
+        default=None,
+        metavar="BOUNDS",
+        help='Exit 1 where these do not hold, in points: "forget<5,worst<10,retain>97". NAME: or '
+        ".MEASURE may stand around a name.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        AskConfig.__post_init__(self)
+        for name in ("forget", "retain"):
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} is empty, expected at least one")
+        select_measures(self.measures)
+        for part in parse_requirements(self.require) if self.require else ():
+            if MEASURES[part.measure].likelihood and part.measure not in self.measures:
+                raise ConfigurationError(
+                    f"--require {part.text}: give --measure {part.measure} as well"
+                )
+            if part.what.startswith("worst") and not self.attacks:
+                raise ConfigurationError(f"--require {part.text}: give --attacks as well")
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
         """Split and source of every query set, in the order of the table's columns."""
         splits = {"forget": self.forget, "retain": self.retain, "general": self.general}
         return tuple((split, source) for split, sources in splits.items() for source in sources)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return every setting as JSON values."""
-        return dataclasses.asdict(self)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from duet_unlearn.data.models.adapters import add_adapter
 from duet_unlearn.data.models.folder import read_config, stored_dtype
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""What to compute in; `auto` is what `fastest_dtype` says."""
 
 
 def load_model(
@@ -29,7 +30,7 @@ def load_model(
 
     Args:
         folder: a transformers model folder.
-        dtype: one of `DTYPES`; `auto` is what `fastest_dtype` says.
+        dtype: a `Dtype`; `auto` is what `fastest_dtype` says.
         adapter: a peft adapter folder.
         trainable: whether the model is going to be trained.
 
