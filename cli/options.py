@@ -143,5 +143,6 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) ->
 
 def _metavar(field: Field) -> str:
     words = {"a whole number": "INTEGER", "a number": "NUMBER", "text": "TEXT", "a path": "PATH"}
-    kinds = field.expected.split(" or ")
+    # "1 or more" is a bound and no alternative.
+    kinds = field.expected.replace(" or more", "").split(" or ")
     return "|".join(words.get(kind.partition(",")[0], kind) for kind in reversed(kinds))
