@@ -1,7 +1,6 @@
 """`duet-cache push`, `pull` and `list`: share caches between teams."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ from duet_unlearn.cli.paths import FolderPath
 
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.share.listing import ListedCache
-    from duet_unlearn.teacher_cache.share.share import TransferResult
+    from duet_unlearn.teacher_cache.share.transfer import TransferResult
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -26,7 +25,7 @@ def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
     The manifest goes last, so nobody sees half a cache. The same command goes on after a stop, and
     moves nothing that is there. Another cache at that URL is never replaced.
     """
-    from duet_unlearn.teacher_cache.share.share import push
+    from duet_unlearn.teacher_cache.share.transfer import push
 
     _print_transfer(push(cache, url, check=check), as_json=as_json)
 
@@ -35,13 +34,13 @@ def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
 @click.argument("url")
 @click.argument("folder", metavar="DIR", type=FolderPath())
 @_JSON
-def pull_command(url: str, folder: Path, as_json: bool) -> None:
+def pull_command(url: str, folder: str, as_json: bool) -> None:
     """Copy the cache at URL, or URL@sha256:DIGEST, into DIR.
 
     Every shard is checked by sha256 as it arrives. The same command goes on after a stop, and
     fetches damaged shards again.
     """
-    from duet_unlearn.teacher_cache.share.share import pull
+    from duet_unlearn.teacher_cache.share.transfer import pull
 
     _print_transfer(pull(url, folder), as_json=as_json)
 

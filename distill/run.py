@@ -15,7 +15,6 @@ from duet_unlearn.distill.student import check_cache_fits
 from duet_unlearn.distill.trainable import select_trained
 from duet_unlearn.distill.views import draw_weights
 from duet_unlearn.errors import StoppedError
-from duet_unlearn.teacher_cache.share.location import is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -49,18 +48,14 @@ def run(config: RunConfig) -> RunResult:
         return RunResult(**{**finished["result"], "out": str(job.folder.out), "hit": True})
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
     from duet_unlearn.distill.arguments import training_arguments
-    from duet_unlearn.distill.sampler import epoch_order
 
     reader = job.reader
-    # A remote cache comes in while the model is loaded and trained, in the order of its use.
-    reader.prefetch(epoch_order(reader.splits, reader.row_groups, seed=config.seed, epoch=0))
     tokenizer = load_tokenizer(job.student.folder)
     renderer = PromptRenderer(tokenizer)
     check_cache_fits(job.student, renderer, reader)
     if job.held_out is not None:
         job.held_out.prepare(job.student, renderer, tokenizer)
-        if not is_url(config.cache):  # its rows are not here yet
-            job.held_out.warn_of_trained(reader)
+        job.held_out.warn_of_trained(reader)
     args = training_arguments(job.config, job.folder.work)
     if args.process_index != 0:
         _wait_for_all(args)  # until the first process has made the work folder

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,7 @@ from duet_unlearn.teacher_cache.format.manifest import (
 from duet_unlearn.teacher_cache.format.row_group import Identity, RowGroup, row_group_problems
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile
-from duet_unlearn.teacher_cache.share.location import is_url
-
-if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.share.remote_shards import RemoteShards
+from duet_unlearn.urls import is_url
 
 # Enough for a sampler that mixes rows of a window of groups.
 RECENT_ROW_GROUPS = 16
@@ -60,21 +57,44 @@ class _Location:
     first_row: int
 
 
+class Shards(Protocol):
+    """The shards of one cache, wherever they lie."""
+
+    manifest: Manifest
+    folder: Path
+    """A folder in the layout of a cache, in which shards are or will be."""
+
+    def path(self, index: int) -> Path:
+        """Return where a shard lies, once it is there.
+
+        Raises:
+            CacheError: It cannot be had.
+        """
+
+
+@dataclass(slots=True)
+class LocalShards:
+    """The shards of a cache in a local folder."""
+
+    manifest: Manifest
+    folder: Path
+
+    def path(self, index: int) -> Path:
+        """Return where a shard lies."""
+        return self.folder / SHARD_FOLDER / self.manifest.shards[index].name
+
+
 class CacheReader:
     """Random access to the rows of a finished cache in bounded memory.
 
     Args:
-        folder: Where the shards are.
-        manifest: Of this cache.
-        remote: Fetches the shards of a remote cache into `folder`; None for a local one.
+        shards: The cache's shards.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, remote: "RemoteShards | None" = None
-    ) -> None:
-        self.folder = folder
-        self._remote = remote
-        self.manifest = manifest
+    def __init__(self, shards: Shards) -> None:
+        self.folder = shards.folder
+        self.manifest = manifest = shards.manifest
+        self._shards = shards
         self.num_rows = manifest.num_rows
         self.splits = np.concatenate([_split_codes(shard) for shard in manifest.shards])
         """Split of every row, `[num_rows]`, 0 for forget and 1 for retain."""
@@ -107,9 +127,9 @@ class CacheReader:
             MismatchError: The cache has another digest than the one given.
         """
         if isinstance(cache, str) and is_url(cache):
-            from duet_unlearn.teacher_cache.share.remote_cache import open_remote
+            from duet_unlearn.teacher_cache.share.remote import open_remote
 
-            return open_remote(cache)
+            return cls(open_remote(cache))
         folder, pin = split_pin(cache)
         manifest = read_manifest(folder)
         if pin is not None and manifest.digest != pin:
@@ -119,7 +139,7 @@ class CacheReader:
             )
         for shard in manifest.shards:
             check_size(folder, shard)
-        return cls(folder, manifest)
+        return cls(LocalShards(manifest, folder))
 
     def row(self, index: int) -> CachedRow:
         """Return one row by its index in file order.
@@ -187,19 +207,6 @@ class CacheReader:
         """
         return self._group(index)
 
-    def prefetch(self, rows: npt.NDArray[np.int64]) -> None:
-        """Fetch the shards of a remote cache in the background, in the order rows need them.
-
-        Args:
-            rows: Row indices in the order of their use.
-        """
-        if self._remote is not None:
-            groups = np.searchsorted(self._starts, rows, side="right") - 1
-            shards = np.array([location.shard for location in self._locations])[groups]
-            # The first use of each shard, in order of use.
-            first_uses = np.sort(np.unique(shards, return_index=True)[1])
-            self._remote.prefetch(shards[first_uses].tolist())
-
     def _group(self, index: int) -> RowGroup:
         if index in self._recent:
             self._recent.move_to_end(index)
@@ -229,9 +236,7 @@ class CacheReader:
     def _file(self, shard: int) -> ShardFile:
         """Return an open shard whose bytes are those that the manifest names, now."""
         entry = self.manifest.shards[shard]
-        path = self.folder / SHARD_FOLDER / entry.name
-        if shard not in self._states and self._remote is not None:
-            self._remote.fetch(shard)
+        path = self._shards.path(shard)
         # A pin holds for as long as the cache is read: a file that was touched is hashed again.
         state = file_state(path)
         if state != self._states.get(shard):

@@ -21,7 +21,7 @@ from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_prob
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
-from duet_unlearn.teacher_cache.share.location import is_url
+from duet_unlearn.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,12 @@ def verify(cache: str | Path) -> VerifyReport:
         MismatchError: The cache has another digest than the one given.
     """
     if isinstance(cache, str) and is_url(cache):
-        from duet_unlearn.teacher_cache.share.remote_cache import fresh_copy
+        from duet_unlearn.teacher_cache.share.remote import open_afresh
 
-        with fresh_copy(cache) as copy:
-            report = _verify(copy.folder, copy.manifest, copy.unlisted, copy.shard)
-            problems = (problem.replace(str(copy.folder), copy.url) for problem in report.problems)
+        with open_afresh(cache) as shards:
+            report = _verify(shards.folder, shards.manifest, shards.unlisted(), shards.for_a_while)
+            url = shards.store().url
+            problems = (problem.replace(str(shards.folder), url) for problem in report.problems)
             return dataclasses.replace(report, problems=tuple(problems))
     folder, pin = split_pin(cache)
     manifest = read_manifest(folder)

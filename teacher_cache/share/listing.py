@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from duet_unlearn.errors import CacheError, CorruptCacheError
 from duet_unlearn.teacher_cache.format.manifest import Manifest
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
-from duet_unlearn.teacher_cache.share.location import parse_location
-from duet_unlearn.teacher_cache.share.remote_manifest import find_manifest
+from duet_unlearn.teacher_cache.share.place import find_manifest, parse_location
 from duet_unlearn.teacher_cache.share.store import Store
-from duet_unlearn.teacher_cache.share.transfer import JOBS
 
 # How far below the URL a cache may lie, and how many folders are looked into: a bucket may hold
 # millions of other files.
@@ -37,9 +35,8 @@ def list_caches(url: str) -> tuple[ListedCache, ...]:
     Raises:
         CacheError: The place cannot be listed.
     """
-    location = parse_location(url)
-    store = Store(location.url)
-    if not store.has_listing:
+    store = Store(parse_location(url)[0])
+    if store.read_only:
         listed = _read(store, "")
         if listed is None:
             raise CacheError(
@@ -47,9 +44,8 @@ def list_caches(url: str) -> tuple[ListedCache, ...]:
                 "give the URL of one cache"
             )
         return (listed,)
-    names = sorted(_cache_folders(store))
-    with ThreadPoolExecutor(max_workers=JOBS) as pool:
-        found = pool.map(lambda name: _read(store, name), names)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _read(store, name), sorted(_cache_folders(store)))
         return tuple(listed for listed in found if listed is not None)
 
 
@@ -61,7 +57,7 @@ def _read(store: Store, name: str) -> ListedCache | None:
         return ListedCache(name=shown, url=store.where(name), manifest=None, problem=str(error))
     if found is None:
         return None
-    return ListedCache(name=shown, url=store.where(name), manifest=found.manifest)
+    return ListedCache(name=shown, url=store.where(name), manifest=found[0])
 
 
 def _cache_folders(store: Store) -> Iterator[str]:
@@ -81,7 +77,7 @@ def _cache_folders(store: Store) -> Iterator[str]:
                 continue
             below += [
                 posixpath.join(folder, name)
-                for name, entry in entries.items()
-                if entry.is_folder and name != SHARD_FOLDER and not name.startswith(".")
+                for name, size in entries.items()
+                if size is None and name != SHARD_FOLDER and not name.startswith(".")
             ]
         level = sorted(below)

@@ -1,178 +1,261 @@
-"""Move the files of a cache, several at a time, with one bar over all bytes."""
+"""Push a cache to an object store, a shared folder or the hub, and pull it from there.
 
-import contextlib
-import hashlib
+Shards go first, the card next, the manifest last: a cache is there when its manifest is, so nobody
+sees half of one. Both directions resume where they were stopped, file by file.
+"""
+
 import logging
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from duet_unlearn.errors import CacheError, CorruptCacheError
-from duet_unlearn.files import atomic_path, make_folder
-from duet_unlearn.teacher_cache.format.manifest import ShardEntry
-from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER
+from duet_unlearn.data.models.fingerprint import sha256_file
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.files import (
+    TEMPORARY_SUFFIX,
+    atomic_path,
+    claim_folder,
+    make_folder,
+    release_claim,
+    user_path,
+)
+from duet_unlearn.teacher_cache.build.lock import build_lock
+from duet_unlearn.teacher_cache.format.card import CARD_NAME, write_card
+from duet_unlearn.teacher_cache.format.manifest import (
+    Manifest,
+    ShardEntry,
+    is_cache_folder,
+    read_manifest,
+    split_pin,
+)
+from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
+from duet_unlearn.teacher_cache.share.hub import HubFolder
+from duet_unlearn.teacher_cache.share.place import (
+    fetch_manifest,
+    holds_cache,
+    missing_shards,
+    parse_location,
+)
 from duet_unlearn.teacher_cache.share.store import Store
+from duet_unlearn.urls import is_url, redact_url
 
-JOBS = 8
-
-
-class Progress:
-    """A bar in bytes that several threads move; quiet when standard error is not a terminal."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._bar: Any = tqdm(
-            total=total, desc=what, unit="B", unit_scale=True, disable=None, mininterval=0.2
-        )
-        self._lock = threading.Lock()
-        self.stopped = threading.Event()
-
-    def add(self, count: int) -> None:
-        """Count bytes; a negative number takes back what has to be moved again.
-
-        Raises:
-            CacheError: Another file failed or the user stopped, so this one has to stop too.
-        """
-        if self.stopped.is_set():
-            raise CacheError("stopped because of another file")
-        with self._lock:
-            self._bar.update(count)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
+_JOBS = 8
 
 
-@contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Progress]:
-    """Show a bar while files are moved; tell the threads to stop when it goes away."""
-    bar = Progress(what, total)
-    try:
-        yield bar
-    finally:
-        bar.stopped.set()
-        bar.close()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferResult:
+    """What a push or a pull came to."""
+
+    place: str
+    """Where the cache is now: a URL or a folder."""
+    manifest: Manifest
+    moved_shards: int
+    moved_bytes: int
+    """Bytes of the shards that were moved; the manifest and the card are not counted."""
+
+    @property
+    def hit(self) -> bool:
+        """Whether everything was there already."""
+        return self.moved_shards == 0
 
 
-def run_all(
-    work: Callable[[ShardEntry], object], shards: Sequence[ShardEntry], bar: Progress, jobs: int
-) -> None:
-    """Do the same for all shards, `jobs` at a time; the first error stops the rest and is raised.
-
-    An interrupt does not wait for the others: their threads are daemons, which a process that ends
-    leaves behind even where the network stands still.
-    """
-    waiting, errors = deque(shards), deque[BaseException]()
-
-    def loop() -> None:
-        while not bar.stopped.is_set():
-            try:
-                shard = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                work(shard)
-            except BaseException as error:
-                errors.append(error)
-                bar.stopped.set()
-
-    threads = [
-        threading.Thread(target=loop, name="duet-transfer", daemon=True)
-        for _ in range(min(jobs, len(shards)))
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        bar.stopped.set()
-        # aiohttp would report the connections that are dropped here on purpose.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        raise
-    if errors:
-        raise errors[0]
-
-
-def fetch_shard(
-    store: Store, shard: ShardEntry, folder: Path, count: Callable[[int], object] = lambda _: None
-) -> None:
-    """Bring a shard into a cache folder: hashed as it arrives, there whole or not at all.
+def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
+    """Copy a finished local cache to a URL.
 
     Args:
-        store: Where the cache is.
-        shard: The manifest's entry.
-        folder: The local cache folder; its `shards/` exists.
-        count: Called with the bytes of each piece that arrives.
+        cache: `PATH` or `PATH@sha256:DIGEST`.
+        url: The place of this one cache, not of a collection.
+        check: Compare what lies there by content even beside a manifest, and send damaged shards
+            again.
+
+    Raises:
+        CacheError: There is no finished cache, or the place cannot be written.
+        CorruptCacheError: A local shard is damaged; it is not sent.
+        MismatchError: Another cache, or anything else, is at that place.
+        ConfigurationError: So it is, in a local folder.
+    """
+    if is_url(cache):
+        raise CacheError(f"{redact_url(str(cache))}: push takes a local cache; pull it first")
+    folder, pin = split_pin(cache)
+    manifest = read_manifest(folder)
+    place, wanted = parse_location(url)
+    for expected in (pin, wanted):
+        if expected not in (None, manifest.digest):
+            raise MismatchError(
+                f"{folder}: this cache has digest {manifest.digest}, expected {expected}; push "
+                "the cache that was named, or change the digest"
+            )
+    store = Store(place)
+    if store.read_only:
+        raise CacheError(
+            f"{store.url}: {store.protocol}:// can only be read; push to s3://, hf:// or a folder"
+        )
+    if store.folder is not None:
+        claim_folder(store.folder, is_cache_folder)
+    store.ask_hub(HubFolder.create_repository)
+    finished = holds_cache(store, manifest)
+    missing = missing_shards(store, manifest, folder / CARD_NAME, finished=finished, check=check)
+    names = [f"{SHARD_FOLDER}/{shard.name}" for shard in missing]
+    for name, shard in zip(names, missing, strict=True):
+        check_shard(folder / name, shard, str(folder / name))
+    last = [] if finished else [n for n in (CARD_NAME, MANIFEST_NAME) if (folder / n).is_file()]
+    if store.hub is None:
+        _each("push", missing, lambda shard: _send(store, folder, f"{SHARD_FOLDER}/{shard.name}"))
+        if last and not holds_cache(store, manifest):  # somebody else may have pushed meanwhile
+            left = missing_shards(store, manifest, folder / CARD_NAME, finished=True, check=False)
+            if left:
+                raise CacheError(
+                    f"{store.where(f'{SHARD_FOLDER}/{left[0].name}')}: was sent, but is not there "
+                    f"with its {left[0].bytes} bytes; run the same push again"
+                )
+            for name in last:
+                store.put(folder / name, name)
+    elif names or last:
+        message = f"Add teacher cache {manifest.digest[:19]}"
+        store.ask_hub(lambda hub: hub.commit(folder, names + last, message))
+    if store.folder is not None:
+        release_claim(store.folder)
+    return _result(store.url, manifest, missing)
+
+
+def _send(store: Store, folder: Path, name: str) -> None:
+    store.put(folder / name, name)
+
+
+def pull(url: str, folder: str | Path) -> TransferResult:
+    """Copy a cache from a URL into a local folder; what is there already is not moved again.
+
+    Args:
+        url: `URL` or `URL@sha256:DIGEST`; a local path works too.
+        folder: A new or empty folder, or one that holds this cache or a part of it.
+
+    Raises:
+        CacheError: There is no finished cache, or a place cannot be read or written.
+        ConfigurationError: The folder is none, or not ours.
+        CorruptCacheError: What arrives is not what the manifest lists.
+        MismatchError: The digest is another, or the folder holds something else.
+    """
+    folder = user_path(folder, "the folder to pull into")
+    place, pin = parse_location(url)
+    store = Store(place)
+    manifest, data = fetch_manifest(store, pin)
+    here = Store(str(folder))
+    finished = holds_cache(here, manifest)
+    claim_folder(folder, is_cache_folder)
+    with build_lock(folder):
+        missing = missing_shards(here, manifest, folder / CARD_NAME, finished=finished, check=True)
+        needed, free = sum(shard.bytes for shard in missing), shutil.disk_usage(folder).free
+        if needed > free:
+            raise CacheError(
+                f"{folder}: {needed} bytes to fetch, {free} bytes free; free some space or choose "
+                "another folder"
+            )
+        make_folder(folder / SHARD_FOLDER)
+        _each("pull", missing, lambda shard: fetch_shard(store, shard, folder))
+        if not (folder / CARD_NAME).exists():
+            # The digest does not cover the card that lies there, so it is written anew.
+            write_card(folder, manifest)
+        if not finished:
+            with atomic_path(folder / MANIFEST_NAME) as temporary:
+                temporary.write_bytes(data)
+        release_claim(folder)
+    return _result(str(folder), manifest, missing)
+
+
+def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
+    """Bring a shard into a cache folder that nobody else writes: there whole or not at all.
 
     Raises:
         CorruptCacheError: Twice, what arrived was not what the manifest lists.
         CacheError: The store cannot be read, or the folder cannot be written.
     """
     name = f"{SHARD_FOLDER}/{shard.name}"
+    for left_behind in (folder / SHARD_FOLDER).glob(f".{shard.name}.*{TEMPORARY_SUFFIX}"):
+        left_behind.unlink(missing_ok=True)
     for last in (False, True):
         try:
             with atomic_path(folder / name) as temporary:
-                found = _receive(store.stream(name, shard.bytes), temporary, count)
-                _check_received(store.where(name), found, shard)
+                try:
+                    store.get(name, temporary, shard.bytes)
+                except FileNotFoundError:
+                    raise CorruptCacheError(
+                        f"{store.where(name)}: the manifest lists it, but it is not there; push "
+                        "the cache again"
+                    ) from None
+                check_shard(temporary, shard, store.where(name))
             return
-        except _WrongBytesError as error:
+        except CorruptCacheError:
             if last:
-                raise CorruptCacheError(str(error)) from None
-            count(-error.received)
+                raise
 
 
-class _WrongBytesError(CorruptCacheError):
-    """What arrived is not the shard; `received` bytes were counted for nothing."""
+def check_shard(path: Path, shard: ShardEntry, where: str) -> None:
+    """Check that a local file has the bytes of a shard.
 
-    def __init__(self, message: str, received: int) -> None:
-        super().__init__(message)
-        self.received = received
-
-
-def _receive(
-    pieces: Iterator[bytes], path: Path, count: Callable[[int], object]
-) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
-            count(len(piece))
-    return size, "sha256:" + digest.hexdigest()
-
-
-def _check_received(where: str, found: tuple[int, str], shard: ShardEntry) -> None:
-    size, sha256 = found
-    if size != shard.bytes:
-        problem = f"{'more than ' if size > shard.bytes else ''}{min(size, shard.bytes)} bytes"
-        expected = f"{shard.bytes}"
-    elif sha256 != shard.sha256:
-        problem, expected = f"its bytes have {sha256[:19]}", shard.sha256[:19]
+    Raises:
+        CorruptCacheError: It has not; the message names the shard by `where`.
+    """
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        problem = "the shard is missing"
+    elif size != shard.bytes:
+        problem = f"{size} bytes, the manifest says {shard.bytes}"
+    elif (found := sha256_file(path)) != shard.sha256:
+        problem = f"its bytes have {found[:19]}, the manifest says {shard.sha256[:19]}"
     else:
         return
-    raise _WrongBytesError(
-        f"{where}: {problem}, the manifest says {expected}; the copy there is damaged: push it "
-        "again with --check",
-        received=size,
+    raise CorruptCacheError(
+        f"{where}: {problem}; that copy is damaged: push a sound one again with --check"
     )
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot fit on the disk.
+def _each(what: str, shards: Sequence[ShardEntry], move: Callable[[ShardEntry], None]) -> None:
+    """Move all shards, several at a time; the first error stops the rest and is raised.
 
-    Raises:
-        CacheError: The file system has less room than `needed` bytes.
+    An interrupt does not wait for the others: their threads are daemons, which a process that ends
+    leaves behind even where the network stands still.
     """
-    make_folder(folder)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CacheError(
-            f"{folder}: {needed} bytes to fetch, {free} bytes free; free some space or choose "
-            "another folder"
-        )
+    waiting, errors, lock = deque(shards), deque[BaseException](), threading.Lock()
+    total = sum(shard.bytes for shard in shards)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+
+        def loop() -> None:
+            while not errors:
+                try:
+                    shard = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    move(shard)
+                except BaseException as error:
+                    errors.append(error)
+                with lock:
+                    bar.update(shard.bytes)
+
+        threads = [threading.Thread(target=loop, daemon=True) for _ in shards[:_JOBS]]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:
+            errors.append(error)
+            # aiohttp would report the connections that are dropped here on purpose.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise
+    if errors:
+        raise errors[0]
+
+
+def _result(place: str, manifest: Manifest, moved: Sequence[ShardEntry]) -> TransferResult:
+    return TransferResult(
+        place=place,
+        manifest=manifest,
+        moved_shards=len(moved),
+        moved_bytes=sum(shard.bytes for shard in moved),
+    )

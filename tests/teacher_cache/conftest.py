@@ -121,7 +121,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.share.remote_errors.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("duet_unlearn.teacher_cache.share.store._FIRST_PAUSE_SECONDS", 0.01)
 
 
 @dataclass
@@ -129,8 +129,6 @@ class WebServer:
     """A real HTTP server over a folder, and how it misbehaves; paths begin with a slash."""
 
     folder: Path
-    ranges: bool = False
-    """Whether it answers to a Range header."""
     cuts: dict[str, list[int]] = field(default_factory=dict)
     """For each path, after how many bytes its next answers break off."""
     answers: dict[str, list[bytes | int]] = field(default_factory=dict)
@@ -140,8 +138,7 @@ class WebServer:
     endless: set[str] = field(default_factory=set)
     """Paths whose answer never ends."""
     requests: list[str] = field(default_factory=list)
-    sent: dict[str, int] = field(default_factory=dict)
-    """Bytes of bodies that went out, for each path."""
+    authorizations: list[str] = field(default_factory=list)
     port: int = 0
 
     @property
@@ -162,30 +159,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         web, path = self.web, self.path
         web.requests.append(path)
+        if "Authorization" in self.headers:
+            web.authorizations.append(self.headers["Authorization"])
         body = self._body(path)
         if isinstance(body, int):
             self._head(body, 0)
             return
-        start = self._start() if web.ranges else 0
-        part = body[start:]
-        status = 206 if start else 200
         if path in web.endless:
-            self._head(status, 1 << 40)
+            self._head(200, 1 << 40)
             with contextlib.suppress(OSError):
                 while True:
-                    self._send(path, b"x" * 65536)
+                    self.wfile.write(b"x" * 65536)
             return
-        extra = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-        self._head(status, len(part), extra)
+        self._head(200, len(body))
         cuts = web.cuts.get(path, [])
         if cuts:
-            self._send(path, part[: cuts.pop(0)])
+            self.wfile.write(body[: cuts.pop(0)])
             self.close_connection = True
             if web.hold is not None:
                 web.hold.wait(30)
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        self._send(path, part)
+        self.wfile.write(body)
 
     def _body(self, path: str) -> bytes | int:
         answers = self.web.answers.get(path)
@@ -194,20 +189,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         file = self.web.folder / path.lstrip("/")
         return file.read_bytes() if file.is_file() else 404
 
-    def _start(self) -> int:
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        return int(match.group(1)) if match else 0
-
-    def _head(self, status: int, length: int, extra: dict[str, str] | None = None) -> None:
+    def _head(self, status: int, length: int) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(length), **(extra or {})}.items():
-            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
         self.end_headers()
-
-    def _send(self, path: str, data: bytes) -> None:
-        # Counted first: whoever has read it may look at once.
-        self.web.sent[path] = self.web.sent.get(path, 0) + len(data)
-        self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -359,13 +344,19 @@ class Bucket:
         return re.findall(r"<Key>([^<]+)</Key>", text)
 
     def put(self, key: str, data: bytes) -> None:
+        self._ask("PUT", key, data)
+
+    def delete(self, key: str) -> None:
+        self._ask("DELETE", key, None)
+
+    def _ask(self, method: str, key: str, data: bytes | None) -> None:
         connection = http.client.HTTPConnection(*self.server)
         # The server asks for a signature and does not check it.
         signed = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request"
         path = f"/{urlsplit(self.url).netloc}/{key}"
-        connection.request("PUT", path, body=data, headers={"Authorization": signed})
+        connection.request(method, path, body=data, headers={"Authorization": signed})
         response = connection.getresponse()
-        assert response.status == 200, response.read()
+        assert response.status in (200, 204), response.read()
         connection.close()
 
 
@@ -379,8 +370,8 @@ def bucket(
     connection.request("PUT", f"/{name}")
     assert connection.getresponse().status == 200
     connection.close()
-    # s3fs tries again by itself, each time it is asked again.
-    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)
+    # s3fs tries again by itself, and so does botocore below it.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     proxy = Proxy(target=s3_server)
     with _serving(partial(_Relay, proxy)) as proxy.port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")

@@ -12,12 +12,13 @@ from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
     CorruptCacheError,
+    DuetError,
     MismatchError,
 )
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.share.listing import list_caches
-from duet_unlearn.teacher_cache.share.location import hide_credentials, is_url, parse_location
-from duet_unlearn.teacher_cache.share.share import pull, push
+from duet_unlearn.teacher_cache.share.place import parse_location
+from duet_unlearn.teacher_cache.share.transfer import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 
 SHARD = "shards/00001-of-00005.parquet"
@@ -30,6 +31,13 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith(".")
     }
+
+
+def damage(path: Path) -> None:
+    """Flip a bit: the size stays, only the content tells."""
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_cache_goes_to_a_folder_and_back_unchanged(shared_cache: Path, tmp_path: Path) -> None:
@@ -52,19 +60,22 @@ def test_a_second_push_and_a_second_pull_move_nothing(shared_cache: Path, tmp_pa
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-def test_a_push_goes_on_and_replaces_what_is_not_the_shard(
+def test_a_push_resumes_and_replaces_nothing_that_it_cannot_know(
     shared_cache: Path, tmp_path: Path
 ) -> None:
     there = tmp_path / "there"
     push(shared_cache, str(there))
     (there / "manifest.json").unlink()
     (there / SHARD).unlink()
-    damaged = bytearray((there / "shards/00003-of-00005.parquet").read_bytes())
-    damaged[1000] ^= 1  # the same size: only the content tells
-    (there / "shards/00003-of-00005.parquet").write_bytes(damaged)
-    again = push(shared_cache, str(there))
-    assert again.moved_shards == 2
+    assert push(shared_cache, str(there)).moved_shards == 1
     assert files(there) == files(shared_cache)
+    # Without a manifest a shard of another content may be of somebody else's push.
+    (there / "manifest.json").unlink()
+    damage(there / "shards/00003-of-00005.parquet")
+    before = files(there)
+    with pytest.raises(MismatchError, match="holds 'shards/00003-of-00005.parquet', which is not"):
+        push(shared_cache, str(there))
+    assert files(there) == before
 
 
 def test_a_shard_that_vanished_beside_its_manifest_is_sent_again(
@@ -83,7 +94,7 @@ def test_a_checked_push_repairs_a_damaged_shard_of_the_same_size(
     there = tmp_path / "there"
     push(shared_cache, str(there))
     sound = (there / SHARD).read_bytes()
-    (there / SHARD).write_bytes(bytes([*sound[:1000], sound[1000] ^ 1, *sound[1001:]]))
+    damage(there / SHARD)
     assert push(shared_cache, str(there)).hit  # a size is enough beside a manifest
     assert push(shared_cache, str(there), check=True).moved_shards == 1
     assert (there / SHARD).read_bytes() == sound
@@ -111,14 +122,15 @@ def test_shards_of_another_unfinished_push_are_not_mixed_in(
     there = tmp_path / "there"
     push(make_cache(tmp_path / "other", shards=2), str(there))
     (there / "manifest.json").unlink()
-    with pytest.raises(MismatchError, match="holds 00000-of-00002.parquet and no manifest"):
+    (there / "README.md").unlink()
+    with pytest.raises(
+        MismatchError, match="holds 'shards/00000-of-00002.parquet', which is not of this"
+    ):
         push(shared_cache, str(there))
 
 
 def test_a_damaged_cache_is_not_published(cache_copy: Path, tmp_path: Path) -> None:
-    data = bytearray((cache_copy / SHARD).read_bytes())
-    data[2000] ^= 1
-    (cache_copy / SHARD).write_bytes(data)
+    damage(cache_copy / SHARD)
     with pytest.raises(CorruptCacheError, match="00001-of-00005.parquet: its bytes have"):
         push(cache_copy, str(tmp_path / "there"))
     assert not (tmp_path / "there" / "manifest.json").exists()
@@ -152,9 +164,7 @@ def test_pins_are_held_on_both_sides(shared_cache: Path, tmp_path: Path) -> None
 def test_a_pull_repairs_what_is_damaged_and_fetches_no_more(
     shared_cache: Path, cache_copy: Path
 ) -> None:
-    data = bytearray((cache_copy / SHARD).read_bytes())
-    data[2000] ^= 1
-    (cache_copy / SHARD).write_bytes(data)
+    damage(cache_copy / SHARD)
     (cache_copy / "shards/00004-of-00005.parquet").unlink()
     assert pull(str(shared_cache), cache_copy).moved_shards == 2
     assert files(cache_copy) == files(shared_cache)
@@ -164,13 +174,13 @@ def test_a_pull_leaves_other_folders_alone(shared_cache: Path, make_cache, tmp_p
     home = tmp_path / "home"
     home.mkdir()
     (home / "README.md").write_text("mine")
-    with pytest.raises(CacheError, match="not empty and no teacher cache"):
+    with pytest.raises(ConfigurationError, match="not empty"):
         pull(str(shared_cache), home)
     assert files(home) == {"README.md": b"mine"}
     unfinished = make_cache(tmp_path / "unfinished", seed=3)
     (unfinished / "manifest.json").unlink()
     before = files(unfinished)
-    with pytest.raises(MismatchError, match="belongs to another, unfinished cache"):
+    with pytest.raises(MismatchError, match="which is not of this cache"):
         pull(str(shared_cache), unfinished)
     assert files(unfinished) == before
 
@@ -221,15 +231,11 @@ def test_through_memory_as_through_any_other_store(shared_cache: Path, tmp_path:
     assert files(tmp_path / "here") == files(shared_cache)
 
 
-def test_urls_are_told_from_paths_and_hide_passwords() -> None:
-    assert is_url("s3://bucket/a")
-    assert is_url("HTTPS://host/a")
-    assert not is_url("folder/a@b")
-    assert not is_url("C:/caches")
-    location = parse_location(f"s3://bucket/a/@{DIGEST}")
-    assert (location.url, location.pin) == ("s3://bucket/a", DIGEST)
-    assert parse_location("hf://datasets/o/n@main/a").url == "hf://datasets/o/n@main/a"
-    assert hide_credentials("at https://me:secret@host/a") == "at https://host/a"
+def test_places_are_taken_apart() -> None:
+    assert parse_location(f"s3://bucket/a/@{DIGEST}") == ("s3://bucket/a", DIGEST)
+    assert parse_location("hf://datasets/o/n@main/a") == ("hf://datasets/o/n@main/a", None)
+    assert parse_location(f"folder/a@{DIGEST}") == ("folder/a", DIGEST)
+    assert parse_location("http://[::1]:80/a") == ("http://[::1]:80/a", None)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +246,9 @@ def test_urls_are_told_from_paths_and_hide_passwords() -> None:
         ("s3://a::memory://b", CacheError, "chained URLs"),
         ("s3://a/b@sha256:12", CacheError, "64 hex digits"),
         ("http://127.0.0.1/a", CacheError, "can only be read"),
+        ("http://[::1/a", CacheError, "not a URL"),
+        ("", CacheError, "no place is named"),
+        (f"@{DIGEST}", CacheError, "no place is named"),
     ],
 )
 def test_urls_that_cannot_work_are_refused(
@@ -260,14 +269,51 @@ def test_a_missing_package_names_the_extra(
         push(shared_cache, "s3://bucket/x")
 
 
-def test_a_place_that_holds_files_of_others_is_refused(make_cache, tmp_path) -> None:
-    cache = make_cache(tmp_path / "cache")
+def test_a_place_that_holds_files_of_others_is_refused(shared_cache: Path, tmp_path: Path) -> None:
     place = tmp_path / "theirs"
     place.mkdir()
     (place / "README.md").write_text("mine")
-    with pytest.raises(CacheError, match="holds 'README.md' and no cache"):
-        push(cache, str(place))
-    with pytest.raises(CacheError, match="not empty"):
-        pull(str(cache), place)
-    assert [path.name for path in place.iterdir()] == ["README.md"]
-    assert (place / "README.md").read_text() == "mine"
+    (place / ".notes.tmp").write_text("mine")
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(ConfigurationError, match=r"not empty.*found .notes.tmp"):
+        push(shared_cache, str(place))
+    with pytest.raises(ConfigurationError, match="not empty"):
+        pull(str(shared_cache), place)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_folders_that_cannot_be_meant_are_refused(
+    shared_cache: Path, make_cache, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "cache", shards=1)
+    before = files(cache)
+    with pytest.raises(ConfigurationError, match="is empty"):
+        pull(str(shared_cache), "")
+    for inside in (cache / "shards", cache / "shards" / "new"):
+        with pytest.raises(DuetError, match="lies inside the cache"):
+            pull(str(shared_cache), inside)
+        with pytest.raises(DuetError, match="lies inside the cache"):
+            push(shared_cache, str(inside))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DuetError, match="a file"):
+        push(shared_cache, str(tmp_path / "file"))
+    assert files(cache) == before
+
+
+def test_what_a_stopped_pull_and_others_left_in_shards_is_told_apart(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    pull(str(shared_cache), here)
+    (here / "manifest.json").unlink()
+    (here / SHARD).unlink()
+    ours, theirs = (here / "shards" / f".{name}.tmp" for name in (f"{SHARD[7:]}.12", "notes"))
+    ours.write_bytes(b"half")
+    theirs.write_bytes(b"mine")
+    assert pull(str(shared_cache), here).moved_shards == 1
+    assert (ours.exists(), theirs.exists()) == (False, True)
+
+
+def test_a_password_in_the_place_is_nowhere_in_what_comes_back(shared_cache: Path) -> None:
+    result = push(shared_cache, f"memory://me:s3cr3t@host/{shared_cache.parent.name}")
+    assert result.place == f"memory://host/{shared_cache.parent.name}"

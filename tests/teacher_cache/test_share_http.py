@@ -1,5 +1,6 @@
 """Pull and list from a real HTTP server that cuts connections, lies, or never ends."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +13,7 @@ import pytest
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.share.listing import list_caches
-from duet_unlearn.teacher_cache.share.share import pull
-from duet_unlearn.teacher_cache.share.store import Store
+from duet_unlearn.teacher_cache.share.transfer import pull
 from duet_unlearn.teacher_cache.verify import verify
 
 NAME = "00002-of-00005.parquet"
@@ -33,34 +33,14 @@ def test_a_cache_is_pulled_from_its_manifest_alone(web, shared_cache: Path, tmp_
     assert len(web.shard_requests()) == 5
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_cut_connection_is_taken_up_again(
-    web, shared_cache: Path, tmp_path: Path, ranges: bool
+def test_a_shard_whose_connection_was_cut_is_fetched_again(
+    web, shared_cache: Path, tmp_path: Path
 ) -> None:
     size = len(shards(shared_cache)[NAME])
-    web.ranges = ranges
     web.cuts[SHARD] = [size // 2, size // 4, 0]
     pull(web.url, tmp_path / "here")
     assert shards(tmp_path / "here") == shards(shared_cache)
     assert web.requests.count(SHARD) == 4
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_what_arrived_before_a_cut_is_not_asked_for_again(
-    web, shared_cache: Path, ranges: bool
-) -> None:
-    right = shards(shared_cache)[NAME]
-    half = len(right) // 2
-    web.ranges, web.hold = ranges, threading.Event()
-    web.cuts[SHARD] = [half]
-    pieces = Store(web.url).stream(SHARD.lstrip("/"), len(right))
-    received = b""
-    while len(received) < half:
-        received += next(pieces)
-    web.hold.set()
-    assert received + b"".join(pieces) == right
-    # A server without ranges sends the first half again, which is skipped.
-    assert web.sent[SHARD] == len(right) + (0 if ranges else half)
 
 
 def test_a_stopped_pull_keeps_what_is_finished_and_goes_on(
@@ -148,14 +128,32 @@ def test_a_manifest_that_is_none_gives_one_line(
 
 
 def test_nobody_listening_gives_one_line(web, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"127\.0\.0\.1:9.*no connection .*check the address"):
+    with pytest.raises(
+        CacheError, match=r"127\.0\.0\.1:9.*no connection .*check the URL and the network"
+    ):
         pull("http://127.0.0.1:9/cache", tmp_path / "here")
 
 
-def test_a_password_is_never_shown(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_from_a_bad_network(web, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(CacheError, match="cannot write: a limit on file sizes is in force"):
+            pull(web.url, tmp_path / "here")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert pull(web.url, tmp_path / "here").moved_shards == 5
+
+
+def test_a_password_is_used_and_never_shown(web, tmp_path: Path) -> None:
     with pytest.raises(CacheError) as error:
         pull("http://me:secret@127.0.0.1:9/cache", tmp_path / "here")
     assert "secret" not in str(error.value)
+    web.folder = tmp_path  # nothing there
+    with pytest.raises(CacheError) as error:
+        pull(web.url.replace("://", "://me:secret@"), tmp_path / "here")
+    assert "secret" not in str(error.value)
+    assert web.authorizations == ["Basic bWU6c2VjcmV0"]
 
 
 def test_list_reads_one_cache_and_says_why_it_cannot_list_more(web, shared_cache: Path) -> None:
@@ -179,14 +177,6 @@ def test_verify_reads_every_byte_there_and_names_each_bad_shard(
     assert [path for path in cache_home.rglob("*") if path.is_file()] == []
     with pytest.raises(MismatchError, match="expected sha256:000"):
         verify(f"{web.url}@sha256:{'0' * 64}")
-
-
-def test_what_a_killed_pull_left_behind_is_removed(web, tmp_path: Path) -> None:
-    left = tmp_path / "here/shards" / f".{NAME}.99999.tmp"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
-    pull(web.url, tmp_path / "here")
-    assert not left.exists()
 
 
 def test_an_interrupted_pull_ends_at_once_while_the_network_stands_still(

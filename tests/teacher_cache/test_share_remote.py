@@ -5,15 +5,13 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.inspect import summarize
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.share.remote_cache import kept_folder
-from duet_unlearn.teacher_cache.verify import verify
+from duet_unlearn.teacher_cache.share.remote import kept_folder
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -47,61 +45,50 @@ def test_rows_are_those_of_the_local_cache(web, shared_cache: Path) -> None:
     assert sorted(web.shard_requests()) == [shard(i) for i in range(5)]
 
 
-def test_a_row_fetches_its_shard_and_a_few_ahead(web) -> None:
+def test_a_row_fetches_its_shard_and_one_ahead(web) -> None:
     reader = CacheReader.open(web.url)
     reader.row(41)
     wait_for_fetches()
-    assert sorted(web.shard_requests()) == [shard(1), shard(2), shard(3)]
-
-
-def test_shards_are_fetched_ahead_in_the_order_of_use(web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.share.remote_shards._JOBS", 1)
-    reader = CacheReader.open(web.url)
-    reader.prefetch(np.array([170, 90, 171, 91, 10, 130, 50]))
+    assert web.shard_requests() == [shard(1), shard(2)]
+    reader.row(199)
     wait_for_fetches()
-    assert web.shard_requests() == [shard(i) for i in (4, 2, 0, 3, 1)]
+    assert web.shard_requests() == [shard(i) for i in (1, 2, 4, 0)]
     for index in range(200):
         reader.row(index)
+    wait_for_fetches()
     assert len(web.shard_requests()) == 5
 
 
-def test_a_shard_that_is_needed_now_does_not_wait_for_those_ahead(
-    web, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("duet_unlearn.teacher_cache.share.remote_shards._JOBS", 1)
+def test_a_shard_that_is_needed_now_does_not_wait_for_the_one_ahead(web) -> None:
     web.hold = threading.Event()
-    web.cuts[shard(0)] = [100]  # the answer stands still until the test lets it go
+    web.cuts[shard(2)] = [100]  # the answer stands still until the test lets it go
     reader = CacheReader.open(web.url)
-    reader.prefetch(np.arange(200))
+    assert reader.row(41).query_id == "q0041"
     assert reader.row(199).query_id == "q0199"
-    assert shard(4) in web.requests
     web.hold.set()
-    assert reader.row(0).query_id == "q0000"
+    assert reader.row(80).query_id == "q0080"
     wait_for_fetches()
+
+
+def read_all(reader: CacheReader) -> CacheReader:
+    for index in range(0, 200, 40):
+        reader.row(index)
+    wait_for_fetches()
+    return reader
 
 
 def test_the_next_run_fetches_nothing_but_the_manifest(web) -> None:
-    reader = CacheReader.open(web.url)
-    reader.prefetch(np.arange(200))
-    wait_for_fetches()
+    read_all(CacheReader.open(web.url))
     web.requests.clear()
-    again = CacheReader.open(web.url)
-    for index in range(0, 200, 40):
-        again.row(index)
+    read_all(CacheReader.open(web.url))
     assert web.requests == ["/manifest.json"]
 
 
-def test_a_whole_copy_is_a_cache_and_a_pinned_one_needs_no_server(web, shared_cache: Path) -> None:
-    digest = read_manifest(shared_cache).digest
-    pinned = f"{web.url}@{digest}"
-    reader = CacheReader.open(pinned)
-    assert not (kept_folder(digest) / "manifest.json").exists()
-    reader.prefetch(np.arange(200))
-    wait_for_fetches()
-    assert verify(kept_folder(digest)).problems == ()
-    web.answers = {path: [500] for path in ("/manifest.json", *(shard(i) for i in range(5)))}
+def test_a_pinned_cache_that_is_all_here_needs_no_server(web, shared_cache: Path) -> None:
+    pinned = f"{web.url}@{read_manifest(shared_cache).digest}"
+    read_all(CacheReader.open(pinned))
     web.requests.clear()
-    assert CacheReader.open(pinned).row(123).query_id == "q0123"
+    read_all(CacheReader.open(pinned))
     assert web.requests == []
 
 
@@ -109,15 +96,13 @@ def test_a_kept_shard_that_was_damaged_is_fetched_again(
     web, shared_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     digest = read_manifest(shared_cache).digest
-    CacheReader.open(f"{web.url}@{digest}").prefetch(np.arange(200))
-    wait_for_fetches()
+    read_all(CacheReader.open(web.url))
     kept = kept_folder(digest) / shard(2).lstrip("/")
     data = bytearray(kept.read_bytes())
     data[3000] ^= 1
     kept.write_bytes(data)
     web.requests.clear()
-    reader = CacheReader.open(f"{web.url}@{digest}")
-    assert reader.row(80).query_id == "q0080"
+    assert CacheReader.open(f"{web.url}@{digest}").row(80).query_id == "q0080"
     wait_for_fetches()
     assert web.requests == [shard(2)]
     assert "00002-of-00005.parquet: damaged; fetching it again" in caplog.text
@@ -138,9 +123,10 @@ def test_wrong_bytes_are_never_read(web, shared_cache: Path) -> None:
 def test_what_failed_ahead_is_tried_again_when_it_is_needed(web, shared_cache: Path) -> None:
     web.answers[shard(3)] = [500] * 5 + [(shared_cache / shard(3).lstrip("/")).read_bytes()]
     reader = CacheReader.open(web.url)
-    reader.prefetch(np.array([130]))
+    reader.row(80)
     wait_for_fetches()
     assert reader.row(130).query_id == "q0130"
+    wait_for_fetches()
     assert web.requests.count(shard(3)) == 6
 
 
@@ -154,9 +140,11 @@ def test_a_server_that_stays_away_gives_one_line(web) -> None:
 
 def test_two_readers_share_what_they_fetch(web) -> None:
     readers = [CacheReader.open(web.url) for _ in range(2)]
-    for reader in readers:
-        reader.prefetch(np.arange(200))
-    wait_for_fetches()
+    threads = [threading.Thread(target=read_all, args=(reader,)) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert sorted(web.shard_requests()) == [shard(i) for i in range(5)]
 
 
@@ -167,14 +155,12 @@ def test_a_pin_is_held(web) -> None:
 
 def test_a_process_that_ends_early_does_not_wait_and_says_nothing(web) -> None:
     script = (
-        "import sys, numpy as np\n"
+        "import sys\n"
         "from duet_unlearn.teacher_cache.reader import CacheReader\n"
-        "reader = CacheReader.open(sys.argv[1])\n"
-        "reader.prefetch(np.arange(200))\n"
-        "print(reader.row(0).query_id)\n"
+        "print(CacheReader.open(sys.argv[1]).row(0).query_id)\n"
     )
     web.hold = threading.Event()
-    web.cuts[shard(3)] = [100]
+    web.cuts[shard(1)] = [100]  # the one ahead
     result = subprocess.run(
         [sys.executable, "-c", script, web.url], capture_output=True, text=True, timeout=120
     )

@@ -1,0 +1,163 @@
+"""Read a cache straight from a URL: the manifest first, each shard when it is used, one ahead.
+
+What was fetched is kept by digest in the user's cache folder (DUET_CACHE_HOME) and used by the
+next run; a pinned cache whose shards are all there needs no connection any more. Every shard is
+hashed before its first use, one that was kept too. Processes that share the folder (one a GPU)
+share the work through a lock a shard.
+"""
+
+import contextlib
+import functools
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from duet_unlearn.data.models.fingerprint import user_folder
+from duet_unlearn.errors import CacheError, CorruptCacheError, DuetError
+from duet_unlearn.files import atomic_path, make_folder, write_error
+from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry, decode_manifest
+from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
+from duet_unlearn.teacher_cache.share.place import fetch_manifest, parse_location
+from duet_unlearn.teacher_cache.share.store import Store
+from duet_unlearn.teacher_cache.share.transfer import check_shard, fetch_shard
+from duet_unlearn.urls import redact_url
+
+logger = logging.getLogger(__name__)
+
+# A manifest under this name does not claim that the shards are there.
+_KEPT_MANIFEST = f".{MANIFEST_NAME}"
+
+
+class RemoteShards:
+    """Makes the shards of a cache at a URL local.
+
+    Args:
+        url: Of the cache; the connection is made when the first shard has to be fetched.
+        manifest: Its manifest.
+        folder: Where shards are kept, in the layout of a cache.
+    """
+
+    def __init__(self, url: str, manifest: Manifest, folder: Path) -> None:
+        self.manifest = manifest
+        self.folder = folder
+        self._shards = manifest.shards
+        self.store = functools.cache(lambda: Store(url))
+        self._there: set[int] = set()
+        self._ahead: threading.Thread | None = None
+        make_folder(folder / SHARD_FOLDER)
+
+    def path(self, index: int) -> Path:
+        """Return the path of a shard once it is there with the bytes that the manifest names.
+
+        Raises:
+            CorruptCacheError: What arrives is not the shard.
+            CacheError: The store cannot be read, or the folder cannot be written.
+        """
+        if index not in self._there:
+            self.bring(index)
+        if self._ahead is None or not self._ahead.is_alive():
+            order = [*range(index + 1, len(self._shards)), *range(index)]
+            following = next((i for i in order if i not in self._there), None)
+            if following is not None:
+                # A daemon: a run that ends does not wait for a shard that nobody reads.
+                self._ahead = threading.Thread(
+                    target=self._bring_quietly, args=(following,), name="duet-fetch", daemon=True
+                )
+                self._ahead.start()
+        return self.folder / SHARD_FOLDER / self._shards[index].name
+
+    def bring(self, index: int) -> None:
+        """Fetch a shard unless a sound copy is kept; raises as `path` does."""
+        shard = self._shards[index]
+        path = self.folder / SHARD_FOLDER / shard.name
+        try:
+            with FileLock(path.with_name(f".{shard.name}.lock")):
+                if path.exists():
+                    try:
+                        check_shard(path, shard, str(path))
+                    except CorruptCacheError:
+                        logger.warning("%s: damaged; fetching it again", path)
+                        path.unlink()
+                if not path.exists():
+                    fetch_shard(self.store(), shard, self.folder)
+        except OSError as error:
+            raise write_error(path, error) from error
+        self._there.add(index)
+
+    @contextlib.contextmanager
+    def for_a_while(self, shard: ShardEntry) -> Iterator[None]:
+        """Have a shard in the folder and remove it again; raises as `path` does."""
+        self.bring(self._shards.index(shard))
+        try:
+            yield
+        finally:
+            (self.folder / SHARD_FOLDER / shard.name).unlink(missing_ok=True)
+
+    def unlisted(self) -> list[str]:
+        """Return the names beside the shards at the URL that the manifest does not list."""
+        there = {} if self.store().read_only else self.store().list(SHARD_FOLDER)
+        return sorted(set(there) - {shard.name for shard in self._shards})
+
+    def _bring_quietly(self, index: int) -> None:
+        try:
+            self.bring(index)
+        except DuetError as error:  # tried again, and told, when it is needed
+            logger.debug("%s", error)
+
+
+def kept_folder(digest: str) -> Path:
+    """Return where the shards of a remote cache are kept."""
+    return user_folder() / "caches" / digest.removeprefix("sha256:")
+
+
+def open_remote(cache: str) -> RemoteShards:
+    """Open `URL` or `URL@sha256:DIGEST`; only the manifest is fetched at once.
+
+    Raises:
+        CacheError: There is no finished cache there, or it cannot be reached.
+        CorruptCacheError: The manifest is damaged.
+        MismatchError: The cache has another digest than the one given.
+    """
+    url, pin = parse_location(cache)
+    manifest = _kept_manifest(pin) if pin else None
+    if manifest is None:
+        manifest, data = fetch_manifest(Store(url), pin)
+        kept = kept_folder(manifest.digest) / _KEPT_MANIFEST
+        make_folder(kept.parent)
+        with atomic_path(kept) as temporary:
+            temporary.write_bytes(data)
+    if pin is None:
+        logger.info("%s: pin it as %s@%s", redact_url(url), redact_url(url), manifest.digest)
+    return RemoteShards(url, manifest, kept_folder(manifest.digest))
+
+
+def _kept_manifest(pin: str) -> Manifest | None:
+    """Return the manifest of a pinned cache that was opened before."""
+    path = kept_folder(pin) / _KEPT_MANIFEST
+    try:
+        manifest = decode_manifest(path.read_bytes(), str(path))
+    except (OSError, CacheError):
+        return None
+    return manifest if manifest.digest == pin else None
+
+
+@contextlib.contextmanager
+def open_afresh(cache: str) -> Iterator[RemoteShards]:
+    """Open a URL to check what lies there now; what was kept is neither trusted nor changed.
+
+    Raises:
+        CacheError: There is no finished cache there, or it cannot be reached.
+        MismatchError: The cache has another digest than the one given.
+    """
+    url, pin = parse_location(cache)
+    manifest, _ = fetch_manifest(Store(url), pin)
+    make_folder(user_folder())
+    # Beside the kept ones: there is room for shards, which a small /tmp may not have.
+    with tempfile.TemporaryDirectory(
+        prefix="verify-", dir=user_folder(), ignore_cleanup_errors=True
+    ) as folder:
+        yield RemoteShards(url, manifest, Path(folder))
