@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from duet_unlearn.errors import CacheError
 from duet_unlearn.data.models.folder import (
     context_length,
@@ -23,6 +21,7 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, fingerprint_queries
+from duet_unlearn.progress import Progress
 from duet_unlearn.teacher_cache.build.assemble import Assembly, find_finished
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
@@ -219,7 +218,7 @@ class _Build:
             for index, own in numbers.items()
         )
         total = sum(map(len, numbers.values()))
-        with tqdm(total=total, desc="teacher", unit=" queries", disable=None) as progress:
+        with Progress("teacher", total, "queries") as progress:
             for answer in teacher.answer(work, progress.update):
                 rows = {
                     number: self._row(answer.index, number, prompts, signal)

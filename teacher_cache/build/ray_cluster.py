@@ -4,7 +4,9 @@ import contextlib
 import io
 import logging
 import os
+import secrets
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,15 +72,25 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         ConfigurationError: Ray is not installed, or there is no cluster at the address.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigurationError(MISSING) from error
     with contextlib.ExitStack() as stack:
+        if address == "local" and "ray" not in sys.modules:
+            # Ray reads this when it is imported. Whoever reaches a cluster can run code on it, so
+            # the one that we start listens on loopback alone and takes nobody without the token.
+            alone = {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback on every system
+            }
+            stack.enter_context(_environment(alone))
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigurationError(MISSING) from error
         # Ray prints notes on standard output, which belongs to results.
         stack.enter_context(contextlib.redirect_stdout(_Log()))
         if not ray.is_initialized():
-            local = {"include_dashboard": False} if address == "local" else {}
+            local = {"include_dashboard": False}
+            options = local if address == "local" else {}
             # Ray makes workers nice: beside other work on this machine they would get nothing.
             quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
             with _environment(quiet), _same_signal_handlers():
@@ -87,7 +99,7 @@ def connected(address: str) -> Iterator[Any]:
                         address=address,
                         log_to_driver=False,
                         logging_level=logging.ERROR,
-                        **local,
+                        **options,
                     )
                 except Exception as error:  # connection, value and runtime errors, as it comes
                     raise ConfigurationError(

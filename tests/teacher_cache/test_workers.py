@@ -283,3 +283,29 @@ def test_an_interrupt_ends_the_workers_and_leaves_a_state_that_resumes(
     )
     assert result.kept_rows == 15 * kept
     assert result.computed_rows == 900 - 15 * kept > 0
+
+
+def test_a_cluster_of_our_own_listens_on_loopback_and_wants_its_token(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    inside = (
+        "import os, subprocess, sys\n"
+        "from duet_unlearn.teacher_cache.build.ray_cluster import connected\n"
+        "before = dict(os.environ)\n"
+        "with connected('local') as ray:\n"
+        "    address = ray.get_runtime_context().gcs_address\n"
+        "    print(address, file=sys.stderr)\n"
+        "    outside = {**before, 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}\n"
+        "    code = f'import ray; ray.init(address={address!r}, log_to_driver=False)'\n"
+        "    stranger = subprocess.run([sys.executable, '-c', code], env=outside,\n"
+        "        capture_output=True, text=True, timeout=60)\n"
+        "    print('refused' if stranger.returncode else 'let in', file=sys.stderr)\n"
+    )
+    script = tmp_path / "own_cluster.py"
+    script.write_text(inside)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    address, verdict = done.stderr.split()[-2:]
+    assert address.startswith("127.0.0.1:")
+    assert verdict == "refused"
