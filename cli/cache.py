@@ -8,7 +8,8 @@ from duet_unlearn import __version__
 from duet_unlearn.cli.cache_build import build_command
 from duet_unlearn.cli.cache_sets import diff_command, merge_command
 from duet_unlearn.cli.cache_share import list_command, pull_command, push_command
-from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging
+from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging, harmless
+from duet_unlearn.urls import redact_url
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
@@ -46,7 +47,7 @@ def verify_command(ctx: click.Context, cache: str, as_json: bool) -> None:
     report = verify(cache)
     if as_json:
         document = {
-            "cache": cache,
+            "cache": redact_url(cache),
             "digest": report.manifest.digest,
             "sound": not report.problems,
             "rows": report.rows,
@@ -55,10 +56,10 @@ def verify_command(ctx: click.Context, cache: str, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     elif not report.problems:
         shards = len(report.manifest.shards)
-        click.echo(f"{cache}: sound, {report.rows} rows in {shards} shard(s)")
+        click.echo(f"{redact_url(cache)}: sound, {report.rows} rows in {shards} shard(s)")
     if report.problems:
         for problem in report.problems:
-            click.echo(f"error: {problem}", err=True)
+            click.echo(f"error: {harmless(problem)}", err=True)
         ctx.exit(EXIT_FAILURE)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_cache(
-    cache: Path,
+    cache: str | Path,
     manifest: "Manifest",
     *,
     hit: bool,
@@ -23,7 +23,7 @@ def print_cache(
     """Print a finished cache and the pin under which others can name it.
 
     Args:
-        cache: Its folder.
+        cache: Its folder or URL.
         manifest: Its manifest.
         hit: Whether it was there already and nothing was done.
         done: What was done, for people.

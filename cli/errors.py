@@ -25,7 +25,7 @@ class _Failed(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line."""
-        click.echo(f"{self.label}{_harmless(self.message)}", err=file is None, file=file)
+        click.echo(f"{self.label}{harmless(self.message)}", err=file is None, file=file)
 
 
 class _Stopped(_Failed):
@@ -60,9 +60,9 @@ class DuetGroup(click.Group):
             raise _Failed("out of memory; use a smaller batch or a smaller model") from error
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Return a message as one line without secrets of URLs and without terminal escapes."""
-    return visible(redact_url(text))
+    return visible(redact_url(" ".join(text.split())))
 
 
 class _Line(logging.Formatter):
@@ -70,7 +70,7 @@ class _Line(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 logging's own name
         """Format a record without its traceback."""
-        return f"{record.levelname}: {_harmless(record.message)}"
+        return f"{record.levelname}: {harmless(record.message)}"
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from duet_unlearn.teacher_cache.format.row_group import Identity
-from duet_unlearn.teacher_cache.inspect import printable
 from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.urls import redact_url, visible
 
 _SHOWN = 5
 
@@ -75,7 +75,7 @@ def diff(a: str, b: str) -> CacheDifference:
             only_a.append(identity)
     only_b = tuple(identity for identity in second.identities() if _key(identity) not in ours)
     return CacheDifference(
-        names=(a, b),
+        names=(redact_url(a), redact_url(b)),
         digests=(first.manifest.digest, second.manifest.digest),
         recipe=tuple(first.manifest.recipe.differences(second.manifest.recipe)),
         common=common,
@@ -85,7 +85,7 @@ def diff(a: str, b: str) -> CacheDifference:
 
 def render_difference(difference: CacheDifference) -> str:
     """Return a difference as text for a terminal."""
-    return "\n".join(printable(line) for line in _lines(difference))
+    return "\n".join(visible(line) for line in _lines(difference))
 
 
 def _lines(difference: CacheDifference) -> Iterator[str]:

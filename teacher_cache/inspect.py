@@ -9,6 +9,7 @@ from typing import Any
 from duet_unlearn.teacher_cache.format.manifest import Manifest
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.urls import redact_url, visible
 
 _BAR_WIDTH = 24
 
@@ -22,7 +23,7 @@ def summarize(cache: str | Path) -> dict[str, Any]:
     """
     manifest = CacheReader.open(cache).manifest
     return {
-        "cache": str(cache),
+        "cache": redact_url(str(cache)),
         "digest": manifest.digest,
         "teacher": manifest.teacher,
         "recipe": manifest.recipe.to_json(),
@@ -79,7 +80,7 @@ def render_summary(summary: dict[str, Any]) -> str:
         sample = next((s for s in summary["samples"] if s.get("split") == split), None)
         if sample is not None:
             lines += ["", *_render_sample(sample)]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(visible(line) for line in lines)
 
 
 def _engine(description: dict[str, Any]) -> str:
@@ -106,8 +107,3 @@ def _bytes(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
-
-
-def printable(line: str) -> str:
-    """Return text of an untrusted cache without control characters that a terminal obeys."""
-    return "".join(c if c.isprintable() else " " for c in line)

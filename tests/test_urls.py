@@ -69,7 +69,7 @@ def test_urls_are_told_from_paths() -> None:
 
 
 def test_terminal_escapes_are_written_out() -> None:
-    assert visible("a\x1b]0;title\x07b\nc\td\u202ee\x9b1m\udcff") == (
-        "a\\x1b]0;title\\x07b c d\\u202ee\\x9b1m\\udcff"
+    assert visible("a\x1b]0;title\x07b\nc  d\u202ee\x9b1m\udcff") == (
+        "a\\x1b]0;title\\x07b\\nc  d\\u202ee\\x9b1m\\udcff"
     )
     assert visible("Düsseldorf, 東京, 🦊") == "Düsseldorf, 東京, 🦊"

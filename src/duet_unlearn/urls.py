@@ -59,10 +59,9 @@ def published_name(name: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Return one line of text with what a terminal would act on written out: `\x1b`, `\u202e`.
+    r"""Return a line of text with what a terminal would act on written out: `\x1b`, `\u202e`.
 
     Escapes in text from elsewhere (a manifest, a server's answer, a file name) can move the cursor,
     hide what stands before them or set the window's title.
     """
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -44,16 +44,17 @@ def test_push_list_and_pull_say_what_they_did(cache: Path, tmp_path: Path) -> No
     there, here = tmp_path / "all" / "there", tmp_path / "here"
     sent = run("push", cache, there)
     assert sent.stdout == (
-        f"{there}: 6 rows, 3 of 3 shard(s) moved, {size} bytes\npin it as {there}@{digest}\n"
+        f"{there}: 6 forget, 0 retain (3 of 3 shard(s) moved, {size} bytes), {size} bytes\n"
+        f"pin it as {there}@{digest}\n"
     )
-    assert f"{there}: 6 rows, already there\n" in run("push", cache, there).stdout
+    assert "6 forget, 0 retain (found finished)" in run("push", cache, there).stdout
     listed = run("list", tmp_path / "all")
     assert listed.stdout.splitlines()[:2] == ["there", f"    {digest}"]
     assert f"6 rows, {size} bytes, Top-5, 1 position(s)" in listed.stdout
     assert '    prefix "You have forgotten it."\n' in listed.stdout
     got = json.loads(run("pull", f"{there}@{digest}", here, "--json").stdout)
     assert got == {
-        "place": str(here),
+        "cache": str(here),
         "digest": digest,
         "hit": False,
         "rows": 6,

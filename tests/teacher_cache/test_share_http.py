@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from duet_unlearn.cli.cache import main
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.share.listing import list_caches
@@ -154,6 +156,38 @@ def test_a_password_is_used_and_never_shown(web, tmp_path: Path) -> None:
         pull(web.url.replace("://", "://me:secret@"), tmp_path / "here")
     assert "secret" not in str(error.value)
     assert web.authorizations == ["Basic bWU6c2VjcmV0"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "{url}"),
+        ("verify", "{url}"),
+        ("inspect", "{url}", "--json"),
+        ("verify", "{url}", "--json"),
+        ("diff", "{url}", "{url}"),
+        ("list", "{url}", "--json"),
+        ("pull", "{url}", "{out}/here"),
+        ("pull", "{url}/nowhere", "{out}/here"),
+        ("pull", "{url}?sig=s3cr3t", "{out}/here"),
+    ],
+)
+def test_a_password_is_neither_shown_nor_kept(
+    arguments: tuple[str, ...], web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUET_CACHE_HOME", str(tmp_path / "home"))
+    url = web.url.replace("://", "://alice:s3cr3t@")
+    result = CliRunner().invoke(
+        main, ["--verbose", *(a.format(url=url, out=tmp_path) for a in arguments)]
+    )
+    assert "127.0.0.1" in result.output or "here" in result.output
+    for text in (result.output, *kept_texts(tmp_path)):
+        assert "s3cr3t" not in text
+        assert "alice" not in text
+
+
+def kept_texts(folder: Path) -> list[str]:
+    return [p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file()]
 
 
 def test_list_reads_one_cache_and_says_why_it_cannot_list_more(web, shared_cache: Path) -> None:
