@@ -74,6 +74,14 @@ def _read_engine_args(
     default=True,
     help="Put the prefix in front of retain queries too.",
 )
+@click.option(
+    "--view",
+    "views",
+    multiple=True,
+    metavar="FILE|@NAME",
+    help="Also cache what the plain base says to the retain queries in these shapes, so that a "
+    "student can be trained in them: @view-shapes, or a file with one shape a line. Repeatable.",
+)
 @click.option("--top-k", type=click.IntRange(min=1), default=100, help="Tokens kept a position.")
 @click.option(
     "--positions", type=click.IntRange(min=1), default=1, help="Decoding steps kept a query."

@@ -17,12 +17,14 @@ class Message(TypedDict):
 def text_from_messages(messages: Iterable[Message]) -> str:
     """One user turn's content as it is, or several turns as a JSON list.
 
-    A content that itself reads as such a list is written as a list too, so that no two
-    conversations share a text.
+    A content that itself reads as such a list, or as a query in a view, is written as a list
+    too, so that no two conversations share a text.
     """
     turns = tuple(messages)
-    if len(turns) == 1 and turns[0]["role"] == "user" and _parse(turns[0]["content"]) is None:
-        return turns[0]["content"]
+    if len(turns) == 1 and turns[0]["role"] == "user":
+        content = turns[0]["content"]
+        if _parse(content) is None and split_view(content)[0] is None:
+            return content
     # Built anew with a fixed order of keys: the text decides ids and fingerprints.
     plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     return json.dumps(plain, ensure_ascii=False)
@@ -32,6 +34,28 @@ def messages_from_text(text: str) -> tuple[Message, ...]:
     """The conversation of a `Query.text`, for instance of the cache's `query` column."""
     parsed = _parse(text)
     return parsed if parsed is not None else (Message(role="user", content=text),)
+
+
+def text_in_view(view: str, query: str) -> str:
+    """The text of a query that is asked in a shape: a JSON list of the two."""
+    return json.dumps([view, query], ensure_ascii=False)
+
+
+def split_view(text: str) -> tuple[str | None, str]:
+    """Return the shape's text and the query's of a row, the first None for a plain query.
+
+    No plain query is such a list: a conversation is a list of objects, and text that looks like a
+    view is stored as one.
+    """
+    if not text.startswith('["'):
+        return None, text
+    try:
+        parts = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, text
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) for p in parts):
+        return None, text
+    return parts[0], parts[1]
 
 
 def check_messages(value: object) -> tuple[Message, ...]:

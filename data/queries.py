@@ -11,17 +11,20 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duet_unlearn.data.messages import (
     Message,
     check_messages,
     check_text,
     messages_from_text,
+    split_view,
     text_from_messages,
+    text_in_view,
     type_name,
 )
 from duet_unlearn.data.query_files import open_rows
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import DataError
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "fingerprint_rows",
     "hashed_id",
     "messages_from_text",
+    "split_view",
     "text_from_messages",
 ]
 
@@ -59,6 +63,9 @@ class Query:
     wrong_answers: tuple[str, ...] = ()
     """Answers that are wrong, for the truth ratio; evaluation alone reads them."""
 
+    view: Shape | None = None
+    """The shape in which it is asked; None asks it plainly."""
+
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise DataError(f"split {self.split!r} is unknown: expected one of {', '.join(SPLITS)}")
@@ -73,10 +80,15 @@ class Query:
             messages=messages,
         )
 
+    def in_view(self, view: Shape) -> "Query":
+        """Return the same query in a shape, under an id of its own."""
+        return replace(self, query_id=f"{self.query_id}@{view.name}", view=view)
+
     @property
     def text(self) -> str:
-        """The query as one string; `messages_from_text` turns it back."""
-        return text_from_messages(self.messages)
+        """The query as one string; `split_view` and `messages_from_text` turn it back."""
+        text = text_from_messages(self.messages)
+        return text if self.view is None else text_in_view(self.view.text, text)
 
 
 def fingerprint_queries(queries: Iterable[Query]) -> str:

@@ -40,6 +40,8 @@ class BuildConfig:
     """`system`, `user` or `raw`."""
     retain_prefix: bool = True
     """Put the prefix in front of retain queries too (the paper's Eq. 3)."""
+    views: tuple[str, ...] = ()
+    """Shapes in which the plain base answers the retain queries too, for training in them."""
     top_k: int = 100
     """Tokens kept at each position."""
     positions: int = 1

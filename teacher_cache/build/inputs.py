@@ -10,6 +10,7 @@ from tqdm import tqdm
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
@@ -56,7 +57,32 @@ def load_query_set(config: BuildConfig) -> list[Query]:
                 split,
                 "forgets nothing" if split == "forget" else "will lose general ability",
             )
-    return list(unique.values())
+    queries = list(unique.values())
+    return queries + [
+        query.in_view(view)
+        for view in _load_views(config.views)
+        for query in queries
+        if query.split == "retain"
+    ]
+
+
+def _load_views(sources: Sequence[str]) -> list[Shape]:
+    """Return the shapes in which the plain base answers the retain queries too.
+
+    Raises:
+        ConfigurationError: A name is unknown, two shapes share one, or a shape shows answers.
+        DataError: A file is missing or malformed.
+    """
+    views: dict[str, Shape] = {}
+    for view in (view for source in sources for view in load_shapes(source)):
+        if view.needs_answers:
+            raise ConfigurationError(
+                f"view {view.name}: shows reference answers, which never enter a cache; leave it "
+                "to evaluations"
+            )
+        if views.setdefault(view.name, view).text != view.text:
+            raise ConfigurationError(f"two views are named {view.name}; rename one")
+    return list(views.values())
 
 
 class RenderedPrompts:
@@ -90,9 +116,13 @@ class RenderedPrompts:
         for index, number, query in tqdm(
             places, desc="prompts", unit=" queries", disable=None, leave=False
         ):
-            steered = query.split == "forget" or retain_prefix
-            student = renderer.student_ids(query.messages)
-            teacher = renderer.teacher_ids(query.messages) if steered else student
+            if query.view is not None:
+                # In a shape, what counts is what the plain base says.
+                student = teacher = query.view.render(query.messages, renderer)
+            else:
+                steered = query.split == "forget" or retain_prefix
+                student = renderer.student_ids(query.messages)
+                teacher = renderer.teacher_ids(query.messages) if steered else student
             if len(teacher) > self.longest:
                 self.longest, self._longest_query = len(teacher), query
             if number in kept.get(index, ()):

@@ -169,7 +169,7 @@ class TransformersEngine:
         ids_BS = torch.zeros((len(prompts), longest), dtype=torch.int64)
         mask_BS = torch.zeros_like(ids_BS)
         for row, prompt in enumerate(prompts):
-            ids_BS[row, longest - len(prompt) :] = torch.as_tensor(np.asarray(prompt))
+            ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask_BS[row, longest - len(prompt) :] = 1
         ids_BS, mask_BS = ids_BS.to(self._device), mask_BS.to(self._device)
         ended_B = np.zeros(len(prompts), dtype=bool)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duet_unlearn.data.queries import split_view
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
@@ -33,7 +34,7 @@ def collect_samples(
         for index in range(len(file.row_group_sizes)):
             group = file.read_row_group(index)
             for row in range(group.num_rows):
-                if wanted[group.split(row)]:
+                if wanted[group.split(row)] and split_view(group.query(row))[0] is None:
                     wanted[group.split(row)] -= 1
                     samples.append(_sample(group, row, lambda i: token_text(tokenizer, i)))
         file.close()

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from duet_unlearn.data.queries import Query
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.queries import Query, split_view
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
@@ -27,6 +28,7 @@ from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import merge_evenly, plan_shards
+from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.options import published_options
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 from duet_unlearn.teacher_cache.format.manifest import is_cache_folder
@@ -424,3 +426,50 @@ def test_what_engine_options_name_is_not_published() -> None:
     assert shown.keys() == given.keys()
     kept = {"tensor_parallel_size", "enforce_eager", "device", "max_num_batched_tokens"}
     assert {name for name in shown if shown[name] == given[name]} == kept
+
+
+def test_retain_queries_in_views_are_the_plain_bases_own(
+    config: BuildConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    views = tmp_path / "views.txt"
+    views.write_text("[begun] The answer is\n[raw] Question: {query}\\nAnswer:\n")
+    run(config, views=(str(views),), top_k=384)
+    reader = CacheReader.open(config.out)
+    assert verify(config.out).problems == ()
+    rows = {row.query_id: row for row in map(reader.row, range(reader.num_rows))}
+    assert len(rows) == 10 + 20 + 2 * 20
+    renderer = PromptRenderer(load_tokenizer(tiny_model))
+    plain, begun, raw = (rows[f"retain-3{end}"] for end in ("", "@views:1", "@views:2"))
+    assert split_view(plain.query) == (None, "Who is the keeper of river 3?")
+    assert split_view(begun.query) == ("[begun] The answer is", plain.query)
+    assert begun.prompt_ids.tolist() == [
+        *plain.prompt_ids.tolist(),
+        *renderer.begun_ids("The answer is"),
+    ]
+    engine = TransformersEngine(
+        EngineConfig(
+            model=tiny_model,
+            top_k=384,
+            positions=1,
+            eos_token_ids=(1,),
+            compute_dtype="float32",
+            max_prompt_tokens=80,
+        )
+    )
+    expected = dict(engine.signals([(0, begun.prompt_ids), (1, raw.prompt_ids)]))
+    for number, row in enumerate((begun, raw)):
+        np.testing.assert_array_equal(row.token_ids[0][:50], expected[number].token_ids[0][:50])
+    assert "retain-3@views:1" not in {s["query_id"] for s in reader.manifest.samples}
+
+
+def test_a_view_that_shows_answers_is_refused(config: BuildConfig, tmp_path: Path) -> None:
+    views = tmp_path / "views.txt"
+    views.write_text("{query} As a hint: {hint}.\n")
+    with pytest.raises(ConfigurationError, match="shows reference answers"):
+        run(config, views=(str(views),))
+
+
+@pytest.mark.parametrize("text", ['["a", "b"]', '["a"', "plain", '["a", 1]', "[]"])
+def test_no_plain_query_is_taken_for_one_in_a_view(text: str) -> None:
+    query = Query.from_text(text, split="retain")
+    assert split_view(query.text) == (None, query.text)
