@@ -34,6 +34,7 @@ def summarize(cache: str | Path) -> dict[str, Any]:
         "bytes_per_logit": manifest.num_bytes / max(1, _logits(manifest)),
         "splits": {split: _split(manifest, split) for split in SPLITS},
         "samples": list(manifest.samples),
+        "check": manifest.check,
     }
 
 
@@ -76,6 +77,9 @@ def render_summary(summary: dict[str, Any]) -> str:
             f"{split:<10}{values['rows']:>10}{values['positions']:>12}"
             f"{values['mean_top_k_mass']:>12.4f}{values['mean_entropy_nats']:>10.3f}"
         )
+    if summary["check"] is not None:
+        lines += ["", "the teacher on a sample of the queries"]
+        lines += [f"  {name:<32}{value:>10}" for name, value in summary["check"].items()]
     for split in SPLITS:
         sample = next((s for s in summary["samples"] if s.get("split") == split), None)
         if sample is not None:

@@ -113,12 +113,15 @@ class Assembly:
             f"in {self.plan.folder}; run the same command again, it goes on from there"
         )
 
-    def finish(self, teacher: str, samples: Samples) -> Manifest:
+    def finish(
+        self, teacher: str, samples: Samples, check: dict[str, Any] | None = None
+    ) -> Manifest:
         """Write the card and, last of all, the manifest of a cache that has all its shards.
 
         Args:
             teacher: The teacher's name.
             samples: See `collect_samples`.
+            check: See `Manifest.check`.
 
         Raises:
             CacheError: The folder cannot be written.
@@ -141,6 +144,7 @@ class Assembly:
             splits=totals,
             samples=samples,
             part=plan.part,
+            check=check,
         )
         manifest = replace(manifest, digest=manifest.to_json()["digest"])
         write_card(plan.folder, manifest)

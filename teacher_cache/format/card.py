@@ -42,7 +42,7 @@ reference answers.
 The recipe says what the signals mean, the digest that these are the very bytes: `PATH@{digest}`
 pins this cache wherever a cache is named.
 
-## Samples
+{check}## Samples
 
 The teacher's strongest first tokens, with their probabilities:
 
@@ -99,9 +99,20 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         compute_dtype=recipe.compute_dtype,
         recipe_id=manifest.recipe_id,
         digest=manifest.digest,
+        check=_check(manifest.check),
         samples="\n".join(map(_sample, manifest.samples)),
     )
     write_text(cache / CARD_NAME, text)
+
+
+def _check(check: dict[str, Any] | None) -> str:
+    """Return the section on how good the teacher is, empty where it was not measured."""
+    if check is None:
+        return ""
+    rows = "\n".join(
+        f"| {_inline(name)} | {_inline(str(value))} |" for name, value in check.items()
+    )
+    return f"## The teacher, measured on a sample\n\n| | |\n| --- | --- |\n{rows}\n\n"
 
 
 def _sample(sample: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ MAX_MANIFEST_BYTES = 16 << 20
 # A row takes at least a byte of its shard, and a row group describes its eight columns in the
 # footer: counts beyond that are lies, and would only cost memory.
 _LEAST_GROUP_BYTES = 256
+_CHECK_ENTRIES, _CHECK_TEXT = 64, 2000
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(\d{5,9})-of-(\d{5,9})\.parquet")
 _ENTRIES = {
@@ -39,6 +40,7 @@ _ENTRIES = {
     "splits",
     "samples",
     "part",
+    "check",
     "digest",
 }
 
@@ -93,6 +95,9 @@ class Manifest:
     """The teacher's strongest tokens for a few queries, decoded, for people to look at."""
     part: PartOf | None = None
     """Set where the cache holds one part of a set of queries, which `merge` joins."""
+    check: dict[str, Any] | None = None
+    """How good the teacher is on a sample of the queries, as the build measured it: names and
+    numbers for people to read; None where it was not measured."""
     digest: str = ""
     """`sha256:<hex>` of the manifest without this entry: it names the cache."""
 
@@ -134,6 +139,7 @@ class Manifest:
             "splits": {split: self.splits[split].to_json() for split in SPLITS},
             "samples": list(self.samples),
             "part": None if self.part is None else asdict(self.part),
+            "check": self.check,
         }
         return {**body, "digest": sha256_json(body)}
 
@@ -253,6 +259,7 @@ def parse_manifest(value: object) -> Manifest:
         splits=_splits(value["splits"]),
         samples=_samples(value),
         part=_part(value["part"]),
+        check=_check(value["check"]),
         digest=found,
     )
     for split in SPLITS:
@@ -325,6 +332,18 @@ def _part(value: object) -> PartOf | None:
     if type(number) is not int or type(count) is not int or not 1 <= number <= count < 100_000:
         raise CorruptCacheError(f"part: {str(number)[:20]} of {str(count)[:20]} is no part")
     return PartOf(number=number, count=count, queries=_sha256(value["queries"], "part: queries"))
+
+
+def _check(value: object) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    plain = isinstance(value, dict) and all(
+        isinstance(item, str | int | float) and len(str(item)) <= _CHECK_TEXT
+        for item in value.values()
+    )
+    if not plain or len(value) > _CHECK_ENTRIES:  # type: ignore[arg-type]
+        raise CorruptCacheError("check: expected a few names with numbers or short texts")
+    return value  # type: ignore[return-value]
 
 
 def _text(value: dict[str, Any], name: str) -> str:

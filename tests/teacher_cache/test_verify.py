@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.data.queries import fingerprint_rows
 from duet_unlearn.errors import CorruptCacheError
-from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.format.card import write_card
+from duet_unlearn.teacher_cache.format.manifest import Manifest, parse_manifest, read_manifest
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
+from duet_unlearn.teacher_cache.inspect import render_summary, summarize
 from duet_unlearn.teacher_cache.verify import verify
 
 SHA = "sha256:" + "ab" * 32
@@ -251,3 +254,21 @@ def test_an_edited_manifest_is_refused(cache: Path) -> None:
     path.write_text(path.read_text().replace('"teacher": "t"', '"teacher": "u"'))
     with pytest.raises(CorruptCacheError, match="edited or damaged"):
         verify(cache)
+
+
+def test_numbers_of_the_teachers_check_are_shown(sound: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(sound, tmp_path / "cache"))
+    manifest = replace(read_manifest(cache), check={"forget recall": 12.5, "note": "a | b"})
+    manifest = manifest.write(cache)
+    write_card(cache, manifest)
+    assert read_manifest(cache).check == manifest.check
+    assert "| forget recall | 12.5 |" in (cache / "README.md").read_text()
+    assert "forget recall" in render_summary(summarize(cache))
+    value = json.loads((cache / "manifest.json").read_text())
+    for bad in ([1], {"a": {"b": 1}}, {"a": "x" * 5000}, {str(i): i for i in range(100)}):
+        with pytest.raises(CorruptCacheError, match="check: expected"):
+            parse_manifest({**value, "check": bad, "digest": _digest({**value, "check": bad})})
+
+
+def _digest(value: dict[str, object]) -> str:
+    return sha256_json({k: v for k, v in value.items() if k != "digest"})
