@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from duet_unlearn.data.models.fingerprint import sha256_file
-from duet_unlearn.errors import CacheError, MismatchError
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.format.card import CARD_NAME
 from duet_unlearn.teacher_cache.format.manifest import (
     MAX_MANIFEST_BYTES,
@@ -126,14 +126,14 @@ def missing_shards(
     foreign = [f"{SHARD_FOLDER}/{n}" for n in there if n not in listed and n[:1] != "."]
     if not finished:
         foreign += [n for n in store.list() if n != SHARD_FOLDER and n[:1] != "."]
-        if CARD_NAME in foreign and card.is_file() and store.sha256(CARD_NAME) == sha256_file(card):
+        if CARD_NAME in foreign and card.is_file() and _same_card(store, card):
             foreign.remove(CARD_NAME)
     missing = []
     for shard in manifest.shards:
         name = f"{SHARD_FOLDER}/{shard.name}"
         same = there.get(shard.name) == shard.bytes
         if same and (check or not finished):
-            same = store.sha256(name) == shard.sha256
+            same = store.sha256(name, shard.bytes) == shard.sha256
         if not same and shard.name in there and not finished:
             foreign.append(name)
         if not same:
@@ -144,6 +144,13 @@ def missing_shards(
             f"another one is being written there: {_ANOTHER_PLACE}, or remove it"
         )
     return missing
+
+
+def _same_card(store: Store, card: Path) -> bool:
+    try:
+        return store.sha256(CARD_NAME, card.stat().st_size) == sha256_file(card)
+    except CorruptCacheError:  # larger
+        return False
 
 
 def _differences(there: Manifest, here: Manifest) -> list[str]:

@@ -6,7 +6,6 @@ room than the caller allows, because whoever runs the server may lie about sizes
 
 import contextlib
 import errno
-import hashlib
 import posixpath
 import random
 import secrets
@@ -27,7 +26,6 @@ from duet_unlearn.teacher_cache.share.hub import HubFolder
 from duet_unlearn.teacher_cache.share.store_errors import explain, is_missing, is_passing
 from duet_unlearn.urls import protocol_of, redact_url
 
-_CHUNK_BYTES = 4 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = ("http", "https")
 # These show a file once it is whole; elsewhere a temporary name is renamed.
@@ -100,19 +98,27 @@ class Store:
             options = {"headers": {"Accept-Encoding": "identity"}} if self.read_only else {}
             self._fs.get_file(path, str(to), callback=count, **options)
 
-    def read(self, name: str, limit: int) -> bytes | None:
-        """Return a small file's bytes, or None where there is none.
-
-        Raises:
-            CorruptCacheError: It is larger than `limit` bytes.
-            CacheError: The store cannot be read.
-        """
+    @contextlib.contextmanager
+    def _copy(self, name: str, limit: int) -> Iterator[Path | None]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path: Path | None = Path(folder) / "file"
             try:
                 self.get(name, Path(folder) / "file", limit)
             except FileNotFoundError:
-                return None
-            return (Path(folder) / "file").read_bytes()
+                path = None
+            yield path
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file's bytes, or None where there is none; raises as `get` does."""
+        with self._copy(name, limit) as path:
+            return path.read_bytes() if path else None
+
+    def sha256(self, name: str, limit: int) -> str | None:
+        """Read a file back; return `sha256:<hex>` or None as `read` does."""
+        if self.folder is not None and (self.folder / name).is_file():
+            return sha256_file(self.folder / name)
+        with self._copy(name, limit) as path:
+            return sha256_file(path) if path else None
 
     def list(self, folder: str = "") -> dict[str, int | None]:
         """Return name and size of what lies directly in a folder, None as size of a folder.
@@ -159,25 +165,6 @@ class Store:
                 self._fs.mv(temporary, final)
         except FileNotFoundError as error:
             raise explain(error.__cause__ or error, self.where(name)) from error
-
-    def sha256(self, name: str) -> str | None:
-        """Read a file back; return `sha256:<hex>`, or None where there is none.
-
-        Raises:
-            CacheError: The store cannot be read.
-        """
-        try:
-            with self._explained(name):
-                if self.protocol == "file":
-                    return sha256_file(Path(self._path(name)))
-                digest = hashlib.sha256()
-                options = {"block_size": _CHUNK_BYTES, "cache_type": "none"}
-                with self._fs.open(self._path(name), "rb", **options) as file:
-                    while piece := file.read(_CHUNK_BYTES):
-                        digest.update(piece)
-                return "sha256:" + digest.hexdigest()
-        except FileNotFoundError:
-            return None
 
     def ask_hub(self, ask: Callable[[HubFolder], None]) -> None:
         """Have something done to the folder where it is one of the hub.

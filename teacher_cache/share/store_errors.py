@@ -21,14 +21,22 @@ _PASSING_CLASSES = {
     "TransportError",
     "ProtocolError",
 }
-_CREDENTIAL_CLASSES = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "ProfileNotFound",
-    "TokenRetrievalError",
-    "UnauthorizedSSOTokenError",
-    "LocalTokenNotFoundError",
+_ADVICE = {
+    "NoSuchBucket": "no such bucket; create it first, or check the name and the endpoint",
+    "RepositoryNotFoundError": "no such repository for this user; check the name and HF_TOKEN",
+    **dict.fromkeys(
+        (
+            "NoCredentialsError",
+            "PartialCredentialsError",
+            "CredentialRetrievalError",
+            "ProfileNotFound",
+            "TokenRetrievalError",
+            "UnauthorizedSSOTokenError",
+            "LocalTokenNotFoundError",
+        ),
+        "no credentials that work; for s3:// set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY (a public bucket: FSSPEC_S3_ANON=true), for hf:// HF_TOKEN",
+    ),
 }
 _REASON_LENGTH = 200
 
@@ -53,32 +61,32 @@ def is_passing(error: BaseException) -> bool:
 
 def explain(error: BaseException, where: str) -> CacheError:
     """Turn any error of a store into one line that says what to do."""
-    names, status = _names(error), _status(error)
-    reason = redact_url((str(error) or type(error).__name__).splitlines()[0])[:_REASON_LENGTH]
-    if names & _CREDENTIAL_CLASSES:
-        advice = (
-            f"no credentials ({reason}); for s3:// set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY (a public bucket: FSSPEC_S3_ANON=true), for hf:// HF_TOKEN"
-        )
-    elif "NoSuchBucket" in names:
-        advice = "no such bucket; create it first, or check the name and the endpoint"
-    elif "RepositoryNotFoundError" in names:
-        advice = "no such repository for this user; check the name and HF_TOKEN"
-    elif status in (401, 403) or isinstance(error, PermissionError):
+    return CacheError(f"{redact_url(where)}: {_advice(error)}")
+
+
+def _advice(error: BaseException) -> str:
+    status = _status(error)
+    for name in _names(error):
+        if name in _ADVICE:
+            return _ADVICE[name]
+    if status in (401, 403) or isinstance(error, PermissionError):
         code = f" ({status})" if status else ""
-        advice = f"no permission{code}; check the credentials and what they may do there"
-    elif is_missing(error):
-        advice = "not found; check the URL"
+        return f"no permission{code}; check the credentials and what they may do there"
+    if is_missing(error):
+        return "not found; check the URL"
+    if status is not None and not is_passing(error):
+        return f"the server answers {status}; check the URL"
+    reason = redact_url((str(error) or type(error).__name__).splitlines()[0])[:_REASON_LENGTH]
+    if status is not None:
+        problem = f"the server answers {status}"
+    elif is_passing(error):
+        problem = f"no connection ({reason})"
     else:
         problem = f"{type(error).__name__}: {reason}"
-        if status is not None:
-            problem = f"the server answers {status}"
-        elif is_passing(error):
-            problem = f"no connection ({reason})"
-        advice = f"{problem}; check the URL"
-        if status is None or is_passing(error):
-            advice += " and the network, then run the same command again: what is finished is kept"
-    return CacheError(f"{redact_url(where)}: {advice}")
+    return (
+        f"{problem}; check the URL and the network, then run the same command again: what is "
+        "finished is kept"
+    )
 
 
 def _status(error: BaseException) -> int | None:

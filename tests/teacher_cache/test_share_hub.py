@@ -186,6 +186,17 @@ def test_a_cache_goes_to_the_hub_in_one_commit_and_back(
     assert len(hub.commits) == 1
 
 
+def test_files_of_others_in_a_repository_are_never_replaced(hub: Hub, shared_cache: Path) -> None:
+    hub.files = {".gitattributes": b"", "README.md": b"mine"}
+    result = run(hub, "push", shared_cache, "hf://datasets/o/n")
+    assert result.returncode == 1
+    assert "hf://datasets/o/n: holds 'README.md', which is not of this cache" in result.stderr
+    assert hub.commits == []
+    assert run(hub, "push", shared_cache, "hf://datasets/o/n/caches/a").returncode == 0
+    assert hub.files["README.md"] == b"mine"
+    assert "caches/a/manifest.json" in hub.files
+
+
 def test_a_repository_that_is_not_there_gives_one_line(hub: Hub, tmp_path: Path) -> None:
     result = run(hub, "pull", "hf://datasets/o/n", tmp_path / "here")
     assert result.returncode == 1
