@@ -67,11 +67,10 @@ def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any])
     """Return the product's trainer over the cache, with its own settings."""
     from duet_unlearn.distill.arguments import training_arguments
     from duet_unlearn.distill.config import RunConfig
-    from duet_unlearn.distill.dataset import CacheDataset
-    from duet_unlearn.distill.losses import Loss
+    from duet_unlearn.distill.objectives.duet import Duet
     from duet_unlearn.distill.sampler import StepSampler
+    from duet_unlearn.distill.student import Student
     from duet_unlearn.distill.trainer import DuetTrainer
-    from duet_unlearn.teacher_cache.reader import CacheReader
 
     config = RunConfig(
         cache=str(arguments.cache),
@@ -81,15 +80,28 @@ def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any])
         learning_rate=1e-4,
         batch_size=BATCH,
         epochs=1000,
+        dtype="float32",
         precision="bf16" if arguments.bf16 else "float32",
         save_steps=0,
     )
-    reader = CacheReader.open(arguments.cache)
+    student = Student(
+        name="random",
+        folder=Path(),
+        hidden_size=arguments.hidden,
+        head_width=VOCABULARY,
+        max_length=None,
+        stored_dtype="float32",
+        weights="none",
+        config="none",
+        chat_template=None,
+        licence=None,
+    )
+    objective = Duet(config, student)
 
     def make_sampler(process: int, num_processes: int) -> StepSampler:
         return StepSampler(
-            reader.splits,
-            reader.row_groups,
+            objective.order.splits,
+            objective.order.row_groups,
             seed=0,
             batch_size=BATCH,
             process=process,
@@ -99,9 +111,8 @@ def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any])
     return DuetTrainer(
         model=make_model(arguments, 0),
         args=training_arguments(config, Path(arguments.cache) / "work"),
-        dataset=CacheDataset(reader),
+        objective=objective,
         make_sampler=make_sampler,
-        loss=Loss(name=loss),
         callbacks=callbacks,
     )
 

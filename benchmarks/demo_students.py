@@ -6,7 +6,8 @@ from typing import Any
 
 from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.prefixes import resolve_prefix
-from duet_unlearn.distill.run import RunConfig, run
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.run import run
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.teacher_cache.build.build import build

@@ -9,7 +9,7 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.data.models.loading import fastest_dtype
-from duet_unlearn.errors import CacheError, ConfigurationError, StoppedError
+from duet_unlearn.errors import ConfigurationError, OutputError, StoppedError
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 from duet_unlearn.evaluation.requirements import check_requirements
 
@@ -121,7 +121,7 @@ def _write(target: Path, text: str) -> None:
 
     try:
         write_text(target, text)
-    except CacheError as error:
+    except OutputError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
         raise ConfigurationError(
             f"--out {target}: cannot be written ({reason}); name a file in another folder"

@@ -82,8 +82,13 @@ def read_settings(ctx: click.Context, of: type[T], path: str | None = None, **gi
     try:
         return load(of, path, {**command.given(ctx), **given})
     except MissingSettingError as error:
-        flag = fields(of)[error.setting].flag
-        raise click.UsageError(f"Missing option '{flag}'.", ctx=ctx) from error
+        flag = str(fields(of)[error.setting].flag)
+        kind = "option" if flag.startswith("-") else "argument"
+        reads_file = any(parameter.name == "config_file" for parameter in command.params)
+        hint = f"; give it, or write `{error.setting}:` into the file of --config"
+        raise click.UsageError(
+            f"Missing {kind} '{flag}'{hint if reads_file else ''}.", ctx=ctx
+        ) from error
 
 
 class Extra(click.Option):
@@ -130,7 +135,7 @@ def _parameter(field: Field) -> click.Parameter | None:
             settings["callback"] = _pairs
     else:
         settings["type"] = _Text(field)
-        settings["metavar"] = shown.metavar or _metavar(field)
+        settings["metavar"] = field.metavar
     return click.Option([flag, field.name], **settings)
 
 
@@ -139,10 +144,3 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) ->
         return read_pairs(values)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx=ctx, param=param) from None
-
-
-def _metavar(field: Field) -> str:
-    words = {"a whole number": "INTEGER", "a number": "NUMBER", "text": "TEXT", "a path": "PATH"}
-    # "1 or more" is a bound and no alternative.
-    kinds = field.expected.replace(" or more", "").split(" or ")
-    return "|".join(words.get(kind.partition(",")[0], kind) for kind in reversed(kinds))

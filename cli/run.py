@@ -1,52 +1,41 @@
-"""`duet-distill run`: train a student from a cache."""
+"""`duet-distill run`: train a student from a cache, or for another objective."""
 
 import json
 import os
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from duet_unlearn.cli.option_groups import GroupedCommand
-from duet_unlearn.cli.run_options import GROUPS
-from duet_unlearn.distill.config_file import load_config
+from duet_unlearn.cli.options import Extra, SettingsCommand, read_settings
+from duet_unlearn.distill.config import RunConfig
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.job import RunResult
 
-_NEEDED = {"cache": "CACHE", "student": "--student", "out": "--out"}
 
-
-@click.command("run", cls=GroupedCommand, groups=GROUPS)
-@click.argument("cache", required=False)
+@click.command("run", cls=SettingsCommand, settings=RunConfig)
+@click.option(
+    "--config",
+    "config_file",
+    cls=Extra,
+    group="Where from, where to",
+    metavar="FILE",
+    help="Read settings from this YAML file; flags win over it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_context
-def run_command(
-    ctx: click.Context, /, config_file: str | None, as_json: bool, **settings: Any
-) -> None:
+def run_command(ctx: click.Context, /, config_file: str | None, as_json: bool, **_: Any) -> None:
     """Fit a student to the signals of CACHE: a folder or a URL, with @sha256:DIGEST to pin it.
 
-    Needs neither the teacher nor vLLM. The same command goes on with a run that was stopped. Every
+    Needs neither the teacher nor vLLM. The same command resumes a run that was stopped. Every
     setting may stand in a YAML file instead (--config), under its flag's name with underscores.
     """
-    given = {
-        name: value
-        for name, value in settings.items()
-        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    config = load_config(config_file, given, needed=_refuse_missing)
+    config = read_settings(ctx, RunConfig, config_file)
     from duet_unlearn.distill.run import run
 
     result = run(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun runs this once a process
         _print_result(result, as_json=as_json)
-
-
-def _refuse_missing(names: list[str]) -> None:
-    flag = _NEEDED[names[0]]
-    kind = "argument" if flag == "CACHE" else "option"
-    raise click.UsageError(
-        f"Missing {kind} '{flag}'; give it, or write `{names[0]}:` into the file of --config."
-    )
 
 
 def _print_result(result: "RunResult", *, as_json: bool) -> None:
@@ -69,13 +58,11 @@ def _print_result(result: "RunResult", *, as_json: bool) -> None:
     for split, (first, last) in result.loss.items():
         click.echo(f"loss {split} {first:.4f} -> {last:.4f}")
     if result.evaluations:
-        _print_evaluations(result)
-
-
-def _print_evaluations(result: "RunResult") -> None:
-    click.echo("held-out recall of ROUGE-L in points\n  step  forget  retain")
-    for found in result.evaluations:
-        note = "  base" if found["step"] == 0 else ""
-        if found["step"] == result.kept_step:
-            note = "  <- the student"
-        click.echo(f"{found['step']:>6}  {found['forget']:>6.1f}  {found['retain']:>6.1f}{note}")
+        click.echo("held-out recall of ROUGE-L in points\n  step  forget  retain")
+        for found in result.evaluations:
+            note = "  base" if found["step"] == 0 else ""
+            if found["step"] == result.kept_step:
+                note = "  <- the student"
+            click.echo(
+                f"{found['step']:>6}  {found['forget']:>6.1f}  {found['retain']:>6.1f}{note}"
+            )

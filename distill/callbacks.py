@@ -5,44 +5,44 @@
 
 import json
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.progress import Progress
 
-class Progress(TrainerCallback):
-    """A bar over optimizer steps on standard error, quiet when that is no terminal."""
+if TYPE_CHECKING:
+    from duet_unlearn.distill.trainer import DuetTrainer
+
+
+class ShowProgress(TrainerCallback):
+    """A bar over optimizer steps, or a log line every so often, with the loss of each split."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._progress: Progress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Open the bar where training starts or resumes."""
+        """Begin where training starts or resumes."""
         if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="distilling",
-                unit=" steps",
-                disable=not sys.stderr.isatty(),
+            self._progress = Progress(
+                "distilling", state.max_steps, "steps", done=state.global_step
             )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Advance by one step."""
-        if self._bar is not None:
-            self._bar.update(1)
+        if self._progress is not None:
+            self._progress.update()
 
     def on_log(
         self,
@@ -52,30 +52,20 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Show the loss of each split beside the bar."""
-        if self._bar is not None and logs and "loss" in logs:
-            shown = {
-                name.removeprefix("loss_"): f"{value:.4f}"
-                for name, value in logs.items()
-                if name.startswith("loss_")
-            }
-            self._bar.set_postfix(shown, refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Close the bar."""
-        self.close()
+        """Show the loss of each split beside the count."""
+        losses = {name: v for name, v in (logs or {}).items() if name.startswith("loss_")}
+        if self._progress is not None and losses:
+            self._progress.note(**losses)
 
     def close(self) -> None:
-        """Close the bar, after a failure too."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """End it, after a failure too."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
 
 
 class LogFile(TrainerCallback):
-    """Every log line as one JSON object a line; a resumed run goes on where it stopped."""
+    """Every log line as one JSON object a line; a resumed run resumes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,41 +87,68 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
-class LogLastStep(TrainerCallback):
-    """The last step is logged whatever the interval, so that a run ends on its final loss."""
+class Schedule(TrainerCallback):
+    """Evaluates every so many steps and after the last one; a log line goes before each.
+
+    Args:
+        eval_steps: Steps between two evaluations; 0 makes none.
+        rule: Says when to stop early.
+    """
+
+    def __init__(self, eval_steps: int, rule: Rule | None) -> None:
+        self._eval_steps = eval_steps
+        self._rule = rule
+        self.trainer: DuetTrainer | None = None
+        self.base: Evaluation | None = None
+        """Measured before training began, in time for the log."""
+        self.begun = False
+
+    def stopped_early(self, state: TrainerState) -> bool:
+        """Return whether the patience is used up."""
+        return self._rule is not None and self._rule.may_stop(evaluations_of(state.log_history))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Raise where a resumed run had done its last step.
+
+        The Trainer asks after a step whether it was the last one, so it cannot be told to do none.
+        """
+        if state.global_step and (
+            state.global_step >= state.max_steps or self.stopped_early(state)
+        ):
+            raise AlreadyTrained
+        if self.base is not None and self.trainer is not None:
+            self.trainer.log_evaluation(self.base)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note that a checkpoint, where there was one, could be read."""
+        self.begun = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Ask for a log line at the last step."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
+        """Ask for what is due."""
+        last = state.global_step >= state.max_steps
+        if self._eval_steps and (last or state.global_step % self._eval_steps == 0):
+            control.should_evaluate = control.should_log = True
+        if last:
+            control.should_log = True  # so that a run ends on its final loss
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Stop if the patience is used up."""
+        if self.stopped_early(state):
+            control.should_training_stop = True
         return control
 
 
 class AlreadyTrained(Exception):  # noqa: N818 - it ends nothing but a loop that has no work
     """A resumed run had done its last step; its state is loaded."""
-
-
-class StopIfDone(TrainerCallback):
-    """Keeps a resumed run that had done its last step from doing one more.
-
-    The Trainer asks after a step whether it was the last one, so it cannot be told to do none.
-
-    Args:
-        may_stop: Tells from the log history whether the run was to end early.
-    """
-
-    def __init__(self, may_stop: Callable[[list[dict[str, float]]], bool] | None = None) -> None:
-        self._may_stop = may_stop
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Raise where there is nothing left to do."""
-        early = self._may_stop is not None and self._may_stop(state.log_history)
-        if state.global_step and (state.global_step >= state.max_steps or early):
-            raise AlreadyTrained
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,17 +1,30 @@
-"""What a training run is told: one frozen dataclass, checked when it is made."""
+"""What a training run is told: the one place where a flag of `duet-distill run` is declared."""
 
-import dataclasses
-import math
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from duet_unlearn.distill.layer_numbers import parse_layers
-from duet_unlearn.errors import ConfigurationError
+import pydantic
 
+from duet_unlearn.distill.arguments import check_trainer_args
+from duet_unlearn.distill.objectives import OBJECTIVES
+from duet_unlearn.errors import ConfigurationError, MissingSettingError
+from duet_unlearn.settings import (
+    Count,
+    NotNegative,
+    Positive,
+    Settings,
+    Share,
+    Whole,
+    fields,
+    setting,
+    settings,
+)
+
+Auto = Literal["auto"]
 AUTO = "auto"
 # The losses with the one setting that each takes; `distill.losses` computes them.
-LOSS_OPTIONS = {
+LOSS_OPTIONS: dict[str, str | None] = {
     "huber": "delta",
     "mse": None,
     "kl": "temperature",
@@ -20,234 +33,348 @@ LOSS_OPTIONS = {
     "jsd": None,
 }
 LOSS_NAMES = tuple(LOSS_OPTIONS)
-PRECISIONS = (AUTO, "float32", "bf16", "fp16")
-TRAIN_DTYPES = ("float32", "bfloat16")
-SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-KEPT = ("best", "last")
-TRACKERS = ("none", "tensorboard", "wandb")
 
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
 # 2e-5 at 2,560. Measured: docs/decisions/0010-training-defaults.md.
 AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
 # An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
 AUTO_LORA_TIMES = 10
+# Passes over the queries follow from the steps that were enough where it was measured.
+AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 
-# Names of inputs whose content counts instead, how a step is cut, how a run is watched and kept.
-_OUTSIDE_IDENTITY = (
-    "cache",
-    "student",
-    "out",
-    "views",
-    "eval_forget",
-    "eval_retain",
-    "eval_attacks",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "save_steps",
-    "report_to",
-    "overwrite",
-)
+_LORA_SETTINGS = ("lora_alpha", "lora_dropout", "lora_target_modules", "merge")
+_EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
+_LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+@settings
+class RunConfig(Settings):
     """Settings of `duet-distill run`."""
 
-    cache: str
-    """The teacher cache: a folder or a URL, with or without `@sha256:DIGEST` behind it."""
-    student: str
-    """The model the student starts from: a folder or a hub id."""
-    out: str
-    """Folder of the finished student; it appears when training has finished."""
-    loss: str = "huber"
-    """Distance between the student's and the teacher's logits; `docs/method.md` compares them."""
-    delta: float = 1.0
-    """Huber's delta in logits: errors beyond it pull with constant force."""
-    temperature: float = 1.0
-    """Divides the logits before their softmax, for `kl` and `reverse-kl`; the loss is multiplied
-    by its square."""
-    top_k: int | None = None
-    """Train on the strongest K of the cached tokens; None takes all of them."""
-    positions: int | None = None
-    """Train on the first N cached positions; None takes all of them."""
-    views: tuple[str, ...] = ()
-    """Shape files or `@NAME`s, `=WEIGHT` behind them: each query is also trained behind one of
-    them, drawn anew every epoch, toward the same signal."""
-    noise_alpha: float = 0.0
-    """Share of the student's weights given up to noise before training, as in UNDO; 0 is none."""
-    noise_beta: float = 0.1
-    """Scale of that noise, as a multiple of a Xavier-uniform draw."""
-    layers: str | None = None
-    """Layers to train, counted from 0, such as `0,3,5-7`; None trains all of them and what stands
-    outside of layers. With LoRA, the layers that get an adapter."""
-    parameters: str | None = None
-    """Train the parameters whose names match this regular expression; with `layers`, those of the
-    chosen layers that match."""
-    lora_rank: int | None = None
-    """Train a LoRA adapter of this rank instead of the weights."""
-    lora_alpha: float | None = None
-    """LoRA's scale: the adapter's output counts alpha / rank times; None is twice the rank."""
-    lora_dropout: float = 0.0
-    """Share of the adapter's inputs that are dropped in training."""
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear modules that get an adapter; `all-linear` is all but the head."""
-    merge: bool = False
-    """Save a whole model with the adapter merged into it, not the adapter."""
-    learning_rate: float | str = AUTO
-    """Peak learning rate; `auto` is 0.0512 / hidden size, with LoRA ten times that."""
-    lr_scheduler_type: str = "cosine"
-    """How the learning rate falls from its peak."""
-    warmup_steps: float = 0.1
-    """Steps over which the rate rises to its peak; below 1 a share of all steps."""
-    epochs: int = 20
-    """Passes over the cache."""
-    max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
-    batch_size: int = 16
-    """Queries an optimizer step, over all processes and accumulation steps together."""
-    gradient_accumulation_steps: int = 1
-    """Forward and backward passes a process that one optimizer step is split into."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 turns that off."""
-    precision: str = AUTO
-    """Arithmetic of the forward pass: `auto` is bf16 where the GPU has it, float32 elsewhere."""
-    dtype: str = "float32"
-    """How the trained weights are held: float32 keeps small updates, bfloat16 halves memory."""
-    save_dtype: str = AUTO
-    """How the student is stored: `auto` is as the model it starts from is stored."""
-    seed: int = 0
-    """Decides the order of queries and the draw of views."""
-    eval_every: int = 0
-    """Optimizer steps between two evaluations on held-out queries; 0 makes none."""
-    eval_forget: tuple[str, ...] = ()
-    """Held-out queries with answers that the student should no longer give."""
-    eval_retain: tuple[str, ...] = ()
-    """Held-out queries with answers that it should still give."""
-    eval_attacks: tuple[str, ...] = ()
-    """Shape files or `@NAME`s: both are also asked behind each of them, and the worst counts."""
-    eval_limit: int | None = None
-    """Ask this many queries of each file, evenly spread over it; None asks all."""
-    eval_max_new_tokens: int = 64
-    """Longest answer in tokens."""
-    eval_retain_drop: float = 3.0
-    """Points of held-out retain recall that the best step may lie below the base."""
-    keep: str = "best"
-    """With evaluations, whether the student is the `best` evaluated step or the `last`."""
-    early_stop: int | None = None
-    """Stop after this many evaluations in a row without less being told of what to forget."""
-    logging_steps: int = 10
-    """Optimizer steps between two log lines."""
-    save_steps: int = 500
-    """Optimizer steps between two checkpoints; 0 makes none but when interrupted."""
-    report_to: str = "none"
-    """Where transformers' Trainer also sends the logs."""
-    overwrite: bool = False
-    """Replace whatever is at `out`, a finished student too."""
+    cache: str | None = setting(
+        default=None,
+        flag="CACHE",
+        group="Where from, where to",
+        decides=False,
+        help="The teacher cache: a folder or a URL, with or without `@sha256:DIGEST` behind it.",
+    )
+    student: str = setting(
+        metavar="MODEL",
+        decides=False,
+        aliases=("model", "model-name-or-path"),
+        help="Model folder or hub id to start from.",
+    )
+    out: str = setting(
+        metavar="DIR",
+        decides=False,
+        aliases=("output-dir", "output"),
+        help="Folder of the finished student.",
+    )
+    overwrite: bool = setting(
+        default=False,
+        decides=False,
+        aliases=("overwrite-output-dir", "force"),
+        help="Replace the student or unfinished run at --out.",
+    )
+    objective: Literal[*OBJECTIVES] = setting(  # type: ignore[valid-type]
+        default="duet",
+        group="What it learns",
+        aliases=("method",),
+        help="duet fits the signals of CACHE; gradient-difference needs no cache: it lowers the "
+        "likelihood of the answers of --forget and raises that of --retain.",
+    )
+    forget: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        decides=False,
+        help="For objectives without a cache: queries with answers to forget. Repeatable.",
+    )
+    retain: tuple[str, ...] = setting(
+        default=(), metavar="FILE", decides=False, help="The same, to keep. Repeatable."
+    )
+    views: tuple[str, ...] = setting(
+        default=(),
+        flag="--view",
+        metavar="FILE|@NAME[=WEIGHT]",
+        decides=False,
+        help="Also train each query behind one of these wrappers, toward the same signal: a text "
+        "file, one wrapper a line with {query} in it, or built-in ones; =3 draws them three times "
+        "as often as others. Repeatable.",
+    )
+    loss: Literal[*LOSS_OPTIONS] = setting(  # type: ignore[valid-type]
+        default="huber", help="Distance between the student's and the teacher's logits."
+    )
+    delta: Positive = setting(
+        default=1.0, help="Huber's delta in logits: larger errors pull with constant force."
+    )
+    temperature: Positive = setting(
+        default=1.0, help="Divides the logits before their softmax; for kl and reverse-kl."
+    )
+    top_k: Count | None = setting(
+        default=None,
+        help="Train on the strongest K of the cached tokens.  [default: the cache's K]",
+    )
+    positions: Count | None = setting(
+        default=None, help="Train on the first N cached positions.  [default: all of them]"
+    )
+    noise_alpha: Share = setting(
+        default=0.0,
+        help="Give up this share of the weights to noise first, so that less can be learned again.",
+    )
+    noise_beta: NotNegative = setting(
+        default=0.1, help="Scale of the noise, in Xavier-uniform draws."
+    )
+    layers: str | None = setting(
+        default=None,
+        group="Trainable parameters",
+        metavar="NUMBERS",
+        help="Train these layers only, counted from 0: 5-7 or 0,3,5-7.  [default: everything]",
+    )
+    parameters: str | None = setting(
+        default=None,
+        metavar="REGEX",
+        help="Train the parameters whose names match only; with --layers, those of them.",
+    )
+    lora_rank: Count | None = setting(
+        default=None,
+        aliases=("lora-r", "lora", "use-peft"),
+        help="Train a LoRA adapter of this rank; needs duet-unlearn[lora].",
+    )
+    lora_alpha: Positive | None = setting(
+        default=None, help="LoRA's scale.  [default: twice the rank]"
+    )
+    lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = setting(
+        default=0.0, help="Dropout on the adapter's inputs."
+    )
+    lora_target_modules: tuple[str, ...] = setting(
+        default=("all-linear",),
+        metavar="NAME,...",
+        help="Linear modules that get an adapter, such as q_proj,v_proj.  [default: all-linear, "
+        "all but the head]",
+    )
+    merge: bool = setting(
+        default=False,
+        flag="--merge/--no-merge",
+        help="Save a whole model with the adapter merged in, not the adapter.",
+    )
+    learning_rate: Positive | Auto = setting(
+        default=AUTO,
+        group="Optimization",
+        aliases=("lr", "rate"),
+        help="Peak learning rate; auto is 0.0512 / hidden size, with LoRA ten times that.",
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
+        default="cosine",
+        aliases=("scheduler", "lr-scheduler"),
+        help="How the learning rate falls.",
+    )
+    warmup_steps: NotNegative = setting(
+        default=0.1,
+        aliases=("warmup-ratio", "warmup"),
+        help="Steps of warm-up; below 1 a share of all steps.",
+    )
+    epochs: Count | Auto = setting(
+        default=AUTO,
+        aliases=("num-train-epochs", "num-epochs"),
+        help=f"Passes over the queries; auto makes about {AUTO_STEPS} steps of them, with LoRA "
+        f"{AUTO_LORA_STEPS}, in at most {AUTO_MOST_EPOCHS}.",
+    )
+    max_steps: Count | None = setting(
+        default=None, help="Stop after this many optimizer steps, whatever --epochs says."
+    )
+    batch_size: Count = setting(
+        default=16,
+        aliases=("per-device-train-batch-size", "train-batch-size"),
+        help="Queries an optimizer step, over all processes and micro-batches.",
+    )
+    weight_decay: NotNegative = setting(default=0.0, help="AdamW's weight decay.")
+    max_grad_norm: NotNegative = setting(
+        default=1.0,
+        aliases=("gradient-clipping",),
+        help="Clip gradients to this norm; 0 does not.",
+    )
+    seed: Whole = setting(
+        default=0, help="Decides the order of queries and the draws of views and noise."
+    )
+    trainer_args: Mapping[str, Any] = setting(
+        default_factory=dict,
+        flag="--trainer-arg",
+        metavar="KEY=VALUE",
+        help="Any other field of transformers' TrainingArguments, such as adam_beta2=0.95. "
+        "Repeatable.",
+    )
+    gradient_accumulation_steps: Count = setting(
+        default=1,
+        group="Memory and arithmetic",
+        decides=False,
+        help="Micro-batches that a step is split into: less memory, the same result.",
+    )
+    gradient_checkpointing: bool = setting(
+        default=False,
+        flag="--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Recompute activations in the backward pass: less memory, more time.",
+    )
+    precision: Literal["auto", "float32", "bf16", "fp16"] = setting(
+        default=AUTO,
+        aliases=("bf16", "fp16", "mixed-precision"),
+        help="Arithmetic of the forward pass; auto is bf16 where the GPU has it, else float32.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        default=AUTO,
+        aliases=("torch-dtype",),
+        help="How weights are held in training; bfloat16 halves memory and loses small updates. "
+        "auto is bfloat16 for LoRA on a model that is stored so, else float32.",
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        default=AUTO, help="How the student is stored; auto is as MODEL is."
+    )
+    eval_steps: Whole = setting(
+        default=0,
+        group="Evaluation on held-out queries",
+        aliases=("eval-every",),
+        help="Steps between two evaluations; 0 makes none.",
+    )
+    eval_forget: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        decides=False,
+        help="Held-out queries with answers that should be gone. Repeatable.",
+    )
+    eval_retain: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        decides=False,
+        help="Held-out queries with answers that should be kept. Repeatable.",
+    )
+    eval_attacks: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE|@NAME",
+        decides=False,
+        help="Also ask them behind each of these wrappers; the worst counts. Repeatable.",
+    )
+    eval_limit: Count | None = setting(
+        default=None, help="Ask this many queries of each file, evenly spread.  [default: all]"
+    )
+    eval_max_new_tokens: Count = setting(default=64, help="Longest answer in tokens.")
+    eval_retain_drop: NotNegative = setting(
+        default=3.0,
+        help="Points of retain recall that the best checkpoint may lie below the base.",
+    )
+    checkpoint_selection: Literal["best", "last"] = setting(
+        default="best",
+        aliases=("keep", "load-best-model-at-end"),
+        help="Which weights the student has: of the evaluated step that forgets most and keeps "
+        "enough, or of the last.",
+    )
+    early_stopping_patience: Count | None = setting(
+        default=None,
+        metavar="N",
+        aliases=("early-stop", "patience"),
+        help="Stop after N evaluations in a row without a lower forget recall.",
+    )
+    logging_steps: Count = setting(
+        default=10,
+        group="Logs and checkpoints",
+        decides=False,
+        help="Steps between two log lines.",
+    )
+    save_steps: Whole = setting(
+        default=500,
+        decides=False,
+        help="Steps between two checkpoints; 0 saves only when stopped.",
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        default="none", decides=False, help="Also send the logs there."
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in {
-            "loss": LOSS_NAMES,
-            "lr_scheduler_type": SCHEDULES,
-            "precision": PRECISIONS,
-            "dtype": TRAIN_DTYPES,
-            "save_dtype": SAVE_DTYPES,
-            "keep": KEPT,
-            "report_to": TRACKERS,
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-                )
-        for name in (
-            "epochs",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "eval_max_new_tokens",
-        ):
-            self._check_whole(name, at_least=1)
-        for name in ("top_k", "positions", "max_steps", "lora_rank", "eval_limit", "early_stop"):
-            if getattr(self, name) is not None:
-                self._check_whole(name, at_least=1)
-        self._check_whole("seed", at_least=0)
-        for name in ("save_steps", "eval_every"):
-            self._check_whole(name, at_least=0)
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ConfigurationError: Some do.
+        """
+        self._check_objective()
         for name in ("delta", "temperature"):
-            self._check_number(name, zero_allowed=False)
             self._check_loss_takes(name)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "noise_alpha", "noise_beta"):
-            self._check_number(name)
-        if self.noise_alpha > 1:
-            raise ConfigurationError(
-                f"noise_alpha is {self.noise_alpha!r}, expected a share, 0 to 1"
-            )
-        if self.learning_rate != AUTO:
-            self._check_number("learning_rate", zero_allowed=False)
-        self._check_number("eval_retain_drop")
         self._check_evaluation()
-        self._check_trained()
+        self._check_trainable()
+        check_trainer_args(self.trainer_args)
         if self.gradient_accumulation_steps > self.batch_size:
             raise ConfigurationError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at "
-                f"most batch_size ({self.batch_size}): a pass needs at least one query"
+                f"most batch_size ({self.batch_size}): a micro-batch needs at least one query"
             )
 
-    def resolved_learning_rate(self, hidden_size: int) -> float:
-        """Return the peak learning rate for a student of this hidden size."""
-        if isinstance(self.learning_rate, str):
-            times = 1 if self.lora_rank is None else AUTO_LORA_TIMES
-            return times * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
-        return self.learning_rate
+    def resolved(self, *, hidden_size: int, stored_dtype: str, rows: int) -> "RunConfig":
+        """Return these settings with every `auto` that a machine does not decide replaced.
 
-    def resolved_lora_alpha(self) -> float | None:
-        """Return LoRA's scale, or None without LoRA."""
-        if self.lora_rank is None or self.lora_alpha is not None:
-            return self.lora_alpha
-        return 2.0 * self.lora_rank
+        Args:
+            hidden_size: Width of the student.
+            stored_dtype: How its weights are stored.
+            rows: Queries of an epoch.
+        """
+        lora, rank = self.lora_rank is not None, self.lora_rank or 0
+        rate, epochs = self.learning_rate, self.epochs
+        if rate == AUTO:
+            rate = (AUTO_LORA_TIMES if lora else 1) * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
+        if epochs == AUTO:
+            wanted = (AUTO_LORA_STEPS if lora else AUTO_STEPS) / -(-rows // self.batch_size)
+            epochs = min(max(round(wanted), 1), AUTO_MOST_EPOCHS)
+        dtype = "bfloat16" if lora and stored_dtype == "bfloat16" else "float32"
+        return self.replaced(
+            learning_rate=rate,
+            epochs=epochs,
+            lora_alpha=2.0 * rank if lora and self.lora_alpha is None else self.lora_alpha,
+            dtype=dtype if self.dtype == AUTO else self.dtype,
+            save_dtype=stored_dtype if self.save_dtype == AUTO else self.save_dtype,
+        )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return every setting as JSON values."""
-        settings = dataclasses.asdict(self)
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in settings.items()
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == fields(self)[name].default)
+
+    def _check_objective(self) -> None:
+        kind = OBJECTIVES[self.objective]
+        for name in kind.inputs:
+            if not getattr(self, name):
+                raise MissingSettingError(
+                    f"{name} is missing; objective {self.objective} needs it", setting=name
+                )
+        of_others = {
+            name for other in OBJECTIVES.values() for name in (*other.inputs, *other.settings)
         }
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the student, beside cache, base and views' texts."""
-        return {k: v for k, v in self.to_json().items() if k not in _OUTSIDE_IDENTITY}
+        for name in sorted(of_others - {*kind.inputs, *kind.settings}):
+            if not self._is_default(name):
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r}, but objective {self.objective} takes "
+                    "none; leave it out"
+                )
 
     def _check_loss_takes(self, name: str) -> None:
-        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-        if value == default or LOSS_OPTIONS[self.loss] == name:
+        if self._is_default(name) or LOSS_OPTIONS[self.loss] == name:
             return
         takers = " or ".join(loss for loss, option in LOSS_OPTIONS.items() if option == name)
         reason = f"loss {self.loss} has none"
         if name == "temperature" and self.loss in ("kl-tail", "jsd"):
             reason = f"loss {self.loss} needs the logsumexp, which is cached at temperature 1"
         raise ConfigurationError(
-            f"{name} is {value!r}, but {reason}; leave it out, or choose loss {takers}"
+            f"{name} is {getattr(self, name)!r}, but {reason}; leave it out, or choose loss "
+            f"{takers}"
         )
 
     def _check_evaluation(self) -> None:
         for name in ("eval_forget", "eval_retain"):
-            if self.eval_every and not getattr(self, name):
+            if self.eval_steps and not getattr(self, name):
                 raise ConfigurationError(
-                    f"{name} is empty, expected held-out queries to ask every {self.eval_every} "
+                    f"{name} is empty, expected held-out queries to ask every {self.eval_steps} "
                     "steps"
                 )
-        for name in ("eval_forget", "eval_retain", "eval_attacks", "early_stop"):
-            if getattr(self, name) and not self.eval_every:
+        for name in _EVALUATION_SETTINGS:
+            if getattr(self, name) and not self.eval_steps:
                 raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r} without evaluations; give eval_every too"
+                    f"{name} is {getattr(self, name)!r} without evaluations; give eval_steps too"
                 )
 
-    def _check_trained(self) -> None:
+    def _check_trainable(self) -> None:
         if self.layers is not None:
             parse_layers(self.layers)
         if self.parameters is not None:
@@ -257,15 +384,12 @@ class RunConfig:
                 raise ConfigurationError(
                     f"parameters is {self.parameters!r}, expected a regular expression ({error})"
                 ) from error
-        if self.lora_alpha is not None:
-            self._check_number("lora_alpha", zero_allowed=False)
-        self._check_number("lora_dropout")
-        if self.lora_dropout >= 1:
-            raise ConfigurationError(
-                f"lora_dropout is {self.lora_dropout!r}, expected a share below 1"
-            )
         if self.lora_rank is None:
-            self._refuse_lora_settings()
+            for name in _LORA_SETTINGS:
+                if not self._is_default(name):
+                    raise ConfigurationError(
+                        f"{name} is {getattr(self, name)!r} without LoRA; give lora_rank as well"
+                    )
             return
         if not any(self.lora_target_modules):
             raise ConfigurationError("lora_target_modules is empty, expected at least one name")
@@ -280,28 +404,21 @@ class RunConfig:
                 "that an adapter leaves alone; leave one of the two out"
             )
 
-    def _refuse_lora_settings(self) -> None:
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "merge"):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r} without LoRA; give lora_rank as well"
-                )
 
-    def _check_whole(self, name: str, *, at_least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Return the numbers of layers as a user writes them (`5-7`, `0,3,5-7`), sorted, each once.
+
+    Raises:
+        ConfigurationError: The text is no list of numbers and ranges.
+    """
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = _LAYERS.fullmatch(part.strip())
+        first = int(match[1]) if match else 0
+        last = int(match[2] or first) if match else -1
+        if last < first:
             raise ConfigurationError(
-                f"{name} is {value!r}, expected a whole number, {at_least} or more"
+                f"layers is {text!r}, expected numbers and ranges such as 0,3,5-7"
             )
-
-    def _check_number(self, name: str, *, zero_allowed: bool = True) -> None:
-        value = getattr(self, name)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            not numeric
-            or not math.isfinite(value)
-            or value < 0
-            or (value == 0 and not zero_allowed)
-        ):
-            allowed = "0 or more" if zero_allowed else "above 0"
-            raise ConfigurationError(f"{name} is {value!r}, expected a number, {allowed}")
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))

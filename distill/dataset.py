@@ -10,7 +10,7 @@ last T columns and only they need to pass the head. Shapes: B rows, L columns, T
 K cached tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from duet_unlearn.data.queries import Message, messages_from_text
+from duet_unlearn.data.prompts import PromptRenderer
+from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.sampler import FORGET, PLAIN, RETAIN, Draw
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 SPLIT_CODES = {"forget": FORGET, "retain": RETAIN}
-
-Render = Callable[[Sequence[Message]], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +52,7 @@ class CacheDataset(Dataset[Example]):
         top_k: Keep the strongest K tokens of each position; None keeps all.
         positions: Keep the first N positions; None keeps all.
         views: Shapes that draws refer to by index.
-        render: Turns a conversation into the student's prompt; needed with views.
+        renderer: The student's tokenizer and chat template; needed with views.
         max_length: Longest sequence the student reads, or None.
     """
 
@@ -64,16 +63,16 @@ class CacheDataset(Dataset[Example]):
         top_k: int | None = None,
         positions: int | None = None,
         views: Sequence[Shape] = (),
-        render: Render | None = None,
+        renderer: PromptRenderer | None = None,
         max_length: int | None = None,
     ) -> None:
-        if views and render is None:
+        if views and renderer is None:
             raise ValueError("views need a renderer")
         self.reader = reader
         self.top_k = top_k
         self.positions = positions
         self.views = tuple(views)
-        self.render = render
+        self.renderer = renderer
         self.max_length = max_length
 
     def __len__(self) -> int:
@@ -82,11 +81,11 @@ class CacheDataset(Dataset[Example]):
     def __getitem__(self, draw: Draw) -> Example:
         row = self.reader.row(draw.row)
         name, prompt_ids = row.query_id, row.prompt_ids
-        if draw.view != PLAIN and self.render is not None:
+        if draw.view != PLAIN and self.renderer is not None:
             view = self.views[draw.view]
             name = f"{row.query_id}/{view.name}"
-            messages = view.apply(messages_from_text(row.query))
-            prompt_ids = np.array(self.render(messages), np.int32)
+            messages = messages_from_text(row.query)
+            prompt_ids = np.array(view.render(messages, self.renderer), np.int32)
         scored, kept = slice(self.positions), slice(self.top_k)
         example = Example(
             name=name,

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import eos_token_ids
-from duet_unlearn.data.queries import text_from_messages
 from duet_unlearn.distill.checkpoint_selection import Evaluation
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.student import Student
@@ -22,7 +21,6 @@ from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.tasks import Task, check_length, list_tasks, load_attacks, load_sets
-from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,10 +62,7 @@ class HeldOut:
     @property
     def fingerprint(self) -> str:
         """Of everything that is asked and expected."""
-        asked = [
-            [t.query.split, text_from_messages(t.query.messages), t.query.answer, _attack(t)]
-            for t in self._tasks
-        ]
+        asked = [[t.query.split, t.query.text, t.query.answer, _attack(t)] for t in self._tasks]
         return "sha256:" + hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def prepare(
@@ -85,17 +80,10 @@ class HeldOut:
         for task, prompt in zip(self._tasks, self._prompts, strict=True):
             check_length(task, len(prompt), _LABEL, student.max_length, tokens)
 
-    def warn_of_trained(self, reader: CacheReader) -> None:
-        """Log how many held-out queries the student is trained on: those are not held out."""
-        asked = {text_from_messages(query.messages) for s in self._sets for query in s.queries}
-        trained = asked & {query for _, _, query in reader.identities()}
-        if trained:
-            logger.warning(
-                "%d of %d held-out queries are in the cache and trained on: what is measured on "
-                "them says little about others",
-                len(trained),
-                len(asked),
-            )
+    @property
+    def texts(self) -> set[str]:
+        """The queries as they are asked plainly."""
+        return {query.text for s in self._sets for query in s.queries}
 
     def measure(
         self, model: "PreTrainedModel", step: int, *, process: int = 0, processes: int = 1

@@ -1,25 +1,17 @@
 """What a run resolved to before any weight is loaded, and what it came to."""
 
-import dataclasses
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.shapes import Shape
-from duet_unlearn.distill.config import AUTO, RunConfig
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.objectives.base import Objective, open_objective
 from duet_unlearn.distill.run_folder import RunFolder
 from duet_unlearn.distill.student import Student, open_student
-from duet_unlearn.distill.views import describe_views, draw_weights, load_views
-from duet_unlearn.errors import ConfigurationError, MismatchError
-from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.files import user_path
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.held_out import HeldOut
-
-logger = logging.getLogger(__name__)
-
-SPLITS = ("forget", "retain")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,87 +51,48 @@ class Job:
     """Everything a run resolved to before weights are loaded."""
 
     config: RunConfig
-    """With every `auto` and None replaced."""
-    reader: CacheReader
+    """With every `auto` and None replaced that the machine does not decide."""
+    objective: Objective
     student: Student
-    views: tuple[Shape, ...]
     held_out: "HeldOut | None"
     folder: RunFolder
 
 
 def resolve_job(config: RunConfig) -> Job:
-    """Open cache, student and views, and replace what the configuration left open.
+    """Open the inputs and replace what the configuration left open.
 
     Raises:
-        ConfigurationError: A setting does not fit the cache or the place of the student.
-        DataError: The student or a view file is missing or malformed.
+        ConfigurationError: A setting does not fit the inputs or the place of the student.
+        DataError: The student, a view or a query file is missing or malformed.
         CacheError: The cache is unfinished or damaged.
         MismatchError: The cache has no forget queries.
     """
-    reader = CacheReader.open(config.cache)
-    recipe = reader.manifest.recipe
-    top_k = _at_most(config.top_k, recipe.top_k, "top_k")
-    positions = _at_most(config.positions, recipe.positions, "positions")
-    _check_splits(reader)
-    views = load_views(config.views)
+    out = user_path(config.out, "out").resolve()
     student = open_student(config.student)
-    out = Path(config.out).expanduser().resolve()
     if out == student.folder:
         raise ConfigurationError(
             f"out is {config.out}, the student's own folder; choose another --out"
         )
-    resolved = dataclasses.replace(
-        config,
-        top_k=top_k,
-        positions=positions,
-        learning_rate=config.resolved_learning_rate(student.hidden_size),
-        lora_alpha=config.resolved_lora_alpha(),
-        save_dtype=student.stored_dtype if config.save_dtype == AUTO else config.save_dtype,
+    objective = open_objective(config, student)
+    rows = len(objective.order.splits)
+    resolved = config.replaced(**objective.settings).resolved(
+        hidden_size=student.hidden_size, stored_dtype=student.stored_dtype, rows=rows
     )
-    held_out = _load_held_out(config) if config.eval_every else None
-    weights = draw_weights(views)
+    held_out = None
+    if config.eval_steps:
+        from duet_unlearn.distill.held_out import HeldOut
+
+        held_out = HeldOut(config)
     identity = {
         "settings": resolved.identity(),
-        "cache": reader.manifest.digest,
-        "base": student.weights,
-        "views": [[view.name, view.text] for view in views],
-        **({} if weights is None else {"view_weights": list(weights)}),
+        "base": student.identity,
+        **objective.identity,
         **({} if held_out is None else {"held_out": held_out.fingerprint}),
     }
-    if views:
-        logger.info("views: %s", describe_views(views))
-    folder = RunFolder(out=out, identity=identity)
     return Job(
         config=resolved,
-        reader=reader,
+        objective=objective,
         student=student,
-        views=views,
         held_out=held_out,
-        folder=folder,
+        folder=RunFolder(out=out, identity=identity),
     )
-
-
-def _load_held_out(config: RunConfig) -> "HeldOut":
-    from duet_unlearn.distill.held_out import HeldOut
-
-    return HeldOut(config)
-
-
-def _at_most(wanted: int | None, cached: int, name: str) -> int:
-    if wanted is not None and wanted > cached:
-        raise ConfigurationError(f"{name} is {wanted}, but the cache holds {cached}; give it less")
-    return cached if wanted is None else wanted
-
-
-def _check_splits(reader: CacheReader) -> None:
-    rows = {split: reader.manifest.splits[split].rows for split in SPLITS}
-    if not rows["forget"]:
-        raise MismatchError(
-            f"{reader.folder}: no forget queries in this cache; build it with --forget"
-        )
-    if not rows["retain"]:
-        logger.warning(
-            "%s: no retain queries; nothing holds the student's other knowledge in place: on the "
-            "demo world all of it that is near the topic was lost (docs/method.md)",
-            reader.folder,
-        )

@@ -1,27 +1,26 @@
-"""`duet-distill run`: fit a student to a teacher cache. Neither vLLM nor the teacher is needed."""
+"""`duet-distill run`: fit a student. Neither vLLM nor the teacher is needed."""
 
 import contextlib
 import dataclasses
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet_unlearn.data.models.loading import load_model
+from duet_unlearn.distill.checkpoint_selection import Rule, evaluations_of
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.finish import publish, write_model
-from duet_unlearn.distill.job import SPLITS, Job, RunResult, resolve_job
+from duet_unlearn.distill.job import Job, RunResult, resolve_job
+from duet_unlearn.distill.objectives.base import SPLITS
 from duet_unlearn.distill.run_folder import LOG_FILE
-from duet_unlearn.distill.student import check_cache_fits
+from duet_unlearn.distill.student_folder import publish, write_student
 from duet_unlearn.distill.trainable import select_trained
-from duet_unlearn.distill.views import draw_weights
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from duet_unlearn.data.prompts import PromptRenderer
-    from duet_unlearn.distill.callbacks import StopOnSignal
-    from duet_unlearn.distill.evaluation_callback import Watch
+    from duet_unlearn.distill.callbacks import Schedule, StopOnSignal
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
 
@@ -31,15 +30,16 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> RunResult:
     """Train the student and leave it at `config.out`.
 
-    The same configuration finds its finished student again, and goes on from the last checkpoint
-    of an interrupted run.
+    The same configuration finds its finished student again, and resumes an interrupted run from
+    its last checkpoint.
 
     Raises:
-        ConfigurationError: A setting does not fit the cache or the place of the student, or the
-            loss stopped being finite.
-        DataError: The student or a view file is missing or malformed.
-        CacheError: The cache is unfinished or damaged, or the student cannot be written.
+        ConfigurationError: A setting does not fit the inputs or the place of the student, the
+            loss stopped being finite, or the memory does not hold a step.
+        DataError: The student, a view or a query file is missing or malformed.
+        CacheError: The cache is unfinished or damaged.
         MismatchError: The cache's tokens are not the student's.
+        OutputError: The student or a checkpoint cannot be written.
         StoppedError: A signal stopped it after saving a checkpoint.
     """
     job = resolve_job(config)
@@ -49,21 +49,19 @@ def run(config: RunConfig) -> RunResult:
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
     from duet_unlearn.distill.arguments import training_arguments
 
-    reader = job.reader
     tokenizer = load_tokenizer(job.student.folder)
     renderer = PromptRenderer(tokenizer)
-    check_cache_fits(job.student, renderer, reader)
     if job.held_out is not None:
         job.held_out.prepare(job.student, renderer, tokenizer)
-        job.held_out.warn_of_trained(reader)
+    job.objective.prepare(renderer, job.held_out.texts if job.held_out else None)
     args = training_arguments(job.config, job.folder.work)
     if args.process_index != 0:
         _wait_for_all(args)  # until the first process has made the work folder
-        return _train(job, renderer, args)
+        return _train(job, args)
     with job.folder.lock():
         job.folder.prepare(overwrite=config.overwrite)
         _wait_for_all(args)
-        return _train(job, renderer, args)
+        return _train(job, args)
 
 
 def _wait_for_all(args: "TrainingArguments") -> None:
@@ -71,125 +69,170 @@ def _wait_for_all(args: "TrainingArguments") -> None:
         args.distributed_state.wait_for_everyone()
 
 
-def _train(job: Job, renderer: "PromptRenderer", args: "TrainingArguments") -> RunResult:
-    from duet_unlearn.distill.callbacks import AlreadyTrained, StopOnSignal
-    from duet_unlearn.distill.evaluation_callback import evaluations_of
+def _train(job: Job, args: "TrainingArguments") -> RunResult:
+    """Train from the newest checkpoint that can be read, and publish."""
+    while (checkpoint := job.folder.last_checkpoint()) is not None:
+        try:
+            return _train_from(job, args, checkpoint)
+        except _DamagedCheckpointError as error:
+            _wait_for_all(args)
+            logger.warning(
+                "%s: cannot be read (%s); training resumes from the one before",
+                checkpoint,
+                error,
+            )
+            if args.process_index == 0:
+                job.folder.set_aside(checkpoint)
+            _wait_for_all(args)
+    return _train_from(job, args, None)
+
+
+def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) -> RunResult:
+    from duet_unlearn.distill.callbacks import StopOnSignal
     from duet_unlearn.distill.noise import perturb
 
     config, folder = job.config, job.folder
     stop = StopOnSignal()
     base = load_model(job.student.folder, dtype=config.dtype, trainable=True)
     model, trained = select_trained(base, config)
-    trainer, watch = _make_trainer(job, model, renderer, stop, args)
-    checkpoint = folder.last_checkpoint()
+    trainer, schedule = _make_trainer(job, model, stop, args)
     if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
-    elif watch is not None:
-        watch.measure_base()
+        logger.info("resuming from %s", checkpoint)
+    elif job.held_out is not None:
+        schedule.base = trainer.measure()
     if checkpoint is None and config.noise_alpha:
         perturb(model, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
-    logger.info("learning rate %.3g", config.learning_rate)
+    logger.info("learning rate %.3g, %s epochs", config.learning_rate, config.epochs)
     started = time.perf_counter()
-    with stop.handling(), contextlib.suppress(AlreadyTrained):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop.handling():
+        _run_trainer(trainer, schedule, checkpoint, config)
     seconds = time.perf_counter() - started
-    step, steps, history = (
-        trainer.state.global_step,
-        trainer.state.max_steps,
-        trainer.state.log_history,
-    )
-    if step < steps and not (watch is not None and watch.may_stop(history)):
+    state = trainer.state
+    if state.global_step < state.max_steps and not schedule.stopped_early(state):
         raise StoppedError(
-            f"stopped and saved at step {step} of {steps}; run the same command again to go on"
+            f"stopped and saved at step {state.global_step} of {state.max_steps}; run the same "
+            "command again to resume"
         )
-    kept_step = step if watch is None else watch.chosen(history).step
     trainer.check_weights()
+    evaluations = evaluations_of(state.log_history)
     result = RunResult(
         out=str(folder.out),
-        queries={split: job.reader.manifest.splits[split].rows for split in SPLITS},
-        views=len(job.views),
+        queries=job.objective.order.counts,
+        views=job.objective.order.num_views,
         trained=trained.what,
         trained_parameters=trained.parameters,
         parameters=trained.of,
-        steps=step,
-        kept_step=kept_step,
-        evaluations=[dataclasses.asdict(found) for found in evaluations_of(history)],
+        steps=state.global_step,
+        kept_step=trainer.load_best(),
+        evaluations=[dataclasses.asdict(found) for found in evaluations],
         learning_rate=float(config.learning_rate),
-        loss=_first_and_last(history),
+        loss=_first_and_last(state.log_history),
         seconds=round(seconds, 3),
     )
-    best = None
-    if watch is None or config.keep == "last":
-        write_model(job, trainer, folder.staged_student)
-    else:
-        watch.warn_of_loss(history)
-        best = watch.best_folder(kept_step)
+    _warn_of_loss(config, result)
+    write_student(job, trainer)
     if trainer.is_world_process_zero():
-        publish(job, result, best=best)
+        publish(job, result)
     _wait_for_all(args)
     return result
 
 
+class _DamagedCheckpointError(Exception):
+    """A checkpoint could not be read."""
+
+
+def _run_trainer(
+    trainer: "DuetTrainer", schedule: "Schedule", checkpoint: Path | None, config: RunConfig
+) -> None:
+    """Train to the end, with what can go wrong in one line.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step.
+        _DamagedCheckpointError: The checkpoint cannot be read; nothing was trained.
+    """
+    from duet_unlearn.distill.callbacks import AlreadyTrained
+
+    try:
+        with contextlib.suppress(AlreadyTrained):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except DuetError:
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise ConfigurationError(
+                f"out of memory at step {trainer.state.global_step + 1} with {config.batch_size} "
+                f"queries in {config.gradient_accumulation_steps} micro-batches; give more "
+                "--gradient-accumulation-steps (the result stays the same), "
+                "--gradient-checkpointing, --lora-rank or --dtype bfloat16"
+            ) from error
+        # Whatever a torn file makes its reader raise, it does before the first step.
+        if checkpoint is not None and not schedule.begun:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise _DamagedCheckpointError(reason) from error
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # The CPU's allocator has no error type of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory")
+    )
+
+
 def _make_trainer(
-    job: Job,
-    model: "PreTrainedModel",
-    renderer: "PromptRenderer",
-    stop: "StopOnSignal",
-    args: "TrainingArguments",
-) -> "tuple[DuetTrainer, Watch | None]":
-    from duet_unlearn.distill.callbacks import LogFile, LogLastStep, Progress, StopIfDone
-    from duet_unlearn.distill.dataset import CacheDataset
-    from duet_unlearn.distill.evaluation_callback import Watch
-    from duet_unlearn.distill.losses import Loss
+    job: Job, model: "PreTrainedModel", stop: "StopOnSignal", args: "TrainingArguments"
+) -> "tuple[DuetTrainer, Schedule]":
+    from duet_unlearn.distill.callbacks import LogFile, Schedule, ShowProgress
     from duet_unlearn.distill.sampler import StepSampler
     from duet_unlearn.distill.trainer import DuetTrainer
 
-    config, reader = job.config, job.reader
+    config, order = job.config, job.objective.order
 
     def make_sampler(index: int, num_processes: int) -> "StepSampler":
         return StepSampler(
-            reader.splits,
-            reader.row_groups,
+            order.splits,
+            order.row_groups,
             seed=config.seed,
             batch_size=config.batch_size,
             accumulation=config.gradient_accumulation_steps,
-            num_views=len(job.views),
-            view_weights=draw_weights(job.views),
+            num_views=order.num_views,
+            view_weights=order.view_weights,
             process=index,
             num_processes=num_processes,
         )
 
-    watch = None
-    if job.held_out is not None:
-        watch = Watch(
-            config, job.held_out, job.folder.work, lambda to: write_model(job, trainer, to)
-        )
+    rule = Rule(drop=config.eval_retain_drop, patience=config.early_stopping_patience)
+    schedule = Schedule(config.eval_steps, rule if job.held_out else None)
     trainer = DuetTrainer(
         model=model,
         args=args,
-        dataset=CacheDataset(
-            reader,
-            top_k=config.top_k,
-            positions=config.positions,
-            views=job.views,
-            render=renderer.student_ids,
-            max_length=job.student.max_length,
-        ),
+        objective=job.objective,
         make_sampler=make_sampler,
-        loss=Loss(name=config.loss, delta=config.delta, temperature=config.temperature),
-        callbacks=[
-            StopIfDone(watch.may_stop if watch else None),
-            LogLastStep(),
-            stop,
-            Progress(),
-            LogFile(job.folder.work / LOG_FILE),
-            *([watch] if watch else []),
-        ],
+        callbacks=[schedule, stop, ShowProgress(), LogFile(job.folder.work / LOG_FILE)],
+        held_out=job.held_out,
+        rule=rule if config.checkpoint_selection == "best" else None,
     )
-    stop.trainer = trainer
-    if watch is not None:
-        watch.trainer = trainer
-    return trainer, watch
+    stop.trainer = schedule.trainer = trainer
+    return trainer, schedule
+
+
+def _warn_of_loss(config: RunConfig, result: RunResult) -> None:
+    """Log if no step kept enough."""
+    if not result.evaluations or config.checkpoint_selection != "best":
+        return
+    base = result.evaluations[0]["retain"]
+    kept = next(e["retain"] for e in result.evaluations if e["step"] == result.kept_step)
+    if kept < base - config.eval_retain_drop:
+        logger.warning(
+            "no step kept held-out retain recall within %g points of the base's %.1f; the student "
+            "has step %d, with %.1f: lower the learning rate or train fewer steps",
+            config.eval_retain_drop,
+            base,
+            result.kept_step,
+            kept,
+        )
 
 
 def _first_and_last(history: list[dict[str, float]]) -> dict[str, list[float]]:

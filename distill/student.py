@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import yaml
 
 from duet_unlearn.data.models.fingerprint import (
     chat_template_fingerprint,
+    config_fingerprint,
     vocabulary_fingerprint,
     weights_fingerprint,
 )
@@ -21,6 +23,7 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.errors import DataError, MismatchError
+from duet_unlearn.files import user_path
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
@@ -48,6 +51,17 @@ class Student:
     stored_dtype: str
     weights: str
     """Fingerprint of the weights."""
+    config: str
+    """Fingerprint of the configuration: its entries that decide a logit."""
+    chat_template: str | None
+    """Fingerprint of the chat template; None where it has none."""
+    licence: str | None
+    """What its model card says of its licence."""
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What of the base decides the student, by content."""
+        return {"weights": self.weights, "config": self.config, "template": self.chat_template}
 
 
 def open_student(model: str) -> Student:
@@ -56,6 +70,7 @@ def open_student(model: str) -> Student:
     Raises:
         DataError: The folder or hub model is missing, or not a language model.
     """
+    user_path(model, "student")  # `~nobody` is named as such
     folder = resolve_model_folder(model)
     config = read_config(folder)
     hidden_size = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
@@ -69,7 +84,21 @@ def open_student(model: str) -> Student:
         max_length=context_length(config),
         stored_dtype=stored_dtype(config),
         weights=weights_fingerprint(folder),
+        config=config_fingerprint(folder),
+        chat_template=chat_template_fingerprint(folder),
+        licence=read_licence(folder),
     )
+
+
+def read_licence(folder: Path) -> str | None:
+    """Return the licence that a model folder's card names in its header, or None."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, ValueError, yaml.YAMLError, IndexError, RecursionError):
+        return None
+    found = header.get("license") if isinstance(header, dict) else None
+    return found if isinstance(found, str) and "\n" not in found else None
 
 
 def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: CacheReader) -> None:

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.layer_numbers import parse_layers
+from duet_unlearn.distill.config import RunConfig, parse_layers
 from duet_unlearn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def _with_lora(
         ) from error
     import torch
 
-    alpha: Any = config.resolved_lora_alpha()  # a float works as well
+    alpha: Any = config.lora_alpha or 2 * rank  # a float works as well
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -1,34 +1,40 @@
-"""transformers' Trainer with the cache's batches and losses.
+"""transformers' Trainer with an objective's batches and losses.
 
 What is replaced is what the Trainer would decide by itself: the order of the data (its samplers
 depend on the number of processes), the scaling of the loss (every row carries its share of the
 step's loss, so accumulation and processes add up exactly), and its prints on standard output.
 """
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from duet_unlearn.distill.dataset import CacheDataset, Example, collate
-from duet_unlearn.distill.losses import Loss, row_means
+from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.objectives.base import SPLITS, Objective
 from duet_unlearn.distill.sampler import StepSampler
-from duet_unlearn.distill.sparse_head import StudentScores
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, OutputError
+from duet_unlearn.files import write_error
 
-SPLITS = ("forget", "retain")
+if TYPE_CHECKING:
+    from duet_unlearn.distill.held_out import HeldOut
+
+logger = logging.getLogger(__name__)
 
 
-class StepLoader(DataLoader[Example]):
+class StepLoader(DataLoader[Any]):
     """The forward passes of this process, in the sampler's order for the Trainer's epoch."""
 
-    def __init__(self, dataset: CacheDataset, sampler: StepSampler) -> None:
-        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate)
+    def __init__(self, objective: Objective, sampler: StepSampler) -> None:
+        super().__init__(objective.dataset, batch_sampler=sampler, collate_fn=objective.collate)
         self._steps = sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,10 +48,11 @@ class DuetTrainer(Trainer):
     Args:
         model: The student.
         args: The Trainer's arguments; accumulation is theirs, the batch size the sampler's.
-        dataset: The cache's sequences.
+        objective: Examples and losses; it takes hold of the model here.
         make_sampler: Called with process index and number of processes.
-        loss: Distance of the student to the teacher at each position.
         callbacks: Further callbacks.
+        held_out: What `evaluate` asks.
+        rule: Says which evaluated step is the best, whose checkpoint is then kept.
     """
 
     # Read by some versions only; the others come to the same by their defaults.
@@ -56,25 +63,29 @@ class DuetTrainer(Trainer):
         *,
         model: PreTrainedModel,
         args: TrainingArguments,
-        dataset: CacheDataset,
+        objective: Objective,
         make_sampler: Callable[[int, int], StepSampler],
-        loss: Loss,
         callbacks: list[TrainerCallback],
+        held_out: "HeldOut | None" = None,
+        rule: Rule | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
+        super().__init__(
+            model=model, args=args, train_dataset=objective.dataset, callbacks=callbacks
+        )
         self.remove_callback(PrinterCallback)  # it prints to standard output
         self._student = model
-        self._dataset = dataset
+        self._objective = objective
         self._make_sampler = make_sampler
-        self._loss = loss
-        self._student_scores = StudentScores(model, tail=loss.tail)
+        self._held_out = held_out
+        self._rule = rule
+        objective.attach(model)
         # Sum of row losses and number of rows, a split, since the last log line.
         self._split_totals = torch.zeros(2, len(SPLITS), device=args.device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's passes; accelerate must not shard them a second time."""
         sampler = self._make_sampler(self.accelerator.process_index, self.accelerator.num_processes)
-        return StepLoader(self._dataset, sampler)
+        return StepLoader(self._objective, sampler)
 
     def compute_loss(
         self,
@@ -88,16 +99,14 @@ class DuetTrainer(Trainer):
         Raises:
             ConfigurationError: The loss is not finite.
         """
-        scores_BTS = self._student_scores(model, inputs)
-        losses_BT = self._loss(scores_BTS, inputs["teacher_logits"], inputs["teacher_logsumexp"])
-        losses_B = row_means(losses_BT, inputs["position_mask"])
+        losses_B = self._objective.row_losses(model, inputs)
         self._check_finite(losses_B, inputs)
         self._count(losses_B.detach(), inputs)
         # Weights sum to 1 over all passes and processes. The Trainer divides by the passes and
         # averages gradients over the processes, so both are multiplied in here.
         scale = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         loss = (losses_B * inputs["weight"]).sum() * scale
-        return (loss, scores_BTS) if return_outputs else loss
+        return (loss, {"losses": losses_B}) if return_outputs else loss
 
     def _check_finite(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
         finite = torch.isfinite(losses_B)
@@ -131,7 +140,73 @@ class DuetTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()  # the checkpoint before is removed only for a sound one
-        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir))
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise write_error(folder, error) from error
+        except (SafetensorError, RuntimeError) as error:
+            # safetensors and torch's own writer have no error type for a full disk.
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise OutputError(
+                f"{folder}: cannot write a checkpoint ({reason}); free some space, then run the "
+                "same command again: it resumes from the last one"
+            ) from error
+
+    def measure(self) -> Evaluation:
+        """Ask the held-out queries; every process calls this and gets the result."""
+        held_out, accelerator = self._held_out, self.accelerator
+        if held_out is None:
+            raise RuntimeError("no held-out queries")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model: Any = self.model
+        with accelerator.autocast():
+            return held_out.measure(
+                model if sharded else accelerator.unwrap_model(model),
+                self.state.global_step,
+                # The parts of a sharded model work together: every process asks everything.
+                process=0 if sharded else accelerator.process_index,
+                processes=1 if sharded else accelerator.num_processes,
+            )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Ask the held-out queries and log their recalls; the Trainer calls this when it is due."""
+        metrics = self.log_evaluation(self.measure())
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log_evaluation(self, found: Evaluation) -> dict[str, float]:
+        """Log recalls as `eval_...` into the history that checkpoints hold."""
+        metrics = found.metrics()
+        self.log(dict(metrics))
+        if self.is_world_process_zero():
+            logger.info(
+                "step %d: held-out forget %.1f, retain %.1f", found.step, found.forget, found.retain
+            )
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:  # noqa: ARG002
+        """Have a checkpoint saved, and kept, where this step is the best so far."""
+        if self._rule is None:
+            return False
+        best = self._rule.choose(evaluations_of(self.state.log_history)).step
+        if best == self.state.global_step:
+            self.state.best_global_step = best
+            self.control.should_save = True
+        return best == self.state.global_step
+
+    def load_best(self) -> int:
+        """Load the weights of the best step and return its number; every process calls this."""
+        best = self.state.best_global_step
+        if best is not None and best != self.state.global_step:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{best}"
+            self.state.best_model_checkpoint = str(folder)
+            self._load_best_model()
+        return self.state.global_step if best is None else int(best)
 
     def _count(self, losses_B: Tensor, inputs: dict[str, Any]) -> None:
         counted = (inputs["weight"] > 0).to(losses_B.dtype)

@@ -151,7 +151,8 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, build_tiny_cache: Build
 def train(tiny_model: Path, tiny_cache: Path, tmp_path: Path, one_thread: None):
     """Run on the tiny cache; three epochs of four steps unless told."""
     from duet_unlearn.distill.config import RunConfig
-    from duet_unlearn.distill.run import RunResult, run
+    from duet_unlearn.distill.job import RunResult
+    from duet_unlearn.distill.run import run
 
     def start(name: str = "student", **settings) -> RunResult:
         defaults = {

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from duet_unlearn.errors import CacheError, ConfigurationError
+from duet_unlearn.errors import ConfigurationError, OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
 CACHE_FORMAT = "duet-teacher-cache"
@@ -27,7 +27,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
     On any failure, an interrupt too, the temporary file is removed and `final` is untouched.
 
     Raises:
-        CacheError: The file system is full, read-only or not writable for this user.
+        OutputError: The file system is full, read-only or not writable for this user.
     """
     # Process ids repeat on machines that share a folder, and threads of a process share one.
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(16)}{TEMPORARY_SUFFIX}")
@@ -47,7 +47,7 @@ def write_text(final: Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
     Raises:
-        CacheError: The file cannot be written.
+        OutputError: The file cannot be written.
     """
     with atomic_path(final) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -57,7 +57,7 @@ def make_folder(folder: Path) -> None:
     """Create a folder and its parents where they are missing.
 
     Raises:
-        CacheError: The path is a file, or the folder cannot be made.
+        OutputError: The path is a file, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +95,9 @@ def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
 
     Raises:
         ConfigurationError: The folder is a file, holds files of others, or lies inside a cache.
-        CacheError: The folder cannot be made.
+        OutputError: The folder cannot be made.
     """
-    inside = next((p for p in folder.absolute().parents if _holds_cache(p)), None)
-    if inside is not None:
-        raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")
+    refuse_inside_cache(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder}: is a file, expected a folder; choose another --out")
     make_folder(folder)
@@ -111,6 +109,17 @@ def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
         )
     if not present:
         write_text(folder / CLAIM_NAME, "duet-unlearn writes into this folder\n")
+
+
+def refuse_inside_cache(folder: Path) -> None:
+    """Refuse a folder that lies inside a cache, where nothing but its shards belongs.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    inside = next((p for p in folder.absolute().parents if _holds_cache(p)), None)
+    if inside is not None:
+        raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")
 
 
 def release_claim(folder: Path) -> None:
@@ -135,7 +144,7 @@ def remove_temporary_files(folder: Path) -> None:
                 path.unlink()
 
 
-def write_error(path: Path, error: OSError) -> CacheError:
+def write_error(path: Path, error: OSError) -> OutputError:
     """Turn a failed write into one line that says what to do."""
     advice = {
         errno.ENOSPC: "the disk is full; free some space",
@@ -147,7 +156,7 @@ def write_error(path: Path, error: OSError) -> CacheError:
         errno.ENOTDIR: "a part of the path is a file; choose another folder",
         errno.EEXIST: "a file of that name is in the way; choose another folder",
     }.get(error.errno or 0, f"{error.strerror or error}; check the folder")
-    return CacheError(
+    return OutputError(
         f"{path}: cannot write: {advice}, then run the same command again: what is finished is kept"
     )
 

@@ -53,6 +53,7 @@ _KINDS = {
     Path: "a path",
     tuple: "a list of texts",
 }
+_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 _BOUNDS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 T = TypeVar("T", bound="Settings")
 
@@ -103,6 +104,7 @@ def settings(declared: type[T]) -> type[T]:
 
     @functools.wraps(check)
     def __init__(self: Any, **values: Any) -> None:  # noqa: N807
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         try:
             check(self, **values)
         except pydantic.ValidationError as error:
@@ -168,7 +170,18 @@ class Field:
     @property
     def expected(self) -> str:
         """What is allowed, in words."""
-        return " or ".join(_in_words(kind) for kind in self.alternatives if kind is not type(None))
+        words = [_in_words(kind) for kind in self.alternatives if kind is not type(None)]
+        return (", or " if "," in words[0] else " or ").join(words)
+
+    @property
+    def metavar(self) -> str:
+        """What the help page writes for its value."""
+        kinds = [kind for kind in self.alternatives if kind is not type(None)]
+        words = [
+            "|".join(typing.get_args(kind)) if _plain(kind) is Literal else _METAVARS[_plain(kind)]
+            for kind in kinds
+        ]
+        return self.shown.metavar or "|".join(reversed(words))
 
     def parse(self, value: Any) -> Any:
         """Return the value of a text, a list or a mapping of them.

@@ -37,8 +37,9 @@ def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
     entries = {} if path is None else read_file(of, Path(path).expanduser(), passed_over=given)
     try:
         return of(**{name: value for name, (value, _) in entries.items()}, **given)
-    except MissingSettingError:
-        raise
+    except MissingSettingError as error:
+        where = "" if path is None else f"{path}: "
+        raise MissingSettingError(f"{where}{error}", setting=error.setting) from error
     except ConfigurationError as error:
         name = str(error).partition(" ")[0]
         if name in entries:

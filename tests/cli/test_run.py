@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from duet_unlearn.cli.errors import DuetGroup
 from duet_unlearn.cli.run import run_command
 from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.settings import fields
 
 
 def invoke(*arguments: str) -> Result:
@@ -41,11 +42,12 @@ def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_setting_has_a_flag_with_help():
     flags = {option.name: option for option in run_command.params}
+    assert len(flags) == len(run_command.params)
     assert set(RunConfig.__dataclass_fields__) <= flags.keys()
     for name, option in flags.items():
         if name != "cache":
             assert option.help, name
-    defaults = {name: field.default for name, field in RunConfig.__dataclass_fields__.items()}
+    defaults = {name: field.default for name, field in fields(RunConfig).items()}
     for name in ("learning_rate", "epochs", "batch_size", "delta", "precision", "save_steps"):
         assert flags[name].default == defaults[name]
 
@@ -111,7 +113,7 @@ def test_the_file_beside_a_student_pins_its_cache(cache, tiny_model, tmp_path):
 
 def test_the_help_page_lists_every_option_once_under_a_heading():
     page = invoke("--help").stdout
-    assert page.index("Where from, where to:") < page.index("How it learns:")
+    assert page.index("Where from, where to:") < page.index("Optimization:")
     for option in run_command.params:
         if option.name != "cache":
             assert len(re.findall(rf"^  {option.opts[0]}(?![\w-])", page, re.MULTILINE)) == 1, (
@@ -129,10 +131,8 @@ def test_a_failure_is_one_line_and_leaves_nothing(cache, tiny_model, tmp_path):
     done = invoke(
         str(cache), "--student", str(tiny_model), "--out", str(out), "--learning-rate", "-1"
     )
-    assert (done.exit_code, done.stderr) == (
-        1,
-        "error: learning_rate is -1.0, expected a number, above 0\n",
-    )
+    assert done.exit_code == 2
+    assert "'-1', expected a number, above 0, or auto" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,4 +147,4 @@ def test_wrong_usage_is_exit_code_2(cache, tiny_model, tmp_path):
         str(cache), "--student", "m", "--out", str(tmp_path / "s"), "--learning-rate", "quick"
     )
     assert done.exit_code == 2
-    assert "'quick' is not a number or 'auto'" in done.stderr
+    assert "'quick', expected a number, above 0, or auto" in done.stderr

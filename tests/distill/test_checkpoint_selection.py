@@ -1,6 +1,6 @@
 import pytest
 
-from duet_unlearn.distill.checkpoint_selection import Evaluation, choose, may_stop
+from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule
 
 
 def course(*recalls: tuple[float, float]) -> list[Evaluation]:
@@ -29,7 +29,7 @@ def course(*recalls: tuple[float, float]) -> list[Evaluation]:
     ],
 )
 def test_the_step_that_forgets_most_and_keeps_enough(recalls, step):
-    assert choose(course(*recalls), 3.0).step == step
+    assert Rule(drop=3.0).choose(course(*recalls)).step == step
 
 
 @pytest.mark.parametrize(
@@ -52,4 +52,4 @@ def test_the_step_that_forgets_most_and_keeps_enough(recalls, step):
     ],
 )
 def test_the_early_stop_waits_for_forgetting_first(recalls, stop):
-    assert may_stop(course(*recalls), 3.0, 2) is stop
+    assert Rule(drop=3.0, patience=2).may_stop(course(*recalls)) is stop

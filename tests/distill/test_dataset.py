@@ -181,12 +181,13 @@ def test_a_view_changes_the_prompt_and_nothing_else(tiny_cache):
     reader = CacheReader.open(tiny_cache)
     rendered = []
 
-    def render(messages):
-        rendered.append(messages)
-        return [9, 8, 7]
+    class Renderer:
+        def student_ids(self, messages):
+            rendered.append(messages)
+            return [9, 8, 7]
 
     dataset = CacheDataset(
-        reader, views=[Shape(name="shout", text="HEY {query} NOW")], render=render
+        reader, views=[Shape(name="shout", text="HEY {query} NOW")], renderer=Renderer()
     )
     plain, viewed = dataset[Draw(0, PLAIN, 0.5)], dataset[Draw(0, 0, 0.5)]
     assert rendered == [({"role": "user", "content": f"HEY {reader.row(0).query} NOW"},)]

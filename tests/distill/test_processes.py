@@ -76,11 +76,11 @@ def settings(tiny_cache: Path, tiny_model: Path, write_queries, tmp_path: Path) 
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "views": ("@remember=2", "@disregard"),
-        "eval_every": 4,
+        "eval_steps": 4,
         "eval_forget": (str(write_queries("forget", 3)),),
         "eval_retain": (str(write_queries("retain", 4, "river")),),
         "eval_max_new_tokens": 4,
-        "keep": "last",
+        "checkpoint_selection": "last",
         "save_steps": 0,
     }
 

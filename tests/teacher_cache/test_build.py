@@ -21,6 +21,7 @@ from duet_unlearn.errors import (
     ConfigurationError,
     DataError,
     MismatchError,
+    OutputError,
     StoppedError,
 )
 from duet_unlearn.files import claim_folder
@@ -298,7 +299,7 @@ def test_a_folder_that_is_a_file_gets_one_line(config: BuildConfig, tmp_path: Pa
     with pytest.raises(ConfigurationError, match="is a file"):
         run(config, out=tmp_path / "taken")
     for inside in (tmp_path / "taken" / "x", Path("/proc/x")):
-        with pytest.raises(CacheError, match="cannot write"):
+        with pytest.raises(OutputError, match="cannot write"):
             run(config, out=inside)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.distill import finish
+from duet_unlearn.distill import student_folder
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.held_out import HeldOut
 from duet_unlearn.distill.student import open_student
@@ -62,7 +62,7 @@ def watched(train, queries):
 
     def start(name: str = "student", **settings):
         sources = {split: (path,) for split, path in queries.items()}
-        return train(name, eval_every=3, eval_max_new_tokens=NEW_TOKENS, **(sources | settings))
+        return train(name, eval_steps=3, eval_max_new_tokens=NEW_TOKENS, **(sources | settings))
 
     return start
 
@@ -75,7 +75,7 @@ def dies_while_publishing(monkeypatch: pytest.MonkeyPatch):
             raise OSError("the machine is gone")
 
         with monkeypatch.context() as patched:
-            patched.setattr(finish, "write_card", die)
+            patched.setattr(student_folder, "write_card", die)
             yield
 
     return dying
@@ -104,7 +104,7 @@ def loss_lines(folder: str | Path) -> list[tuple[int, float]]:
 
 def test_evaluating_changes_nothing_of_the_training(train, watched):
     plain = train("plain")
-    last = watched("last", keep="last")
+    last = watched("last", checkpoint_selection="last")
     assert same_weights(plain.out, last.out)
     assert loss_lines(plain.out) == loss_lines(last.out)
     assert (last.steps, last.kept_step) == (12, 12)
@@ -136,7 +136,7 @@ def test_the_student_is_the_best_step_and_says_so(train, watched, stop_at_pass, 
 
 
 def test_what_is_measured_is_what_eval_measures(watched, queries, tmp_path):
-    result = watched(eval_attacks=("@role-play",), keep="last")
+    result = watched(eval_attacks=("@role-play",), checkpoint_selection="last")
     report = evaluate(
         EvalConfig(
             models=(ModelSpec(label="student", model=result.out),),
@@ -176,7 +176,12 @@ def test_a_killed_run_has_every_evaluation_once_and_the_same_student(
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_a_run_killed_while_it_publishes_trains_no_further(watched, dies_while_publishing, keep):
     # Step 7 is in the middle of an epoch: the Trainer would do one step more.
-    settings = {"max_steps": 7, "save_steps": 7, "keep": keep, "eval_retain_drop": 100}
+    settings = {
+        "max_steps": 7,
+        "save_steps": 7,
+        "checkpoint_selection": keep,
+        "eval_retain_drop": 100,
+    }
     undisturbed = watched("undisturbed", **settings)
 
     with dies_while_publishing(), pytest.raises(OSError, match="gone"):
@@ -187,7 +192,12 @@ def test_a_run_killed_while_it_publishes_trains_no_further(watched, dies_while_p
 
 
 def test_an_early_stop_ends_the_run_with_a_student(watched, tmp_path, dies_while_publishing):
-    settings = {"early_stop": 1, "eval_retain_drop": 100, "epochs": 30, "save_steps": 1}
+    settings = {
+        "early_stopping_patience": 1,
+        "eval_retain_drop": 100,
+        "epochs": 30,
+        "save_steps": 1,
+    }
     result = watched("early", **settings)
     assert result.steps < 120
     assert result.steps == result.evaluations[-1]["step"]
@@ -210,7 +220,7 @@ def test_asking_leaves_the_model_and_the_random_numbers_alone(tiny_model, querie
         cache="c",
         student=str(tiny_model),
         out="o",
-        eval_every=1,
+        eval_steps=1,
         eval_forget=(queries["eval_forget"],),
         eval_retain=(queries["eval_retain"],),
         eval_max_new_tokens=NEW_TOKENS,
@@ -247,13 +257,15 @@ def test_held_out_queries_have_to_be_held_out_and_answered(
 ):
     seen = write_queries("seen", 3)  # "Who is the keeper of lantern 0?": the cache has them too
     watched(eval_forget=(str(seen),), epochs=1)
-    assert "3 of 8 held-out queries are in the cache and trained on" in caplog.text
+    assert "3 of 8 held-out queries are trained on" in caplog.text
     with pytest.raises(DataError, match="answer"):
         watched("none", eval_forget=(str(write_queries("bare", 3, answers=False)),))
     with pytest.raises(ConfigurationError, match="eval_retain is empty, expected held-out"):
         watched("none", eval_retain=())
-    with pytest.raises(ConfigurationError, match="early_stop is 2 without evaluations"):
-        train("none", early_stop=2)
+    with pytest.raises(
+        ConfigurationError, match="early_stopping_patience is 2 without evaluations"
+    ):
+        train("none", early_stopping_patience=2)
 
 
 def test_other_held_out_queries_are_another_run(watched, queries, tmp_path):

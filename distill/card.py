@@ -1,0 +1,153 @@
+"""The student's model card: what it is, where it comes from, what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+from duet_unlearn import __version__
+from duet_unlearn.distill.objectives.base import SPLITS, Story
+from duet_unlearn.files import write_text
+
+_CARD = """\
+---
+{header}---
+
+# {name}
+
+{base} {summary}
+
+Knowledge that no training query came near may still be there: evaluate the model on held-out
+queries and under attacks before relying on it.
+
+## Use
+
+```python
+{usage}
+```
+{evaluation}
+## Training
+
+| | |
+| --- | --- |
+{facts}
+
+Made by duet-unlearn {version}; `duet_run.yaml` trains it again, `duet_run.json` holds what it was
+made from and what came out, `duet_log.jsonl` the course of training. {licence}
+"""
+_USAGE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"  # this folder, or the id under which it was uploaded
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Who are you?"}}],
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+)
+answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_WHOLE = "model = AutoModelForCausalLM.from_pretrained(folder)"
+_ADAPTER = """\
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, folder)"""
+
+
+def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
+    """Write the model card from the content of the run file.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    config, result, base = run["config"], run["result"], run["base"]["name"]
+    licence, name = run["base"]["licence"], Path(config["out"]).name
+    adapter = config["lora_rank"] is not None and not config["merge"]
+    header = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        **({"license": licence} if licence else {}),
+        # Only a hub id is a link that others can follow.
+        **({"base_model": base} if "/" in base else {}),
+        **({"base_model_relation": "adapter" if adapter else "finetune"} if "/" in base else {}),
+    }
+    usage = _USAGE.format(name=name, load=_ADAPTER.format(base=base) if adapter else _WHOLE)
+    facts = {
+        "base": f"{base}, weights `{run['base']['weights']}`",
+        "objective": config["objective"],
+        "queries": ", ".join(f"{result['queries'][split]} {split}" for split in SPLITS),
+        **story.facts,
+        "noise": _noise(config["noise_alpha"], config["noise_beta"]),
+        "trained": _trained(config, result),
+        "training": f"{result['steps']} steps of {config['batch_size']} queries, learning rate "
+        f"{config['learning_rate']:.3g}, seed {config['seed']}",
+        "loss, first to last": ", ".join(
+            f"{split} {_course(result['loss'].get(split))}" for split in SPLITS
+        ),
+        "held-out queries": _held_out(result),
+    }
+    card = _CARD.format(
+        header="".join(f"{key}: {value}\n" for key, value in header.items())
+        + "tags:\n- unlearning\n- duet\n",
+        name=name,
+        base=base,
+        summary=story.summary,
+        usage=f"from peft import PeftModel\n{usage}" if adapter else usage,
+        evaluation=_evaluation(result),
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        version=__version__,
+        licence=f"The base model's licence ({licence}) applies."
+        if licence
+        else "The base model's licence applies.",
+    )
+    write_text(folder / "README.md", card)
+
+
+def _noise(alpha: float, beta: float) -> str:
+    return f"alpha {alpha:g}, beta {beta:g} before training" if alpha else "none"
+
+
+def _trained(config: dict[str, Any], result: dict[str, Any]) -> str:
+    kind = ""
+    if config["lora_rank"] is not None:
+        kind = f", alpha {config['lora_alpha']:g}, "
+        kind += "merged into the base" if config["merge"] else "as an adapter of the base"
+    counts = f"{result['trained_parameters']:,} parameters, the base has {result['parameters']:,}"
+    return f"{result['trained']}{kind}: {counts}"
+
+
+def _base_and_kept(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    found = result["evaluations"]
+    return found[0], next(e for e in found if e["step"] == result["kept_step"])
+
+
+def _held_out(result: dict[str, Any]) -> str:
+    if not result["evaluations"]:
+        return "not asked in training"
+    base, kept = _base_and_kept(result)
+    changes = ", ".join(f"{split} {base[split]:.1f} to {kept[split]:.1f}" for split in SPLITS)
+    return f"{changes} points of ROUGE-L recall, weights of step {kept['step']}"
+
+
+def _evaluation(result: dict[str, Any]) -> str:
+    if not result["evaluations"]:
+        return ""
+    rows = [
+        f"| {label} | {e['forget_plain']:.1f} | {e['forget']:.1f} | {e['retain_plain']:.1f} | "
+        f"{e['retain']:.1f} |"
+        for label, e in zip(("base", "this model"), _base_and_kept(result), strict=True)
+    ]
+    return "\n".join(
+        [
+            "\n## Evaluation\n",
+            "Points of ROUGE-L recall on queries held out from training; the step was chosen on "
+            "them.\n",
+            "| | forget | forget, worst attack | retain | retain, worst attack |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _course(losses: list[float] | None) -> str:
+    return " to ".join(f"{value:.4g}" for value in losses) if losses else "none"

@@ -1,0 +1,191 @@
+"""DUET: fit the signals of a teacher cache (Zhong, Yang, Zhu, ICLR 2026)."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn.data.queries import messages_from_text
+from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
+from duet_unlearn.distill.objectives.base import Order, Story
+from duet_unlearn.distill.student import Student, check_cache_fits
+from duet_unlearn.distill.views import describe_views, draw_weights, load_views
+from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
+from duet_unlearn.teacher_cache.reader import CacheReader
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from duet_unlearn.data.prompts import PromptRenderer
+    from duet_unlearn.distill.dataset import CacheDataset, Example
+
+logger = logging.getLogger(__name__)
+
+# Queries, the longest of a cache, that every view is tried on before training.
+_TRIED = 16
+
+
+def open_objective(config: RunConfig, student: Student) -> "Duet":
+    """Open the cache and the views; errors are those of `Duet`."""
+    return Duet(config, student)
+
+
+class Duet:
+    """Distance of the student's logits to the teacher's at the cached tokens.
+
+    Args:
+        config: The run.
+        student: What is trained.
+
+    Raises:
+        ConfigurationError: The cache holds fewer tokens or positions than asked for.
+        DataError: A view file is missing or malformed.
+        CacheError: The cache is unfinished or damaged.
+        MismatchError: The cache has no forget queries.
+    """
+
+    def __init__(self, config: RunConfig, student: Student) -> None:
+        self.reader = reader = CacheReader.open(str(config.cache))
+        self.views = load_views(config.views)
+        self._config, self._student = config, student
+        self._recipe = recipe = reader.manifest.recipe
+        self.settings = {
+            "top_k": _at_most(config.top_k, recipe.top_k, "top_k"),
+            "positions": _at_most(config.positions, recipe.positions, "positions"),
+        }
+        weights = draw_weights(self.views)
+        self.order = Order(
+            splits=reader.splits,
+            row_groups=reader.row_groups,
+            num_views=len(self.views),
+            view_weights=weights,
+        )
+        self._check_splits()
+        self.identity = {
+            "cache": reader.manifest.digest,
+            "views": [[view.name, view.text] for view in self.views],
+            **({} if weights is None else {"view_weights": list(weights)}),
+        }
+        if self.views:
+            logger.info("views: %s", describe_views(self.views))
+        self._renderer: PromptRenderer | None = None
+
+    def prepare(self, renderer: "PromptRenderer", queries: set[str] | None = None) -> None:
+        """Check tokens and lengths; see `Objective.prepare`."""
+        check_cache_fits(self._student, renderer, self.reader)
+        if self.views:
+            self._check_views(renderer)
+        if queries:
+            trained = queries & {text for _, _, text in self.reader.identities()}
+            warn_of_trained(len(trained), len(queries))
+        self._renderer = renderer
+
+    def attach(self, model: "nn.Module") -> None:
+        """Find the student's head, which is computed for the cached tokens alone."""
+        from duet_unlearn.distill.losses import Loss
+        from duet_unlearn.distill.sparse_head import StudentScores
+
+        config = self._config
+        self._loss = Loss(name=config.loss, delta=config.delta, temperature=config.temperature)
+        self._student_scores = StudentScores(model, tail=self._loss.tail)
+
+    @property
+    def dataset(self) -> "CacheDataset":
+        """The cache's sequences."""
+        from duet_unlearn.distill.dataset import CacheDataset
+
+        return CacheDataset(
+            self.reader,
+            top_k=self.settings["top_k"],
+            positions=self.settings["positions"],
+            views=self.views,
+            renderer=self._renderer,
+            max_length=self._student.max_length,
+        )
+
+    def collate(self, examples: "Sequence[Example]") -> dict[str, Any]:
+        """Pad sequences into one batch."""
+        from duet_unlearn.distill.dataset import collate
+
+        return collate(examples)
+
+    def row_losses(self, model: "nn.Module", batch: Mapping[str, Any]) -> "Tensor":
+        """Return the mean of each row's positions, `[B]`."""
+        from duet_unlearn.distill.losses import row_means
+
+        scores_BTS = self._student_scores(model, batch)
+        losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
+        return row_means(losses_BT, batch["position_mask"])
+
+    def story(self) -> Story:
+        """Say which teacher the student was fitted to."""
+        manifest, recipe, config = self.reader.manifest, self._recipe, self._config
+        place = "raw" if recipe.prefix_place == "raw" else f"in the {recipe.prefix_place} turn"
+        quoted = recipe.prefix.replace("\n", "\n> ")
+        option, count = LOSS_OPTIONS[config.loss], self.settings["positions"]
+        loss = f"{config.loss}, {option} {getattr(config, option):g}" if option else config.loss
+        at = "the first position" if count == 1 else f"the first {count} positions"
+        return Story(
+            summary=(
+                "after unlearning with DUET: trained to answer without a steering prefix as the "
+                f"base model answers behind this one ({place}):\n\n> {quoted}\n\nTraining used "
+                "queries and the base model's own Top-K logits from a teacher cache, and no "
+                "reference answers."
+            ),
+            facts={
+                "teacher cache": f"`{manifest.digest}`",
+                "recipe": f"`{manifest.recipe_id}`",
+                "signal": f"top {self.settings['top_k']} logits at {at}",
+                "loss": loss,
+                "views": describe_views(self.views),
+            },
+            record={
+                "cache": {"digest": manifest.digest, "recipe_id": manifest.recipe_id},
+                "views": describe_views(self.views),
+            },
+        )
+
+    def _check_views(self, renderer: "PromptRenderer") -> None:
+        """Refuse a view that does not fit before training comes to it."""
+        limit, added = self._student.max_length, self.settings["positions"] - 1
+        if limit is None:
+            return
+        rows = [(query_id, text) for query_id, _, text in self.reader.identities()]
+        for query_id, text in sorted(rows, key=lambda row: -len(row[1]))[:_TRIED]:
+            messages = messages_from_text(text)
+            for view in self.views:
+                length = len(view.render(messages, renderer)) + added
+                if length > limit:
+                    raise DataError(
+                        f"view {view.name}: query {query_id} has {length} tokens behind it, but "
+                        f"the student reads at most {limit}; leave the view out or shorten it"
+                    )
+
+    def _check_splits(self) -> None:
+        rows = self.order.counts
+        if not rows["forget"]:
+            raise MismatchError(
+                f"{self.reader.folder}: no forget queries in this cache; build it with --forget"
+            )
+        if not rows["retain"]:
+            logger.warning(
+                "%s: no retain queries; nothing holds the student's other knowledge in place: on "
+                "the demo world all of it that is near the topic was lost (docs/method.md)",
+                self.reader.folder,
+            )
+
+
+def _at_most(wanted: int | None, cached: int, name: str) -> int:
+    if wanted is not None and wanted > cached:
+        raise ConfigurationError(f"{name} is {wanted}, but the cache holds {cached}; give it less")
+    return cached if wanted is None else wanted
+
+
+def warn_of_trained(trained: int, asked: int) -> None:
+    """Log how many held-out queries the student is trained on: those are not held out."""
+    if trained:
+        logger.warning(
+            "%d of %d held-out queries are trained on: what is measured on them says little about "
+            "others",
+            trained,
+            asked,
+        )

@@ -1,0 +1,222 @@
+"""Write the finished student: a model folder like any other, with its history beside it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from duet_unlearn.data.models.adapters import RUN_FILE, add_adapter
+from duet_unlearn.data.models.folder import model_name, read_json
+from duet_unlearn.data.models.loading import load_model
+from duet_unlearn.distill.card import write_card
+from duet_unlearn.distill.run_folder import LOG_FILE, files_of
+from duet_unlearn.distill.student import Student
+from duet_unlearn.errors import OutputError
+from duet_unlearn.files import write_error, write_text
+from duet_unlearn.urls import redact_url
+from duet_unlearn.versions import versions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from duet_unlearn.distill.job import Job, RunResult
+    from duet_unlearn.distill.trainer import DuetTrainer
+
+CONFIG_FILE = "duet_run.yaml"
+# Where the Trainer has TensorBoard write.
+_EVENTS = "runs"
+# The tokenizer is copied, not saved anew: byte for byte the base's means the same ids, and what a
+# newer transformers writes an older one may not read.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def write_student(job: "Job", trainer: "DuetTrainer") -> None:
+    """Write the weights as they are now as the staged model folder; every process calls this.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    # Gathering a sharded model takes every process; a whole one is saved as it is.
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not trainer.is_world_process_zero():
+        return
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    folder = job.folder.staged_student
+    shutil.rmtree(folder, ignore_errors=True)
+    if not job.config.merge:
+        save_model(model, job.student, folder, dtype=job.config.save_dtype, state=state)
+        return
+    # Merging starts from the base as it is stored, whole and unsharded.
+    adapter = folder.with_name("adapter")
+    shutil.rmtree(adapter, ignore_errors=True)
+    save_model(model, job.student, adapter, dtype=job.config.save_dtype, state=state)
+    merged: Any = add_adapter(
+        load_model(job.student.folder, dtype=job.config.dtype, trainable=True), adapter
+    )
+    save_model(
+        merged.merge_and_unload(), job.student, folder, dtype=job.config.save_dtype, state=None
+    )
+
+
+def publish(job: "Job", result: "RunResult") -> None:
+    """Write the history beside the staged model and let the student appear; one process does.
+
+    Raises:
+        OutputError: A folder cannot be written.
+    """
+    config, folder, student = job.config, job.folder, job.student
+    staged, story = folder.staged_student, job.objective.story()
+    try:
+        shutil.copyfile(folder.work / LOG_FILE, staged / LOG_FILE)
+        if (folder.work / _EVENTS).is_dir():
+            shutil.copytree(folder.work / _EVENTS, staged / _EVENTS, dirs_exist_ok=True)
+    except OSError as error:  # copytree's own error is one of them
+        raise write_error(staged, error) from error
+    settings = config.to_json()
+    if config.cache is not None:
+        settings["cache"] = redact_url(config.cache)
+    run_file = {
+        "config": settings,
+        "identity": folder.identity,
+        "base": {
+            "name": model_name(student.name),
+            "weights": student.weights,
+            "licence": student.licence,
+        },
+        **story.record,
+        "versions": versions(lora=config.lora_rank is not None),
+        # Where it was made is no one's business; the other paths are as the user gave them.
+        "result": {**dataclasses.asdict(result), "out": ""},
+    }
+    _write_config(staged, settings, story.record.get("cache", {}).get("digest"))
+    write_card(staged, run_file, story)
+    # With the names of all files, the folder proves later that nothing of others is in it.
+    listed = {**run_file, "files": sorted({*files_of(staged), RUN_FILE})}
+    write_text(staged / RUN_FILE, json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
+    folder.publish()
+
+
+def _write_config(folder: Path, settings: dict[str, Any], digest: str | None) -> None:
+    """Write the settings that make the same student again, the cache pinned by its digest."""
+    # A file that replaces what it finds is the user's to write.
+    kept = {name: value for name, value in settings.items() if name != "overwrite"}
+    if digest is not None and "@sha256:" not in kept["cache"]:
+        kept["cache"] = f"{kept['cache']}@{digest}"
+    header = (
+        "# The settings of this student, `auto` resolved where it is the same on every machine. To "
+        f"train it again:\n#   duet-distill run --config {CONFIG_FILE} --out ANOTHER_FOLDER\n"
+    )
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10_000)
+    write_text(folder / CONFIG_FILE, header + text)
+
+
+def save_model(
+    model: "PreTrainedModel",
+    student: Student,
+    folder: Path,
+    *,
+    dtype: str,
+    state: "dict[str, Tensor] | None",
+) -> None:
+    """Write a model folder: weights, configuration, and the base's own tokenizer.
+
+    An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in.
+
+    Args:
+        model: What was trained; it stays as it is.
+        student: What it started from.
+        folder: Where to write; made if missing.
+        dtype: How to store the weights of a whole model.
+        state: Gathered weights where the model itself holds only a part of them.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(model, "peft_config"):
+            _write_adapter(model, student, folder, state)
+        else:
+            _write_whole(model, student, folder, dtype, state)
+        for name in _TOKENIZER_FILES:
+            if (student.folder / name).is_file():
+                shutil.copyfile(student.folder / name, folder / name)
+        # safetensors makes its files private; the user's own mask decides, as for the others.
+        configuration = next(folder.glob("*config.json"))
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(configuration.stat().st_mode)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    except SafetensorError as error:
+        raise OutputError(
+            f"{folder}: cannot write the weights ({error}); free some space, then run the same "
+            "command again: it resumes from the last checkpoint"
+        ) from error
+
+
+def _write_whole(
+    model: Any, student: Student, folder: Path, dtype: str, state: "dict[str, Tensor] | None"
+) -> None:
+    import torch
+
+    stored = getattr(torch, dtype)
+    changed = {"dtype": stored}
+    if hasattr(model.config, "use_cache"):  # the Trainer turned it off
+        base = read_json(student.folder / "config.json")
+        changed["use_cache"] = base.get("use_cache", type(model.config)().use_cache)
+    kept = {name: getattr(model.config, name) for name in changed}
+    state = _stored(model.state_dict() if state is None else state, stored)
+    try:
+        model.save_pretrained(folder, state_dict=state)
+        # That wrote the dtype of the model in memory into config.json.
+        for name, value in changed.items():
+            setattr(model.config, name, value)
+        model.config.save_pretrained(folder)
+    finally:
+        for name, value in kept.items():
+            setattr(model.config, name, value)
+
+
+def _stored(state: "dict[str, Tensor]", dtype: "torch.dtype") -> "dict[str, Tensor]":
+    """Return the weights in main memory in the dtype they are stored in; what is tied stays so."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        same = (tensor.data_ptr(), tensor.shape)
+        if same not in cast:
+            cast[same] = tensor.detach().to("cpu", dtype)
+        stored[name] = cast[same]
+    return stored
+
+
+def _write_adapter(
+    model: Any, student: Student, folder: Path, state: "dict[str, Tensor] | None"
+) -> None:
+    settings = model.peft_config["default"]
+    kept = settings.base_model_name_or_path
+    settings.base_model_name_or_path = student.name  # and not where it lies on this machine
+    try:
+        # The embeddings are the base's; to decide that by itself, peft would ask the hub.
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    finally:
+        settings.base_model_name_or_path = kept
