@@ -1,4 +1,4 @@
-"""Query sets: what a user would ask, read from a file or a hub dataset.
+"""Query sets: what a user would ask, read from a file, a hub dataset or a kit.
 
 A row holds its query in `query`, `question` or `messages` (the first of the three that has a
 value), and may hold `id`, `answer`, `kind` and `wrong_answers`. Text is kept exactly as it is
@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from duet_unlearn.data.kits import find_kit
 from duet_unlearn.data.messages import (
     Message,
     check_messages,
@@ -120,9 +121,11 @@ def load_queries(source: str, *, split: str, require_answers: bool = False) -> l
     of them; how many did is logged.
 
     Args:
-        source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or `hub:NAME[:CONFIG][:SPLIT]`.
+        source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, `hub:NAME[:CONFIG][:SPLIT]`, or
+            `@NAME` for a query kit.
         split: the split that the queries belong to.
-        require_answers: whether a row without `answer` is an error.
+        require_answers: whether a row without `answer` is an error; of a kit, take the held-out
+            queries.
 
     Raises:
         DataError: the source cannot be read, holds no query, or has a bad row; the message
@@ -130,6 +133,12 @@ def load_queries(source: str, *, split: str, require_answers: bool = False) -> l
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
+    if kit := find_kit(source):
+        return [
+            query
+            for path in kit.files(split, answers=require_answers)
+            for query in load_queries(str(path), split=split, require_answers=require_answers)
+        ]
     rows = open_rows(source, needs_one_of=QUERY_COLUMNS)
     kept: dict[str, tuple[Query, int]] = {}
     duplicates = 0

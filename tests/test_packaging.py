@@ -71,13 +71,15 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     }
 
 
-def test_wheel_holds_types_and_the_demo_world(wheel: Path) -> None:
+def test_wheel_holds_types_the_demo_world_and_the_kits(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "duet_unlearn/py.typed" in names
     world = ROOT / "data" / "demo_world"
     files = [*world.glob("*.jsonl"), *(path for path in world.glob("model/*") if path.is_file())]
+    kits = list((ROOT / "data" / "kits").glob("*/*.jsonl"))
     assert files
-    for path in files:
+    assert kits
+    for path in [*files, *kits]:
         assert f"duet_unlearn/{path.relative_to(ROOT).as_posix()}" in names
 
 

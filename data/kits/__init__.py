@@ -1,0 +1,80 @@
+"""Query kits: written sets of queries on a topic that ordinary models know, named as `@NAME`.
+
+A folder a topic holds what is to be forgotten and its near neighbours; the general questions are
+the same for every topic. What a name stands for follows from its use: training takes the queries
+without answers, evaluation the held-out ones, of which training sees none. No kit's neighbours
+touch another kit's topic, so two topics can be forgotten at once. `docs/kits.md` shows them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from duet_unlearn.errors import DataError
+
+FOLDER = Path(__file__).resolve().parent
+GENERAL = FOLDER / "general"
+KIT_MARK = "@"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kit:
+    """The query files of one topic."""
+
+    name: str
+    """What follows the `@`, and the folder of its files."""
+    topic: str
+    """The topic as a steering prefix names it."""
+
+    def files(self, split: str, *, answers: bool) -> tuple[Path, ...]:
+        """Return the files of a split.
+
+        Args:
+            split: `forget`, `retain` or `general`; general queries exist held out only.
+            answers: Whether to return the held-out queries, which have answers.
+        """
+        own = FOLDER / self.name
+        if split == "general":
+            return (GENERAL / "general_heldout.jsonl",)
+        if answers:
+            return (own / ("forget_heldout.jsonl" if split == "forget" else "near_heldout.jsonl"),)
+        if split == "forget":
+            return (own / "forget_train.jsonl",)
+        return (own / "near_train.jsonl", GENERAL / "retain_train.jsonl")
+
+
+_KITS = (
+    Kit(name="harry-potter", topic="Harry Potter"),
+    Kit(name="star-wars", topic="Star Wars"),
+)
+
+KITS: Mapping[str, Kit] = MappingProxyType({kit.name: kit for kit in _KITS})
+"""The built-in query kits by name."""
+
+
+def find_kit(source: str) -> Kit | None:
+    """Return the kit that a query source names, or None where it is a file or a hub dataset.
+
+    Raises:
+        DataError: The source starts with `@`, but no kit has that name.
+    """
+    if not source.startswith(KIT_MARK):
+        return None
+    kit = KITS.get(source.removeprefix(KIT_MARK))
+    if kit is None:
+        known = ", ".join(KIT_MARK + name for name in KITS)
+        raise DataError(
+            f"{source}: no such query kit; choose from {known}, or write ./{source} for a file"
+        )
+    return kit
+
+
+def topic_of(sources: Iterable[str]) -> str | None:
+    """Return what the kits among query sources are about, or None where there is none.
+
+    Raises:
+        DataError: A source names a kit that does not exist.
+    """
+    kits = dict.fromkeys(kit for source in sources if (kit := find_kit(source)))
+    return " and ".join(kit.topic for kit in kits) or None
