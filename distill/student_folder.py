@@ -16,7 +16,7 @@ from duet_unlearn.distill.run_folder import LOG_FILE, files_of
 from duet_unlearn.distill.student import Student
 from duet_unlearn.errors import OutputError
 from duet_unlearn.files import write_error, write_text
-from duet_unlearn.urls import redact_url
+from duet_unlearn.urls import published_name
 from duet_unlearn.versions import versions
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ def publish(job: "Job", result: "RunResult") -> None:
             shutil.copytree(folder.work / _EVENTS, staged / _EVENTS, dirs_exist_ok=True)
     except OSError as error:  # copytree's own error is one of them
         raise write_error(staged, error) from error
-    settings = config.to_json()
-    if config.cache is not None:
-        settings["cache"] = redact_url(config.cache)
+    settings = _published(config.to_json())
     run_file = {
         "config": settings,
         "identity": folder.identity,
@@ -103,7 +101,6 @@ def publish(job: "Job", result: "RunResult") -> None:
         },
         **story.record,
         "versions": versions(lora=config.lora_rank is not None),
-        # Where it was made is no one's business; the other paths are as the user gave them.
         "result": {**dataclasses.asdict(result), "out": ""},
     }
     _write_config(staged, settings, story.record.get("cache", {}).get("digest"))
@@ -112,6 +109,15 @@ def publish(job: "Job", result: "RunResult") -> None:
     listed = {**run_file, "files": sorted({*files_of(staged), RUN_FILE})}
     write_text(staged / RUN_FILE, json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
     folder.publish()
+
+
+def _published(value: Any) -> Any:
+    """Return settings as JSON values without secrets of URLs and without absolute local paths."""
+    if isinstance(value, dict):
+        return {name: _published(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_published(item) for item in value]
+    return published_name(value) if isinstance(value, str) else value
 
 
 def _write_config(folder: Path, settings: dict[str, Any], digest: str | None) -> None:
@@ -123,6 +129,7 @@ def _write_config(folder: Path, settings: dict[str, Any], digest: str | None) ->
     header = (
         "# The settings of this student, `auto` resolved where it is the same on every machine. To "
         f"train it again:\n#   duet-distill run --config {CONFIG_FILE} --out ANOTHER_FOLDER\n"
+        "# Absolute paths are cut to their last part: run it beside them, or name them by flags.\n"
     )
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10_000)
     write_text(folder / CONFIG_FILE, header + text)

@@ -87,24 +87,27 @@ def test_the_file_beside_a_student_makes_the_same_student(cache, tiny_model, tmp
     done = invoke(*arguments, "--max-steps", "3", "--view", "@remember", "--seed", "5")
     assert done.exit_code == 0, done.output
     file = tmp_path / "student" / "duet_run.yaml"
-    again = invoke("--config", str(file), "--out", str(tmp_path / "again"))
+    # The file tells no folder of this machine, so what lay elsewhere is named anew.
+    there = [str(cache), "--student", str(tiny_model)]
+    again = invoke(*there, "--config", str(file), "--out", str(tmp_path / "again"))
     assert again.exit_code == 0, again.output
     one, other = tmp_path / "student", tmp_path / "again"
     name = "model.safetensors"
     assert (one / name).read_bytes() == (other / name).read_bytes()
     assert (one / name).read_bytes() != (tiny_model / name).read_bytes()
     # The same configuration in the same place: there is nothing to do.
-    assert "already there" in invoke("--config", str(file)).stdout
+    again = invoke(*there, "--config", str(file), "--out", str(tmp_path / "student"))
+    assert "already there" in again.stdout
 
 
-def test_the_file_beside_a_student_pins_its_cache(cache, tiny_model, tmp_path):
+def test_the_file_beside_a_student_pins_its_cache(cache, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     mine = shutil.copytree(cache, tmp_path / "cache")
-    invoke(
-        str(mine), "--student", str(tiny_model), "--out", str(tmp_path / "s"), "--max-steps", "1"
-    )
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    invoke(str(mine), "--student", "tiny", "--out", "s", "--max-steps", "1")
     manifest = json.loads((mine / "manifest.json").read_text())
     file = tmp_path / "s" / "duet_run.yaml"
-    assert f"cache: {mine}@{manifest['digest']}\n" in file.read_text()
+    assert f"cache: cache@{manifest['digest']}\n" in file.read_text()
     file.write_text(file.read_text().replace(manifest["digest"], "sha256:" + "0" * 64))
     done = invoke("--config", str(file), "--out", str(tmp_path / "t"))
     assert done.exit_code == 1

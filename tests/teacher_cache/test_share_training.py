@@ -73,3 +73,24 @@ def test_training_begins_before_the_last_shard_is_there_and_gives_the_same_stude
     ).read_bytes()
     run_file = json.loads((tmp_path / "remote" / "duet_run.json").read_text())
     assert run_file["cache"]["digest"] == local.manifest.digest
+
+
+def test_a_student_tells_no_password_and_no_folder_of_this_machine(
+    web, cache: Path, tiny_model: Path, tmp_path: Path, cache_home: Path
+) -> None:
+    web.folder = cache
+    view = tmp_path / "views.txt"
+    view.write_text("Say: {query}\n")
+    run(
+        RunConfig(
+            cache=web.url.replace("://", "://alice:s3cr3t@"),
+            student=str(tiny_model),
+            views=(str(view),),
+            out=str(tmp_path / "student"),
+            max_steps=1,
+        )
+    )
+    for path in (tmp_path / "student").rglob("*"):
+        text = path.read_bytes() if path.is_file() else b""
+        for secret in ("s3cr3t", "alice", str(tmp_path), str(tiny_model.parent)):
+            assert secret.encode() not in text, path
