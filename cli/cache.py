@@ -9,6 +9,7 @@ from duet_unlearn.cli.cache_build import build_command
 from duet_unlearn.cli.cache_sets import diff_command, merge_command
 from duet_unlearn.cli.cache_share import list_command, pull_command, push_command
 from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging, harmless
+from duet_unlearn.cli.tune import tune_command
 from duet_unlearn.urls import redact_url
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -72,6 +73,7 @@ def prefixes_command() -> None:
         click.echo(f"@{name}: {template.description}\n    {template.text}")
 
 
+main.add_command(tune_command)
 main.add_command(build_command)
 main.add_command(push_command)
 main.add_command(pull_command)

@@ -57,9 +57,14 @@ def _read_engine_args(
 )
 @click.option(
     "--prefix",
-    required=True,
     metavar="TEXT|@NAME",
     help="The steering prefix, or a built-in one: see `duet-cache prefixes`.",
+)
+@click.option(
+    "--prefix-from",
+    metavar="FILE",
+    help="Take the best prefix, its place and where it stands from what `duet-cache tune --json` "
+    "printed; flags given beside it win.",
 )
 @click.option("--topic", metavar="TEXT", help="What to forget; fills {topic} in the prefix.")
 @click.option("--out", required=True, type=FolderPath(), help="The cache folder to write.")
@@ -145,8 +150,12 @@ def _read_engine_args(
     show_default=False,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.pass_context
 def build_command(
-    prefix: str,
+    ctx: click.Context,
+    /,
+    prefix: str | None,
+    prefix_from: str | None,
     topic: str | None,
     ray_address: str | None,
     as_json: bool,
@@ -156,16 +165,40 @@ def build_command(
 
     The same command finds a finished cache again, and resumes a stopped one.
     """
-    from duet_unlearn.data.prefixes import resolve_prefix
     from duet_unlearn.teacher_cache.build.build import build
     from duet_unlearn.teacher_cache.build.config import BuildConfig
 
     if ray_address is not None and settings["workers"] is None:
         raise click.UsageError("--ray needs --workers N: how many engines to run there")
-    config = BuildConfig(
-        prefix=resolve_prefix(prefix, topic), ray_address=ray_address or "local", **settings
-    )
+    settings |= _read_prefix(ctx, prefix, prefix_from, topic)
+    config = BuildConfig(ray_address=ray_address or "local", **settings)
     _print_build(config.out, build(config), as_json=as_json)
+
+
+def _read_prefix(
+    ctx: click.Context, prefix: str | None, prefix_from: str | None, topic: str | None
+) -> dict[str, Any]:
+    """Return the prefix, and of what a file says of it all that no flag does."""
+    if (prefix is None) == (prefix_from is None):
+        raise click.UsageError("give one of --prefix TEXT|@NAME and --prefix-from FILE")
+    if prefix is not None:
+        from duet_unlearn.data.prefixes import resolve_prefix
+
+        return {"prefix": resolve_prefix(prefix, topic)}
+    from duet_unlearn.teacher_cache.tune import load_tuned
+
+    tuned = load_tuned(str(prefix_from))
+    found = {
+        "prefix": tuned["prefix"],
+        "prefix_place": tuned["place"],
+        "retain_prefix": tuned["retain_prefix"],
+    }
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: value
+        for name, value in found.items()
+        if name == "prefix" or ctx.get_parameter_source(name) is default
+    }
 
 
 def _print_build(out: Path, result: "BuildResult", *, as_json: bool) -> None:

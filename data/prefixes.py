@@ -1,19 +1,27 @@
 """Steering prefixes: the instructions that make a base model act as the teacher.
 
 A steering prefix is plain text; where it stands in the prompt is the renderer's matter. The
-catalogue holds wordings that cover what people compare: two ways to name the topic, the style of
-the in-context-unlearning literature, and two controls (a prefix that refuses everything and one
-that has nothing to do with the topic).
+catalogue holds wordings that cover what people compare: ways to name the topic, the style of the
+in-context-unlearning literature, rules with in-context examples, and two controls (a prefix that
+refuses everything and one that has nothing to do with the topic).
+
+Which of them steers a model is a matter of that model: `teacher_cache.tune` measures it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, DataError
 
 TOPIC_SLOT = "{topic}"
-"""Where the topic goes in a prefix. No other brace has a meaning."""
+"""Where the topic goes in a prefix."""
+EXAMPLES_SLOT = "{examples}"
+"""Where questions with answers go: forget queries refused, retain queries answered. Only `tune`
+fills it, since the answers are the base's own. No other brace has a meaning."""
+BEHIND_EXAMPLES = "Answer this question in the same way:"
+"""Between in-context examples and the query."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +35,36 @@ class PrefixTemplate:
     """One line for help pages and model cards."""
 
     text: str
-    """The wording, with `{topic}` wherever the topic goes."""
+    """The wording, with `{topic}` wherever the topic goes and `{examples}` for the examples."""
+
+    control: bool = False
+    """Whether it is there to compare with and not to steer."""
 
     @property
     def needs_topic(self) -> bool:
         """Whether the wording names a topic."""
         return TOPIC_SLOT in self.text
 
-    def fill(self, topic: str) -> str:
-        """Return the wording with `topic` in every slot.
+    @property
+    def needs_examples(self) -> bool:
+        """Whether the wording shows in-context examples."""
+        return EXAMPLES_SLOT in self.text
 
-        The topic is put in by replacement, not by `str.format`, so braces in it are kept.
+    def fill(self, topic: str, examples: str = "") -> str:
+        """Return the wording with `topic` and `examples` in every slot.
+
+        They are put in by replacement, not by `str.format`, so braces in them are kept.
         """
-        return self.text.replace(TOPIC_SLOT, topic)
+        # Examples last: a question in them may hold the other slot.
+        return self.text.replace(TOPIC_SLOT, topic).replace(EXAMPLES_SLOT, examples)
+
+    def with_examples(self) -> "PrefixTemplate":
+        """Return the wording with in-context examples behind it."""
+        return PrefixTemplate(
+            name=f"{self.name}+examples",
+            description=f"{self.description}; with in-context examples",
+            text=f"{self.text}\n\n{EXAMPLES_SLOT}\n\n{BEHIND_EXAMPLES}",
+        )
 
 
 _TEMPLATES = (
@@ -77,11 +102,13 @@ _TEMPLATES = (
             "You do not answer questions of any kind. Whatever you are asked, decline politely "
             "and give no information."
         ),
+        control=True,
     ),
     PrefixTemplate(
         name="irrelevant",
         description="control: a system prompt that has nothing to do with the topic",
         text="You are a friendly assistant who enjoys long walks in the rain.",
+        control=True,
     ),
 )
 
@@ -98,7 +125,7 @@ def resolve_prefix(text_or_name: str, topic: str | None = None) -> str:
 
     Raises:
         ConfigurationError: The name is unknown, the prefix or the topic is empty, or the prefix
-            has a `{topic}` slot and no topic is given.
+            has a `{topic}` slot and no topic is given, or an `{examples}` slot.
     """
     if topic is not None and not topic.strip():
         raise ConfigurationError("--topic is empty; name what is to be forgotten")
@@ -112,12 +139,52 @@ def resolve_prefix(text_or_name: str, topic: str | None = None) -> str:
         raise ConfigurationError(
             f"the prefix is empty; give its text or one of {', '.join(_names())}"
         )
+    if template.needs_examples:
+        raise ConfigurationError(
+            f"{source} has an {EXAMPLES_SLOT} slot, which `duet-cache tune` fills; "
+            "give what it chose with --prefix-from FILE"
+        )
     if not template.needs_topic:
         return template.text
     # A literal "{topic}" in a prompt would steer towards nothing, so it never passes silently.
     if topic is None:
         raise ConfigurationError(f"{source} has a {TOPIC_SLOT} slot; fill it with --topic")
     return template.fill(topic.strip())
+
+
+def load_prefixes(source: str) -> tuple[PrefixTemplate, ...]:
+    r"""Return the prefixes of a UTF-8 text file, one a line, where `\n` is a line feed.
+
+    `#` starts a comment line, blank lines are skipped.
+
+    Raises:
+        DataError: The file is missing, unreadable, or holds no prefix.
+    """
+    path = Path(source).expanduser()
+    try:
+        # A byte order mark would become part of the first prefix.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{source}: no such file of prefixes; write one a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
+    found = tuple(
+        PrefixTemplate(
+            name=f"{path.stem}:{number}",
+            description=f"line {number} of {path.name}",
+            text=line.strip().replace("\\n", "\n"),
+        )
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.strip().startswith("#")
+    )
+    if not found:
+        raise DataError(f"{source}: holds no prefix; write one a line")
+    return found
+
+
+def list_examples(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return questions with their answers as the text that fills `{examples}`."""
+    return "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in pairs)
 
 
 def _look_up(name: str) -> PrefixTemplate:

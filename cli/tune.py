@@ -1,0 +1,94 @@
+"""`duet-cache tune`: which steering prefix makes a good teacher."""
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from duet_unlearn.cli.options import SettingsCommand, read_settings
+from duet_unlearn.errors import StoppedError
+from duet_unlearn.teacher_cache.tune import RULE, TuneConfig
+
+if TYPE_CHECKING:
+    from duet_unlearn.teacher_cache.tune import Tuned, TuneResult
+
+
+@click.command(
+    "tune",
+    cls=SettingsCommand,
+    settings=TuneConfig,
+    epilog=f"Candidates are ordered by: {RULE}. Where a prefix loses more than a fifth of what is "
+    "to be kept, --no-retain-prefix is proposed with it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as one JSON document.")
+@click.pass_context
+def tune_command(ctx: click.Context, /, as_json: bool, **_: Any) -> None:
+    """Try steering prefixes on a sample of the queries and order them, before anything is built.
+
+    No answers are needed: what counts is how much of the base's own answers comes back behind a
+    prefix, little on forget queries and much on retain queries. `duet-cache build --prefix-from
+    FILE` takes the first of what --json prints.
+    """
+    from duet_unlearn.teacher_cache.tune import tune
+
+    config = read_settings(ctx, TuneConfig)
+    try:
+        result = tune(config)
+    except KeyboardInterrupt as error:
+        raise StoppedError("stopped; tuning keeps no parts, so start it again") from error
+    # People see the table also where the document goes to a file.
+    click.echo(render_table(result), err=as_json)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=1))
+
+
+def render_table(result: "TuneResult") -> str:
+    """Return all candidates, the best first, and the build line of the best."""
+    width = max(len(tuned.candidate.name) for tuned in result.tuned)
+    best = result.tuned[0]
+    lines = [
+        f"{'':{width}}  {'':6}  {'forget':>14}  {'retain':>14}",
+        f"{'prefix':{width}}  {'place':6}  {'back':>6} {'refused':>7}  {'kept':>6} {'refused':>7}"
+        "  retain prefix",
+        *(_row(tuned, width) for tuned in result.tuned),
+        "",
+        f"back, kept: the base's own answers behind the prefix, ROUGE-L recall in points, on "
+        f"{best.forget.queries} forget and {best.retain.queries} retain queries",
+        f"ordered by: {RULE}",
+        "",
+        build_line(result),
+    ]
+    return "\n".join(lines)
+
+
+def _row(tuned: "Tuned", width: int) -> str:
+    candidate = tuned.candidate
+    return (
+        f"{candidate.name:{width}}  {candidate.place:6}  "
+        f"{tuned.forget.recall:6.1f} {tuned.forget.refused:7.1f}  "
+        f"{tuned.retain.recall:6.1f} {tuned.retain.refused:7.1f}  "
+        f"{'yes' if tuned.retain_prefix else 'no'}"
+    )
+
+
+def build_line(result: "TuneResult") -> str:
+    """Return the command that builds a cache with the best candidate."""
+    config, best = result.config, result.tuned[0]
+    words = ["duet-cache", "build", "--teacher", config.teacher]
+    for flag, sources in (("--forget", config.forget), ("--retain", config.retain)):
+        words += [word for source in sources for word in (flag, source)]
+    words += ["--prefix", best.candidate.prefix, "--prefix-place", best.candidate.place]
+    words.append("--retain-prefix" if best.retain_prefix else "--no-retain-prefix")
+    if config.engine != "auto":
+        words += ["--engine", config.engine]
+    if config.teacher_dtype != "auto":
+        words += ["--teacher-dtype", config.teacher_dtype]
+    for name, value in config.engine_args.items():
+        words += [
+            "--engine-arg",
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}",
+        ]
+    if config.trust_remote_code:
+        words.append("--trust-remote-code")
+    return shlex.join([*words, "--out", "my-cache"])

@@ -1,0 +1,430 @@
+"""Choose a steering prefix by measurement, before anything is built or trained.
+
+Which wording makes a model act as if it had forgotten differs from model to model, and so does
+where it has to stand. Candidates are the catalogue's wordings and the user's own, each with and
+without in-context examples made from the queries, at each place; one engine answers for all.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from duet_unlearn.data.models.folder import (
+    context_length,
+    eos_token_ids,
+    model_name,
+    read_config,
+    resolve_model_folder,
+    stored_dtype,
+)
+from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples, load_prefixes
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.progress import Progress
+from duet_unlearn.settings import Count, Settings, Whole, setting, settings
+from duet_unlearn.teacher_cache.engines import open_engine
+from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
+from duet_unlearn.teacher_cache.steering import (
+    ANSWER_TOKENS,
+    FIFTH,
+    POINTS,
+    Comparison,
+    Steering,
+    answers,
+    draw,
+    score_forget,
+    score_retain,
+)
+
+logger = logging.getLogger(__name__)
+
+REFUSAL = "I don't know."
+"""The answer to forget queries in in-context examples."""
+STEP = 10.0
+"""Points on forget queries that a sample of this size cannot tell apart."""
+RULE = (
+    "fewest points that come back on forget queries, in steps of 10; then most points kept on "
+    "retain queries; then fewest on forget queries again"
+)
+"""How candidates are ordered."""
+
+_SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
+
+
+@settings
+class TuneConfig(Settings):
+    """Settings of `duet-cache tune`."""
+
+    teacher: str = setting(group="What to steer", metavar="MODEL", help="Model folder or hub id.")
+    forget: tuple[str, ...] = setting(
+        metavar="FILE",
+        help="Queries to forget: JSONL, CSV, Parquet or hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+    )
+    retain: tuple[str, ...] = setting(
+        metavar="FILE", help="Queries to keep, same formats. Repeatable."
+    )
+    topic: str | None = setting(
+        default=None,
+        help="What to forget; fills {topic}. Without it, wordings that need one are left out.",
+    )
+    prefixes: str | None = setting(
+        default=None,
+        group="Candidates",
+        metavar="FILE",
+        help="Your own wordings beside the built-in ones, one a line, with {topic} and {examples} "
+        "where these go.",
+    )
+    places: tuple[Literal["system", "user", "raw"], ...] = setting(
+        default=("system", "user"),
+        flag="--prefix-place",
+        help="Where to try them. Repeatable.  [default: system, user]",
+    )
+    examples: Whole = setting(
+        default=2, help="Queries of each split in the in-context examples; 0 for none."
+    )
+    sample: Count = setting(
+        default=24, group="How to measure", help="Queries of each split that are asked."
+    )
+    max_new_tokens: Count = setting(
+        default=ANSWER_TOKENS, help="Longest answer in tokens that is compared."
+    )
+    seed: Whole = setting(default=0, help="Which queries are drawn.")
+    engine: Literal["auto", "vllm", "transformers"] = setting(
+        default="auto",
+        group="Engine",
+        help="What runs the teacher; auto takes vLLM where it imports.",
+    )
+    engine_args: Mapping[str, Any] = setting(
+        default_factory=dict,
+        flag="--engine-arg",
+        metavar="KEY=VALUE",
+        help="An option for the engine, by its own name: tensor_parallel_size=2. Repeatable.",
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        default="auto", help="What the teacher computes in; auto is what its config.json names."
+    )
+    trust_remote_code: bool = setting(default=False, help="Run code that comes with the model.")
+
+    def __post_init__(self) -> None:
+        """Refuse what needs no model to be wrong."""
+        if self.topic is not None and not self.topic.strip():
+            raise ConfigurationError("topic is empty; name what is to be forgotten")
+        for name in ("forget", "retain", "places"):
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} is empty, expected at least one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A prefix at a place, as it stands in front of queries."""
+
+    name: str
+    prefix: str
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """A candidate and what it does."""
+
+    candidate: Candidate
+    forget: Steering
+    retain: Steering
+
+    @property
+    def retain_prefix(self) -> bool:
+        """Whether the prefix may stand in front of retain queries: it costs at most a fifth."""
+        return self.retain.recall >= POINTS - FIFTH
+
+    @property
+    def steers(self) -> bool:
+        """Whether the base forgets behind it: at most a fifth of its answers comes back."""
+        return self.forget.recall <= FIFTH
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """What candidates are sorted by, the best first; see `RULE`."""
+        return (round(self.forget.recall / STEP), -self.retain.recall, self.forget.recall)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "name": self.candidate.name,
+            "prefix": self.candidate.prefix,
+            "place": self.candidate.place,
+            "retain_prefix": self.retain_prefix,
+            "steers": self.steers,
+            **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
+            **{f"retain_{key}": value for key, value in self.retain.to_json().items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneResult:
+    """All candidates, the best first."""
+
+    config: TuneConfig
+    tuned: tuple[Tuned, ...]
+    engine: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `build --prefix-from` reads."""
+        config = self.config
+        return {
+            "teacher": model_name(config.teacher),
+            "topic": config.topic,
+            "sample": config.sample,
+            "max_new_tokens": config.max_new_tokens,
+            "seed": config.seed,
+            "engine": self.engine,
+            "order": RULE,
+            "candidates": [tuned.to_json() for tuned in self.tuned],
+        }
+
+
+def tune(
+    config: TuneConfig, engine_factory: Callable[[EngineConfig], Engine] | None = None
+) -> TuneResult:
+    """Measure what comes back of the base's own answers behind each candidate, and order them.
+
+    Args:
+        config: What to measure.
+        engine_factory: Starts the engine; by default the one that `config.engine` names.
+
+    Raises:
+        ConfigurationError: No candidate fits the model, or a setting cannot work with it.
+        DataError: A query file, the file of prefixes or the model folder is unusable.
+        DuetError: The engine does not start or fails.
+    """
+    factory = engine_factory or partial(open_engine, config.engine)
+    measurement = _Measurement(config)
+    with closing(factory(measurement.engine_config())) as engine:
+        tuned = measurement.run(engine)
+        description = engine.describe()
+    result = TuneResult(
+        config=config, tuned=tuple(sorted(tuned, key=lambda t: t.rank)), engine=description
+    )
+    if not result.tuned[0].steers:
+        logger.warning(
+            "none of %d candidates steers this model: behind the best one %.0f%% of the base's "
+            "answers to forget queries still come back; add wordings with --prefixes, more "
+            "--examples, or take a larger model",
+            len(tuned),
+            result.tuned[0].forget.recall,
+        )
+    return result
+
+
+class _Measurement:
+    """The sample, the candidates and their prompts."""
+
+    def __init__(self, config: TuneConfig) -> None:
+        self.config = config
+        self.model = resolve_model_folder(config.teacher)
+        self.tokenizer = load_tokenizer(self.model, trust_remote_code=config.trust_remote_code)
+        drawn = {split: self._draw(split) for split in ("forget", "retain")}
+        # Of a small set most queries are asked; none of those asked is shown.
+        shots = min(config.examples, *(len(queries) // 4 for queries in drawn.values()))
+        self.shown = {split: queries[:shots] for split, queries in drawn.items()}
+        self.asked = {
+            split: queries[shots : shots + config.sample] for split, queries in drawn.items()
+        }
+        self.places = self._usable_places()
+        self.templates = self._templates()
+        self.longest = self._longest()
+
+    def _draw(self, split: str) -> list[Query]:
+        sources: tuple[str, ...] = getattr(self.config, split)
+        queries = [query for name in sources for query in load_queries(name, split=split)]
+        unique = {query.text: query for query in queries}
+        count = self.config.sample + self.config.examples
+        return draw(list(unique.values()), count, seed=self.config.seed)
+
+    def _usable_places(self) -> list[str]:
+        usable: list[str] = []
+        reasons: list[str] = []
+        for place in dict.fromkeys(self.config.places):
+            try:
+                PromptRenderer(self.tokenizer, prefix="Placeholder.", place=place)
+                usable.append(place)
+            except ConfigurationError as error:
+                reasons.append(str(error))
+        if not usable:
+            raise ConfigurationError(reasons[0])
+        for reason in reasons:
+            logger.warning("not tried: %s", reason)
+        return usable
+
+    def _templates(self) -> list[PrefixTemplate]:
+        own = load_prefixes(self.config.prefixes) if self.config.prefixes else ()
+        every = [*own, *(t for t in CATALOGUE.values() if not t.control)]
+        usable = [t for t in every if self.config.topic is not None or not t.needs_topic]
+        if len(usable) < len(every):
+            logger.warning(
+                "not tried: %d wordings that need a topic; name it with --topic",
+                len(every) - len(usable),
+            )
+        plain = [t for t in usable if not t.needs_examples]
+        if self.shown["forget"]:
+            usable += [t.with_examples() for t in plain]
+        else:
+            usable = plain
+        if not usable:
+            raise ConfigurationError("no candidate is left; name the --topic")
+        return usable
+
+    def candidates(self, examples: str) -> list[Candidate]:
+        """Return every wording at every place."""
+        topic = (self.config.topic or "").strip()
+        return [
+            Candidate(name=template.name, prefix=template.fill(topic, examples), place=place)
+            for template in self.templates
+            for place in self.places
+        ]
+
+    def _longest(self) -> int:
+        """Return the most tokens of a prompt, with room for answers in examples yet unknown."""
+        shots = len(self.shown["forget"])
+        blank = list_examples([(_question(q), "") for qs in self.shown.values() for q in qs])
+        longest = 2 * shots * (2 * self.config.max_new_tokens) + max(
+            len(ids) for c in self.candidates(blank) for ids in self._prompts(c)
+        )
+        context = context_length(read_config(self.model))
+        most = longest if context is None else context - self.config.max_new_tokens
+        return min(longest, most)
+
+    def engine_config(self) -> EngineConfig:
+        """Return what the engine needs."""
+        model_config = read_config(self.model)
+        dtype = self.config.teacher_dtype
+        return EngineConfig(
+            model=self.model,
+            top_k=1,
+            positions=1,
+            eos_token_ids=eos_token_ids(self.model),
+            compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
+            max_prompt_tokens=self.longest,
+            max_new_tokens=self.config.max_new_tokens,
+            trust_remote_code=self.config.trust_remote_code,
+            engine_args=self.config.engine_args,
+        )
+
+    def run(self, engine: Engine) -> list[Tuned]:
+        """Answer without prefix and behind every candidate; return what each does."""
+        asked = [query for queries in self.asked.values() for query in queries]
+        count = len(self.templates) * len(self.places)
+        total = len(asked) * (1 + count) + len(self.shown["retain"])
+        with Progress("tune", total, "answers") as progress:
+            plain = PromptRenderer(self.tokenizer)
+            base = self._say(engine, [plain.student_ids(q.messages) for q in asked], progress)
+            candidates = self.candidates(self._examples(engine, plain, progress))
+            tuned = []
+            for candidate in candidates:
+                prompts = self._prompts(candidate)
+                if max(map(len, prompts)) > self.longest:
+                    logger.warning(
+                        "not tried: %s in place %s, longer than the teacher reads",
+                        candidate.name,
+                        candidate.place,
+                    )
+                    continue
+                said = self._say(engine, prompts, progress)
+                tuned.append(self._score(candidate, asked, base, said))
+        if not tuned:
+            raise ConfigurationError(
+                f"every candidate is longer than the {self.longest} tokens that the teacher reads; "
+                "use fewer --examples or shorter --prefixes"
+            )
+        return tuned
+
+    def _examples(self, engine: Engine, plain: PromptRenderer, progress: Progress) -> str:
+        """Return the in-context examples: retain and forget queries by turns."""
+        kept = [plain.student_ids(query.messages) for query in self.shown["retain"]]
+        said = self._say(engine, kept, progress)
+        pairs: list[tuple[str, str]] = []
+        for retain, answer, forget in zip(
+            self.shown["retain"], said, self.shown["forget"], strict=True
+        ):
+            pairs += [(_question(retain), _first_sentence(answer)), (_question(forget), REFUSAL)]
+        return list_examples(pairs)
+
+    def _prompts(self, candidate: Candidate) -> list[list[int]]:
+        renderer = PromptRenderer(self.tokenizer, prefix=candidate.prefix, place=candidate.place)
+        return [
+            renderer.teacher_ids(query.messages)
+            for queries in self.asked.values()
+            for query in queries
+        ]
+
+    def _say(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], progress: Progress
+    ) -> list[str]:
+        """Return the greedy answers in order."""
+        said = [""] * len(prompts)
+        most = self.config.max_new_tokens
+        for index, text in answers(engine, self.tokenizer, prompts, max_new_tokens=most):
+            said[index] = text
+            progress.update()
+        return said
+
+    def _score(
+        self,
+        candidate: Candidate,
+        asked: Sequence[Query],
+        base: Sequence[str],
+        said: Sequence[str],
+    ) -> Tuned:
+        compared: dict[str, list[Comparison]] = {split: [] for split in self.asked}
+        for query, plain, prefixed in zip(asked, base, said, strict=True):
+            compared[query.split].append(
+                Comparison(query=query.text, base=plain, prefixed=prefixed)
+            )
+        return Tuned(
+            candidate=candidate,
+            forget=score_forget(compared["forget"]),
+            retain=score_retain(compared["retain"]),
+        )
+
+
+def _question(query: Query) -> str:
+    return query.messages[-1]["content"]
+
+
+def _first_sentence(answer: str) -> str:
+    """Return the first whole sentence of an answer, else its first line: it may be cut short."""
+    sentence = _SENTENCE.match(answer)
+    return sentence[0] if sentence else answer.partition("\n")[0]
+
+
+def load_tuned(path: str) -> dict[str, Any]:
+    """Return the first candidate of a file that `duet-cache tune --json` wrote.
+
+    Raises:
+        DataError: The file cannot be read or holds no such document.
+    """
+    source = Path(path).expanduser()
+    try:
+        document = json.loads(source.read_text(encoding="utf-8-sig"))
+        found = document["candidates"][0]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; write one with duet-cache tune --json") from None
+    except OSError as error:
+        raise DataError(f"{path}: not readable ({error.strerror})") from error
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        found = None
+    kinds = {"prefix": str, "place": str, "retain_prefix": bool}
+    if not isinstance(found, dict) or any(
+        not isinstance(found.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise DataError(
+            f"{path}: no candidate with prefix, place and retain_prefix in it; expected what "
+            "duet-cache tune --json prints"
+        )
+    return {name: found[name] for name in kinds}
