@@ -10,7 +10,7 @@ last T columns and only they need to pass the head. Shapes: B rows, L columns, T
 K cached tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ class CacheDataset(Dataset[Example]):
         views: Shapes that draws refer to by index.
         renderer: The student's tokenizer and chat template; needed with views.
         max_length: Longest sequence the student reads, or None.
+        targets: Row that holds the target of a row behind a view, by row and view; the row's own
+            where there is none.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class CacheDataset(Dataset[Example]):
         views: Sequence[Shape] = (),
         renderer: PromptRenderer | None = None,
         max_length: int | None = None,
+        targets: Mapping[tuple[int, int], int] | None = None,
     ) -> None:
         if views and renderer is None:
             raise ValueError("views need a renderer")
@@ -74,6 +77,7 @@ class CacheDataset(Dataset[Example]):
         self.views = tuple(views)
         self.renderer = renderer
         self.max_length = max_length
+        self.targets = targets or {}
 
     def __len__(self) -> int:
         return self.reader.num_rows
@@ -84,8 +88,13 @@ class CacheDataset(Dataset[Example]):
         if draw.view != PLAIN and self.renderer is not None:
             view = self.views[draw.view]
             name = f"{row.query_id}/{view.name}"
-            messages = messages_from_text(row.query)
-            prompt_ids = np.array(view.render(messages, self.renderer), np.int32)
+            if (target := self.targets.get((draw.row, draw.view))) is not None:
+                # What the plain base says in this view, with the prompt it was asked by.
+                row = self.reader.row(target)
+                prompt_ids = row.prompt_ids
+            else:
+                messages = messages_from_text(row.query)
+                prompt_ids = np.array(view.render(messages, self.renderer), np.int32)
         scored, kept = slice(self.positions), slice(self.top_k)
         example = Example(
             name=name,

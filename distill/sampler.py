@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from duet_unlearn.distill.objectives.base import IN_VIEW
+
 FORGET, RETAIN = 0, 1
 
 # Row groups of each split that are mixed at a time. Two windows, and two more while moving on,
@@ -46,7 +48,7 @@ def epoch_order(
     one row at its ends.
 
     Args:
-        splits: Split of every row, `[N]`, 0 forget and 1 retain.
+        splits: Split of every row, `[N]`, 0 forget and 1 retain; others are left out.
         row_groups: Rows that are decoded together.
         seed: Of the run.
         epoch: Number of the epoch, from 0.
@@ -156,7 +158,8 @@ class StepSampler(Sampler[list[Draw]]):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch; the last may hold fewer rows."""
-        return -(-len(self.splits) // self.rows_per_step)
+        drawn = int((self.splits != IN_VIEW).sum())
+        return -(-drawn // self.rows_per_step)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation

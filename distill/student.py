@@ -21,7 +21,8 @@ from duet_unlearn.data.models.folder import (
     resolve_model_folder,
     stored_dtype,
 )
-from duet_unlearn.data.queries import messages_from_text
+from duet_unlearn.data.queries import messages_from_text, split_view
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import DataError, MismatchError
 from duet_unlearn.files import user_path
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -144,7 +145,13 @@ def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | 
     for index in _compared_rows(reader):
         row = reader.row(index)
         cached = row.prompt_ids.tolist()
-        found = renderer.student_ids(messages_from_text(row.query))
+        view, query = split_view(row.query)
+        messages = messages_from_text(query)
+        found = (
+            renderer.student_ids(messages)
+            if view is None
+            else Shape(name="view", text=view).render(messages, renderer)
+        )
         if cached == found:
             continue
         at = next(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
 
 SPLITS = ("forget", "retain")
+IN_VIEW = 2
+"""In place of a split's code: the target of a retain row behind a view, never drawn by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class Order:
     """What the sampler needs to know of the rows."""
 
     splits: npt.NDArray[np.uint8]
-    """Split of every row, `[N]`, 0 forget and 1 retain."""
+    """Split of every row, `[N]`, 0 forget and 1 retain; `IN_VIEW` rows are never drawn."""
     row_groups: Sequence[range]
     """Rows that are read together; rows are mixed within windows of these."""
     num_views: int = 0

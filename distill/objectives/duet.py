@@ -4,15 +4,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.queries import messages_from_text
+from duet_unlearn.data.queries import messages_from_text, split_view
+from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
-from duet_unlearn.distill.objectives.base import Order, Story
+from duet_unlearn.distill.objectives.base import IN_VIEW, Order, Story
 from duet_unlearn.distill.student import Student, check_cache_fits
 from duet_unlearn.distill.views import describe_views, draw_weights, load_views
 from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor, nn
 
     from duet_unlearn.data.prompts import PromptRenderer
@@ -53,8 +56,9 @@ class Duet:
             "positions": _at_most(config.positions, recipe.positions, "positions"),
         }
         weights = draw_weights(self.views)
+        splits, self._targets = _rows_in_views(reader, self.views)
         self.order = Order(
-            splits=reader.splits,
+            splits=splits,
             row_groups=reader.row_groups,
             num_views=len(self.views),
             view_weights=weights,
@@ -75,7 +79,7 @@ class Duet:
         if self.views:
             self._check_views(renderer)
         if queries:
-            trained = queries & {text for _, _, text in self.reader.identities()}
+            trained = queries & {split_view(text)[1] for _, _, text in self.reader.identities()}
             warn_of_trained(len(trained), len(queries))
         self._renderer = renderer
 
@@ -100,6 +104,7 @@ class Duet:
             views=self.views,
             renderer=self._renderer,
             max_length=self._student.max_length,
+            targets=self._targets,
         )
 
     def collate(self, examples: "Sequence[Example]") -> dict[str, Any]:
@@ -149,7 +154,11 @@ class Duet:
         limit, added = self._student.max_length, self.settings["positions"] - 1
         if limit is None:
             return
-        rows = [(query_id, text) for query_id, _, text in self.reader.identities()]
+        rows = [
+            (query_id, text)
+            for query_id, _, text in self.reader.identities()
+            if split_view(text)[0] is None
+        ]
         for query_id, text in sorted(rows, key=lambda row: -len(row[1]))[:_TRIED]:
             messages = messages_from_text(text)
             for view in self.views:
@@ -172,6 +181,41 @@ class Duet:
                 "the demo world all of it that is near the topic was lost (docs/method.md)",
                 self.reader.folder,
             )
+
+
+def _rows_in_views(
+    reader: CacheReader, views: Sequence[Shape]
+) -> "tuple[npt.NDArray[np.uint8], dict[tuple[int, int], int]]":
+    """Return every row's split, `IN_VIEW` for rows in views, and the rows that are targets.
+
+    Raises:
+        ConfigurationError: A view shows answers, or changes more than the wording around a retain
+            query and the cache does not hold what the base says in it.
+    """
+    splits, texts = reader.splits.copy(), {view.text: index for index, view in enumerate(views)}
+    plain: dict[str, int] = {}
+    found: list[tuple[str, int, int]] = []
+    # A cache without such rows need not be read here: its shards may be far away.
+    identities = reader.identities() if reader.manifest.views else ()
+    for row, (_, split, text) in enumerate(identities):
+        shape, query = split_view(text)
+        if shape is not None:
+            splits[row] = IN_VIEW
+            if shape in texts:
+                found.append((query, texts[shape], row))
+        elif split == "retain":
+            plain[query] = row
+    held = {index for _, index, _ in found}
+    for index, view in enumerate(views):
+        if view.needs_answers:
+            raise ConfigurationError(f"view {view.name}: shows reference answers; leave it out")
+        if reader.manifest.splits["retain"].rows and view.kind != "user" and index not in held:
+            raise ConfigurationError(
+                f"view {view.name}: {reader.folder} does not hold what the base says to the retain "
+                "queries in it, so all of them would be refused there; build the cache with --view"
+            )
+    targets = {(plain[query], index): row for query, index, row in found if query in plain}
+    return splits, targets
 
 
 def _at_most(wanted: int | None, cached: int, name: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from duet_unlearn.data.queries import split_view
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.files import release_claim, remove_temporary_files
@@ -129,11 +130,14 @@ class Assembly:
         plan = self.plan
         totals = {split: SplitStatistics() for split in SPLITS}
         engines: list[dict[str, Any]] = []
+        views: set[str | None] = set()
         for shard in self.shards:
             file = ShardFile(plan.folder / SHARD_FOLDER / shard.name)
             for split in SPLITS:
                 totals[split] += file.statistics[split]
             engines.extend(engine for engine in file.header.engines if engine not in engines)
+            for index in range(len(file.row_group_sizes)):
+                views |= {split_view(text)[0] for _, _, text in file.read_identities(index)}
             file.close()
         manifest = Manifest(
             recipe=plan.recipe,
@@ -145,6 +149,7 @@ class Assembly:
             samples=samples,
             part=plan.part,
             check=check,
+            views=tuple(sorted(view for view in views if view is not None)),
         )
         manifest = replace(manifest, digest=manifest.to_json()["digest"])
         write_card(plan.folder, manifest)

@@ -41,6 +41,7 @@ _ENTRIES = {
     "samples",
     "part",
     "check",
+    "views",
     "digest",
 }
 
@@ -98,6 +99,8 @@ class Manifest:
     check: dict[str, Any] | None = None
     """How good the teacher is on a sample of the queries, as the build measured it: names and
     numbers for people to read; None where it was not measured."""
+    views: tuple[str, ...] = ()
+    """Texts of the shapes in which retain queries are held too."""
     digest: str = ""
     """`sha256:<hex>` of the manifest without this entry: it names the cache."""
 
@@ -140,6 +143,7 @@ class Manifest:
             "samples": list(self.samples),
             "part": None if self.part is None else asdict(self.part),
             "check": self.check,
+            "views": list(self.views),
         }
         return {**body, "digest": sha256_json(body)}
 
@@ -260,6 +264,7 @@ def parse_manifest(value: object) -> Manifest:
         samples=_samples(value),
         part=_part(value["part"]),
         check=_check(value["check"]),
+        views=_views(value["views"]),
         digest=found,
     )
     for split in SPLITS:
@@ -332,6 +337,12 @@ def _part(value: object) -> PartOf | None:
     if type(number) is not int or type(count) is not int or not 1 <= number <= count < 100_000:
         raise CorruptCacheError(f"part: {str(number)[:20]} of {str(count)[:20]} is no part")
     return PartOf(number=number, count=count, queries=_sha256(value["queries"], "part: queries"))
+
+
+def _views(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise CorruptCacheError("views: expected a list of texts")
+    return tuple(value)
 
 
 def _check(value: object) -> dict[str, Any] | None:

@@ -8,12 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from duet_unlearn.distill.config import LOSS_NAMES
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.distill.config import LOSS_NAMES, RunConfig
+from duet_unlearn.distill.objectives.base import open_objective
+from duet_unlearn.distill.sampler import Draw, epoch_order
+from duet_unlearn.distill.student import open_student
 from duet_unlearn.distill.trainer import DuetTrainer
 from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
+from duet_unlearn.teacher_cache.reader import CacheReader
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +178,44 @@ def test_views_are_trained_beside_the_plain_query(train, tmp_path):
     view.write_text("Well, {query}\n", encoding="utf-8")
     with pytest.raises(ConfigurationError, match="another run"):
         train("viewed", views=(str(view),))
+
+
+def test_retain_rows_behind_a_view_are_trained_toward_the_base_in_it(
+    train, build_tiny_cache, tiny_model, tmp_path
+):
+    views = tmp_path / "views.txt"
+    views.write_text("[begun] The answer is\n[raw] Question: {query}\\nAnswer:\n")
+    cache = build_tiny_cache(tmp_path / "with-views", views=(str(views),))
+    reader = CacheReader.open(cache)
+    config = RunConfig(
+        cache=str(cache), student=str(tiny_model), out=str(tmp_path / "x"), views=(str(views),)
+    )
+    duet = open_objective(config, open_student(str(tiny_model)))
+    duet.prepare(PromptRenderer(load_tokenizer(tiny_model)))
+    # Each query is drawn once an epoch, however many views it is held in.
+    assert duet.order.counts == {"forget": 12, "retain": 18}
+    drawn = epoch_order(duet.order.splits, duet.order.row_groups, seed=0, epoch=0)
+    assert len(drawn) == 30
+    rows = {row.query_id: row for row in map(reader.row, range(reader.num_rows))}
+    index = {row.query_id: i for i, row in enumerate(map(reader.row, range(reader.num_rows)))}
+    for number, view in enumerate(("views:1", "views:2")):
+        retain = duet.dataset[Draw(index["retain-3"], number, 1.0)]
+        target = rows[f"retain-3@{view}"]
+        assert retain.prompt_ids.tolist() == target.prompt_ids.tolist()
+        np.testing.assert_array_equal(retain.logits, target.logits)
+        # A forget query is asked in the same shape, and its target is the cached refusal.
+        forget = duet.dataset[Draw(index["forget-3"], number, 1.0)]
+        assert forget.prompt_ids.tolist() != rows["forget-3"].prompt_ids.tolist()
+        np.testing.assert_array_equal(forget.logits, rows["forget-3"].logits)
+    result = train(cache=str(cache), views=(str(views),))
+    assert result.loss["retain"][1] < result.loss["retain"][0]
+
+
+def test_a_view_that_the_cache_holds_no_targets_for_is_refused(train, tmp_path):
+    views = tmp_path / "views.txt"
+    views.write_text("[begun] The answer is\n")
+    with pytest.raises(ConfigurationError, match="build the cache with --view"):
+        train(views=(str(views),))
 
 
 def test_views_with_weights_are_another_run(train, tmp_path):

@@ -314,7 +314,7 @@ def die_while_writing(what: str, after: int, part: float) -> None:
     """Kill this process when a part of the manifest, or of a later shard, is in its file."""
     from duet_unlearn import files
 
-    fsync = files._fsync
+    fsync = files.fsync
     seen = [0]
 
     def die(path: Path) -> None:
@@ -328,7 +328,7 @@ def die_while_writing(what: str, after: int, part: float) -> None:
             seen[0] += 1
         return fsync(path)
 
-    files._fsync = die
+    files.fsync = die
 
 
 if __name__ == "__main__":
