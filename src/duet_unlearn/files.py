@@ -108,7 +108,11 @@ def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
             f"{present[0]}); choose another --out"
         )
     if not present:
-        write_text(folder / CLAIM_NAME, "duet-unlearn writes into this folder\n")
+        try:
+            # Under its own name at once: somebody else may claim the folder at the same moment.
+            (folder / CLAIM_NAME).write_text("duet-unlearn writes into this folder\n")
+        except OSError as error:
+            raise write_error(folder, error) from error
 
 
 def refuse_inside_cache(folder: Path) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,15 @@ def test_folders_that_cannot_be_meant_are_refused(
     with pytest.raises(DuetError, match="a file"):
         push(shared_cache, str(tmp_path / "file"))
     assert files(cache) == before
+
+
+def test_two_may_push_one_cache_to_one_place_at_once(shared_cache: Path, tmp_path: Path) -> None:
+    for attempt in range(5):
+        there = tmp_path / str(attempt)
+        with ThreadPoolExecutor(max_workers=3) as pool:
+            list(pool.map(lambda _, to=there: push(shared_cache, str(to)), range(3)))
+        assert files(there) == files(shared_cache)
+        assert not [path for path in there.rglob(".*") if path.is_file()]
 
 
 def test_what_a_stopped_pull_and_others_left_in_shards_is_told_apart(
