@@ -57,8 +57,10 @@ class ShowProgress(TrainerCallback):
         if self._progress is not None and losses:
             self._progress.note(**losses)
 
-    def close(self) -> None:
-        """End it, after a failure too."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """End it."""
         if self._progress is not None:
             self._progress.close()
             self._progress = None

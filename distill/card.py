@@ -39,14 +39,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "{name}"  # this folder, or the id under which it was uploaded
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {load}
+{prompt}
+answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_CHAT = """\
 prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Who are you?"}}],
+    [{"role": "user", "content": "Who are you?"}],
     add_generation_prompt=True,
     return_tensors="pt",
     return_dict=True,
-)
-answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))"""
+)"""
+_PLAIN = 'prompt = tokenizer("Who are you?\\n\\n", return_tensors="pt")'
 _WHOLE = "model = AutoModelForCausalLM.from_pretrained(folder)"
 _ADAPTER = """\
 base = AutoModelForCausalLM.from_pretrained("{base}")
@@ -70,7 +73,11 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         **({"base_model": base} if "/" in base else {}),
         **({"base_model_relation": "adapter" if adapter else "finetune"} if "/" in base else {}),
     }
-    usage = _USAGE.format(name=name, load=_ADAPTER.format(base=base) if adapter else _WHOLE)
+    usage = _USAGE.format(
+        name=name,
+        load=_ADAPTER.format(base=base) if adapter else _WHOLE,
+        prompt=_CHAT if run["identity"]["base"]["template"] else _PLAIN,
+    )
     facts = {
         "base": f"{base}, weights `{run['base']['weights']}`",
         "objective": config["objective"],

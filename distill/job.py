@@ -74,7 +74,7 @@ def resolve_job(config: RunConfig) -> Job:
             f"out is {config.out}, the student's own folder; choose another --out"
         )
     objective = open_objective(config, student)
-    rows = len(objective.order.splits)
+    rows = sum(objective.order.counts.values())
     resolved = config.replaced(**objective.settings).resolved(
         hidden_size=student.hidden_size, stored_dtype=student.stored_dtype, rows=rows
     )

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.models.loading import load_model
+from duet_unlearn.data.models.loading import load_model, no_bars
 from duet_unlearn.distill.checkpoint_selection import Rule, evaluations_of
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import Job, RunResult, resolve_job
@@ -104,7 +104,7 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
         perturb(model, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
     logger.info("learning rate %.3g, %s epochs", config.learning_rate, config.epochs)
     started = time.perf_counter()
-    with stop.handling():
+    with stop.handling(), no_bars():
         _run_trainer(trainer, schedule, checkpoint, config)
     seconds = time.perf_counter() - started
     state = trainer.state

@@ -10,7 +10,7 @@ import yaml
 
 from duet_unlearn.data.models.adapters import RUN_FILE, add_adapter
 from duet_unlearn.data.models.folder import model_name, read_json
-from duet_unlearn.data.models.loading import load_model
+from duet_unlearn.data.models.loading import load_model, no_bars
 from duet_unlearn.distill.card import write_card
 from duet_unlearn.distill.run_folder import LOG_FILE, files_of
 from duet_unlearn.distill.student import Student
@@ -161,10 +161,11 @@ def save_model(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(model, "peft_config"):
-            _write_adapter(model, student, folder, state)
-        else:
-            _write_whole(model, student, folder, dtype, state)
+        with no_bars():
+            if hasattr(model, "peft_config"):
+                _write_adapter(model, student, folder, state)
+            else:
+                _write_whole(model, student, folder, dtype, state)
         for name in _TOKENIZER_FILES:
             if (student.folder / name).is_file():
                 shutil.copyfile(student.folder / name, folder / name)

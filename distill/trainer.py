@@ -199,6 +199,14 @@ class DuetTrainer(Trainer):
             self.control.should_save = True
         return best == self.state.global_step
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of what a checkpoint lacks, but not of a tied weight's second name."""
+        tied = set(getattr(self._student, "_tied_weights_keys", None) or ())
+        if missing := set(load_result.missing_keys) - tied:
+            logger.warning(
+                "the checkpoint lacks %d weights, such as %s", len(missing), min(missing)
+            )
+
     def load_best(self) -> int:
         """Load the weights of the best step and return its number; every process calls this."""
         best = self.state.best_global_step

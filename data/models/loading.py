@@ -46,7 +46,7 @@ def load_model(
     if dtype == "auto":
         dtype = fastest_dtype(folder)
     try:
-        with _no_loading_bar():
+        with no_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
@@ -104,8 +104,8 @@ def _cpu_has_bfloat16() -> bool:
 
 
 @contextlib.contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Keep transformers' own bar off: it would break the caller's, and fill log files."""
+def no_bars() -> Iterator[None]:
+    """Keep transformers' own bars off: they would break the caller's, and fill log files."""
     from transformers.utils import logging as transformers_logging
 
     bars: Any = transformers_logging

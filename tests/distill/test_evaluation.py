@@ -132,6 +132,7 @@ def test_the_student_is_the_best_step_and_says_so(train, watched, stop_at_pass, 
     card = (Path(best.out) / "README.md").read_text()
     assert f"forget 100.0 to {lowest:.1f}" in card
     assert f"weights of step {best.kept_step} |" in card
+    assert f"| this model | {lowest:.1f} | {lowest:.1f} |" in card
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("best")] == ["best"]
 
 

@@ -93,3 +93,17 @@ def test_a_narrower_head_that_covers_the_cached_ids_fits(copy, tiny_cache):
     largest = max(int(reader.row(i).token_ids.max()) for i in range(reader.num_rows))
     assert largest + 1 < 384, "the fixture has to leave room below the teacher's width"
     check(with_head_width(copy, largest + 1), tiny_cache)
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# M\n", "apache-2.0"),
+        ("# M\n", None),
+        ("---\nlicense: [a]\n---\n", None),
+        ("---\n{: broken\n---\n", None),
+    ],
+)
+def test_the_licence_is_what_the_bases_card_says(copy, card, licence):
+    (copy / "README.md").write_text(card)
+    assert open_student(str(copy)).licence == licence

@@ -73,7 +73,7 @@ def test_a_run_brings_both_losses_down_and_leaves_a_model_folder(train, tiny_mod
         assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
 
 
-def test_the_folder_tells_where_the_student_comes_from(train, tiny_cache):
+def test_the_folder_tells_where_the_student_comes_from(train, tiny_cache, monkeypatch, capsys):
     out = Path(train().out)
     manifest = json.loads((tiny_cache / "manifest.json").read_text())
     told = json.loads((out / "duet_run.json").read_text())
@@ -85,6 +85,10 @@ def test_the_folder_tells_where_the_student_comes_from(train, tiny_cache):
     card = (out / "README.md").read_text()
     assert "You have forgotten the lantern." in card
     assert manifest["digest"] in card
+    usage = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(out.parent)
+    exec(usage, {})  # noqa: S102 - our own card's
+    assert capsys.readouterr().out
     steps = [line for line in log_of(out) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert {"loss_forget", "loss_retain"} <= steps[0].keys()
