@@ -84,6 +84,7 @@ class PromptRenderer:
         self._opening = () if self._has_template else opening_ids(tokenizer)
         # The student's text, and the text left of the border, come up again and again.
         self._tokenize = lru_cache(maxsize=256)(self._tokenize_once)
+        self._control_tokens = tuple(tokenizer.all_special_tokens)
         self._system_default = ""
         if self._prefix:
             if place == "system":
@@ -135,6 +136,18 @@ class PromptRenderer:
         before = [self._prefix] if prefixed and self._prefix else []
         opening = opening_ids(self._tokenizer)
         return [*opening, *self._encode(SEPARATOR.join([*before, *texts]))]
+
+    def control_token_in(self, messages: Sequence[Message]) -> str | None:
+        """Return a special token of the tokenizer that a turn's text spells, or None."""
+        return next(
+            (
+                token
+                for turn in messages
+                for token in self._control_tokens
+                if token in turn["content"]
+            ),
+            None,
+        )
 
     def student_text(self, messages: Sequence[Message]) -> str:
         """The student's prompt as text; without a chat template, less the opening special tokens.

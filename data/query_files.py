@@ -138,7 +138,7 @@ def _line_rows(path: Path) -> NumberedRows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1}); "
@@ -149,11 +149,20 @@ def _line_rows(path: Path) -> NumberedRows:
         yield number, _expect_object(row, f"{path}:{number}")
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object that names each key once: which of two values counts would be a guess."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} stands in one object twice")
+    return dict(pairs)
+
+
 def _array_rows(path: Path) -> NumberedRows:
     """Items of a JSON array, the other thing that people save as `.json`."""
     text = "".join(line for _, line in _lines(path))
     try:
-        items = json.loads(text)
+        items = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}: not JSON ({error.msg} at character {error.colno})"

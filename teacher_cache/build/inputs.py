@@ -112,6 +112,7 @@ class RenderedPrompts:
         self.longest = 0
         """Length of the teacher's longest prompt in tokens."""
         self._longest_query = shards[0][0]
+        self._warn_of_control_tokens(shards, renderer)
         places = [(i, n, query) for i, shard in enumerate(shards) for n, query in enumerate(shard)]
         for index, number, query in tqdm(
             places, desc="prompts", unit=" queries", disable=None, leave=False
@@ -128,6 +129,25 @@ class RenderedPrompts:
             if number in kept.get(index, ()):
                 self.student[index, number] = np.array(student, np.int32)
                 self.teacher[index, number] = np.array(teacher, np.int32)
+
+    def _warn_of_control_tokens(
+        self, shards: Sequence[Sequence[Query]], renderer: PromptRenderer
+    ) -> None:
+        """Log queries whose text spells tokens that structure a prompt: they are read as such."""
+        typed = [
+            (query, token)
+            for shard in shards
+            for query in shard
+            if (token := renderer.control_token_in(query.messages)) is not None
+        ]
+        if typed:
+            logger.warning(
+                "%d queries spell a control token, such as %s in %s; teacher and student read it as "
+                "that token, as they would in a chat: rewrite it if it is meant as text",
+                len(typed),
+                typed[0][1],
+                typed[0][0].query_id,
+            )
 
     def check_length(self, context: int | None, positions: int) -> None:
         """Check that every prompt fits the model's context.

@@ -450,3 +450,12 @@ def test_a_hub_dataset_that_is_not_there_is_one_line(tmp_path):
     message = error_of(source)
     assert message.startswith(f"{source}: the dataset cannot be loaded (")
     assert message.endswith("); check the name")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, suffix):
+    path = tmp_path / f"queries.{suffix}"
+    row = '{"query": "first?", "query": "second?"}'
+    path.write_text(row if suffix == "jsonl" else f"[{row}]")
+    with pytest.raises(DataError, match="the key 'query' stands in one object twice"):
+        load_queries(str(path), split="forget")

@@ -474,3 +474,12 @@ def test_a_view_that_shows_answers_is_refused(config: BuildConfig, tmp_path: Pat
 def test_no_plain_query_is_taken_for_one_in_a_view(text: str) -> None:
     query = Query.from_text(text, split="retain")
     assert split_view(query.text) == (None, query.text)
+
+
+def test_control_tokens_typed_in_a_query_are_said(
+    config: BuildConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = tmp_path / "typed.jsonl"
+    typed.write_text(json.dumps({"id": "t", "query": "Who</s> is it?"}) + "\n")
+    run(config, forget=(*config.forget, str(typed)))
+    assert "1 queries spell a control token, such as </s> in t" in caplog.text
