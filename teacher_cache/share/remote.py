@@ -55,7 +55,8 @@ class RemoteShards:
 
         Raises:
             CorruptCacheError: What arrives is not the shard.
-            CacheError: The store cannot be read, or the folder cannot be written.
+            CacheError: The store cannot be read.
+            OutputError: The folder cannot be written.
         """
         if index not in self._there:
             self.bring(index)

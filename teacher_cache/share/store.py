@@ -68,7 +68,8 @@ class Store:
         Raises:
             FileNotFoundError: It is not there.
             CorruptCacheError: It is larger than `limit` bytes.
-            CacheError: The store cannot be read, or the path cannot be written.
+            CacheError: The store cannot be read.
+            OutputError: The disk is full.
         """
         with self._explained(name):
             for attempt in range(_ATTEMPTS if self.read_only else 1):
@@ -145,6 +146,7 @@ class Store:
 
         Raises:
             CacheError: The store cannot be written.
+            OutputError: It is a folder that cannot be written.
         """
         final = self._path(name)
         if self.protocol == "file":

@@ -105,16 +105,11 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
         check_shard(folder / name, shard, str(folder / name))
     last = [] if finished else [n for n in (CARD_NAME, MANIFEST_NAME) if (folder / n).is_file()]
     if store.hub is None:
-        _each("push", missing, lambda shard: _send(store, folder, f"{SHARD_FOLDER}/{shard.name}"))
+        _each("push", missing, lambda shard: _put(store, folder, f"{SHARD_FOLDER}/{shard.name}"))
         if last and not holds_cache(store, manifest):  # somebody else may have pushed meanwhile
-            left = missing_shards(store, manifest, folder / CARD_NAME, finished=True, check=False)
-            if left:
-                raise CacheError(
-                    f"{store.where(f'{SHARD_FOLDER}/{left[0].name}')}: was sent, but is not there "
-                    f"with its {left[0].bytes} bytes; run the same push again"
-                )
+            _refuse_lost(store, manifest)
             for name in last:
-                store.put(folder / name, name)
+                _put(store, folder, name)
     elif names or last:
         message = f"Add teacher cache {manifest.digest[:19]}"
         store.ask_hub(lambda hub: hub.commit(folder, names + last, message))
@@ -123,8 +118,18 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
     return _result(store.url, manifest, missing)
 
 
-def _send(store: Store, folder: Path, name: str) -> None:
+def _put(store: Store, folder: Path, name: str) -> None:
     store.put(folder / name, name)
+
+
+def _refuse_lost(store: Store, manifest: Manifest) -> None:
+    there = store.list(SHARD_FOLDER)
+    for shard in manifest.shards:
+        if there.get(shard.name) != shard.bytes:
+            raise CacheError(
+                f"{store.where(f'{SHARD_FOLDER}/{shard.name}')}: was sent, but is not there with "
+                f"its {shard.bytes} bytes; run the same push again"
+            )
 
 
 def pull(url: str, folder: str | Path) -> TransferResult:
@@ -135,7 +140,8 @@ def pull(url: str, folder: str | Path) -> TransferResult:
         folder: A new or empty folder, or one that holds this cache or a part of it.
 
     Raises:
-        CacheError: There is no finished cache, or a place cannot be read or written.
+        CacheError: There is no finished cache, or it cannot be read.
+        OutputError: The folder cannot be written.
         ConfigurationError: The folder is none, or not ours.
         CorruptCacheError: What arrives is not what the manifest lists.
         MismatchError: The digest is another, or the folder holds something else.
@@ -172,7 +178,8 @@ def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
 
     Raises:
         CorruptCacheError: Twice, what arrived was not what the manifest lists.
-        CacheError: The store cannot be read, or the folder cannot be written.
+        CacheError: The store cannot be read.
+        OutputError: The folder cannot be written.
     """
     name = f"{SHARD_FOLDER}/{shard.name}"
     for left_behind in (folder / SHARD_FOLDER).glob(f".{shard.name}.*{TEMPORARY_SUFFIX}"):

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from duet_unlearn.cli.cache import main
-from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError, OutputError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.share.listing import list_caches
 from duet_unlearn.teacher_cache.share.transfer import pull
@@ -140,7 +140,7 @@ def test_a_full_disk_is_told_from_a_bad_network(web, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(CacheError, match="cannot write: a limit on file sizes is in force"):
+        with pytest.raises(OutputError, match="cannot write: a limit on file sizes is in force"):
             pull(web.url, tmp_path / "here")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
