@@ -1,0 +1,1 @@
+"""Building a cache: plan the shards, run the teacher, write, finish."""
