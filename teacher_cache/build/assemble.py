@@ -6,25 +6,23 @@ What `build` and `merge` share: both know which rows go where, and get the rows 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.queries import split_view
 from duet_unlearn.errors import StoppedError
-from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.files import release_claim, remove_temporary_files
-from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
-from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.build.resume import (
     PlannedCache,
     finished_shards,
     mismatch,
     rows_a_split,
 )
+from duet_unlearn.teacher_cache.format.card import write_card
+from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, SPLITS, CacheRow
 from duet_unlearn.teacher_cache.format.shard import ShardFile, ShardHeader, write_shard
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics
+from duet_unlearn.teacher_cache.reader import CacheReader
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.errors import CacheError
 from duet_unlearn.data.models.folder import (
     context_length,
     model_name,
@@ -21,21 +20,22 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, fingerprint_queries
+from duet_unlearn.errors import CacheError
+from duet_unlearn.files import claim_folder, make_folder
 from duet_unlearn.progress import Progress
 from duet_unlearn.teacher_cache.build.assemble import Assembly, find_finished
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
-from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
-from duet_unlearn.files import claim_folder, make_folder
 from duet_unlearn.teacher_cache.build.lock import build_lock
-from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
 from duet_unlearn.teacher_cache.build.plan import plan_shards
 from duet_unlearn.teacher_cache.build.resume import PlannedCache
 from duet_unlearn.teacher_cache.build.reuse import ReusedRows
+from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, ShardPrompts, Teacher
+from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
+from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
 from duet_unlearn.teacher_cache.format.samples import collect_samples
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal
-from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, ShardPrompts, Teacher
 
 EngineFactory = Callable[[EngineConfig], Engine]
 
@@ -188,8 +188,8 @@ class _Build:
     ) -> Teacher:
         """Start the engine, or those of the workers."""
         # Imported here: a finished cache is found without them.
-        from duet_unlearn.teacher_cache.engines import open_engine, resolve_engine_name
         from duet_unlearn.teacher_cache.build.workers import RayTeacher, WorkerJob
+        from duet_unlearn.teacher_cache.engines import open_engine, resolve_engine_name
 
         config = self.config
         if config.workers is None:

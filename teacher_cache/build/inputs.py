@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.shapes import Shape, load_shapes
+from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
@@ -142,8 +142,8 @@ class RenderedPrompts:
         ]
         if typed:
             logger.warning(
-                "%d queries spell a control token, such as %s in %s; teacher and student read it as "
-                "that token, as they would in a chat: rewrite it if it is meant as text",
+                "%d queries spell a control token, such as %s in %s; teacher and student read it "
+                "as that token, as they would in a chat: rewrite it if it is meant as text",
                 len(typed),
                 typed[0][1],
                 typed[0][0].query_id,

@@ -46,7 +46,7 @@ class Part:
         return cls(number=number, count=count)
 
     def select(self, queries: Sequence[Query]) -> list[Query]:
-        """Return the queries of this part: a stretch of the plan's order, both splits in proportion.
+        """Return the queries of this part: a stretch of the plan's order, splits in proportion.
 
         Raises:
             ConfigurationError: There are fewer queries than parts.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duet_unlearn.errors import CorruptCacheError, MismatchError
-from duet_unlearn.teacher_cache.format.manifest import PartOf, ShardEntry
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
+from duet_unlearn.teacher_cache.format.manifest import PartOf, ShardEntry
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile, ShardHeader, entry_of, shard_path

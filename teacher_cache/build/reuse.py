@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from duet_unlearn.data.queries import Query
-from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.build.row_source import Place, PlannedRows, RowSource, open_caches
+from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from duet_unlearn.errors import CorruptCacheError, MismatchError
-from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_problems
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.reader import CacheReader
 
 Place = tuple[int, int]
 """Which cache, and which of its rows."""

@@ -15,15 +15,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from duet_unlearn import __version__
-from duet_unlearn.errors import DuetError, MismatchError
+from duet_unlearn.data.models.fingerprint import config_fingerprint, weights_fingerprint
 from duet_unlearn.data.models.folder import resolve_model_folder
+from duet_unlearn.errors import DuetError, MismatchError
+from duet_unlearn.teacher_cache.build.ray_cluster import connected, worker_resources
+from duet_unlearn.teacher_cache.build.teacher import (
+    LocalTeacher,
+    Progress,
+    ShardPrompts,
+    ShardSignals,
+)
 from duet_unlearn.teacher_cache.engines import open_engine
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig, cause
 from duet_unlearn.teacher_cache.engines.options import gpus_of_engine
-from duet_unlearn.data.models.fingerprint import config_fingerprint, weights_fingerprint
-from duet_unlearn.teacher_cache.build.ray_cluster import connected, worker_resources
 from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, Progress, ShardPrompts, ShardSignals
 
 logger = logging.getLogger(__name__)
 
