@@ -44,9 +44,11 @@ class SettingsCommand(click.Command):
                 fields(self.settings)[n].flag for n in suggest(self.settings, error.option_name)
             )
             meant = [flag.partition("/")[0] for flag in flags if flag and flag.startswith("-")]
-            raise click.NoSuchOption(
-                error.option_name, possibilities=meant or error.possibilities, ctx=error.ctx
-            ) from None
+            if not meant:
+                raise
+            # click would drop a possibility that is spelled otherwise.
+            message = f"{error.message} Did you mean {' or '.join(map(repr, meant))}?"
+            raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
 
     def given(self, ctx: click.Context) -> dict[str, Any]:
         """Return the settings that the command line gives, without defaults."""

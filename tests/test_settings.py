@@ -20,7 +20,7 @@ class Bakery(Settings):
     oven: str = setting(flag="OVEN", group="Where", help="Which oven.")
     out: Path = setting(default=Path(), help="Where to.")
     rate: Positive | Literal["auto"] = setting(
-        default="auto", group="How", aliases=("lr",), help="How fast."
+        default="auto", group="How", aliases=("lr", "bf16"), help="How fast."
     )
     loaves: Count = setting(default=3, aliases=("num-loaves",), help="How many.")
     crumbs: Whole | None = setting(default=None, help="How many at most.")
@@ -115,6 +115,7 @@ def test_flags_are_the_fields():
     ("arguments", "message"),
     [
         (("--lr", "1"), "No such option '--lr'. Did you mean '--rate'?"),
+        (("--bf16", "1"), "No such option '--bf16'. Did you mean '--rate'?"),
         (("--num-loaves", "1"), "Did you mean '--loaves'?"),
         (("--loavse", "1"), "Did you mean '--loaves'?"),
         (("--jsno",), "Did you mean '--json'?"),
