@@ -23,7 +23,7 @@ What to try next
       the same on your own model and queries
   duet-distill run {cache} --student MODEL --view FILE --out my-student
       train other wrappers from the same cache: they cost no teacher time
-Every answer with its scores is in {json}."""
+Open {report} in a browser: verdict, attacks, first tokens, every answer."""
 
 
 @click.command("demo")
@@ -32,7 +32,7 @@ Every answer with its scores is in {json}."""
     type=click.Path(path_type=Path),
     default=Path("demo-out"),
     show_default=True,
-    help="Folder for the cache, the students and the evaluation.",
+    help="Folder for the cache, the students, the evaluation and the report.",
 )
 @click.option(
     "--engine",
@@ -50,7 +50,7 @@ def demo_command(out: Path, engine: str) -> None:
     started = time.monotonic()
     for command in demo_commands(out, engine):
         _run(command)
-    click.echo(_NEXT.format(cache=out / "cache", json=out / "eval.json"))
+    click.echo(_NEXT.format(cache=out / "cache", report=out / "report.html"))
     click.echo(f"The demo took {time.monotonic() - started:.0f} seconds.", err=True)
 
 
@@ -68,11 +68,14 @@ def demo_commands(out: Path, engine: str = "auto") -> list[list[str]]:
     evaluate += ["--forget", str(world.FORGET_HELDOUT), "--retain", str(world.RETAIN_HELDOUT)]
     evaluate += ["--general", str(world.GENERAL), *steering, "--attacks", "@attacks"]
     evaluate += ["--out", str(out / "eval.json")]
+    report = ["duet-distill", "report", str(out), "--first-tokens", "3"]
+    report += ["--title", f"Did it forget {world.TOPIC}?", "--out", str(out / "report.html")]
     return [
         build,
         [*train, "--out", str(out / "student")],
         [*train, "--view", _VIEW, "--out", str(out / "student-with-view")],
         evaluate,
+        report,
     ]
 
 

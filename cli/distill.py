@@ -9,6 +9,7 @@ from duet_unlearn.cli.ask import ask_command
 from duet_unlearn.cli.demo import demo_command
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
 from duet_unlearn.cli.evaluate import eval_command
+from duet_unlearn.cli.report import report_command
 from duet_unlearn.cli.run import run_command
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -28,6 +29,7 @@ def main(verbose: bool) -> None:
 main.add_command(run_command)
 main.add_command(eval_command)
 main.add_command(ask_command)
+main.add_command(report_command)
 main.add_command(demo_command)
 
 if __name__ == "__main__":  # torchrun and accelerate start a module or a script, no command

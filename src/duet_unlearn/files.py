@@ -132,7 +132,8 @@ def release_claim(folder: Path) -> None:
         (folder / CLAIM_NAME).unlink(missing_ok=True)
 
 
-def _holds_cache(folder: Path) -> bool:
+def holds_cache(folder: Path) -> bool:
+    """Say whether a folder is a finished cache, or claims to be one."""
     try:
         with (folder / "manifest.json").open("rb") as file:
             return f'"{CACHE_FORMAT}"'.encode() in file.read(4096)

@@ -1,0 +1,300 @@
+"""A report of a real evaluation of tiny models, read back; in a browser where there is one."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.run import run
+from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.config import EvalConfig, parse_models
+from duet_unlearn.evaluation.evaluate import evaluate
+from duet_unlearn.evaluation.report.charts import line_chart
+from duet_unlearn.evaluation.report.content import make_content
+from duet_unlearn.evaluation.report.first_tokens import compare_first_tokens
+from duet_unlearn.evaluation.report.pages import render_html, render_markdown
+from duet_unlearn.evaluation.report.sources import Sources, find_sources, published
+from duet_unlearn.evaluation.report.verdict import judge
+from duet_unlearn.teacher_cache.inspect import summarize
+
+HOSTILE = "</script><img src=x onerror=alert(1)> | `a` \u202e [b](http://c)"
+BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any, tiny_model: Path, tiny_cache: Path) -> Path:
+    """An evaluation of a base and its trained student, both in one folder; never changed."""
+    tmp_path = tmp_path_factory.mktemp("report")
+    run(
+        RunConfig(
+            cache=str(tiny_cache),
+            student=str(tiny_model),
+            out=str(tmp_path / "student"),
+            views=("@remember",),
+            max_steps=3,
+            batch_size=8,
+            learning_rate=1e-3,
+            logging_steps=1,
+        )
+    )
+    for split in ("forget", "retain"):
+        rows = [
+            {"query": f"Who is the keeper of {split} {i}? {HOSTILE}", "answer": f"a{i} {HOSTILE}"}
+            for i in range(3)
+        ]
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps({**r, "kind": "k"}) + "\n" for r in rows))
+    config = EvalConfig(
+        models=parse_models([f"base={tiny_model}", f"<b>s={tmp_path / 'student'}"]),
+        forget=(str(tmp_path / "forget.jsonl"),),
+        retain=(str(tmp_path / "retain.jsonl"),),
+        prefix="Forget it.",
+        attacks=("@role-play", "@family:authority", "@ignore-above"),
+        max_new_tokens=4,
+    )
+    text = json.dumps(evaluate(config).to_json())
+    (tmp_path / "eval.json").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def sources(folder: Path) -> Sources:
+    return find_sources([folder], summarize)
+
+
+class _Page(HTMLParser):
+    """Tags with their attributes, the script's data, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_all_of_an_evaluation_is_in_the_page_and_all_of_it_is_text(
+    sources: Sources, tiny_cache: Path
+) -> None:
+    sources.caches.append(summarize(tiny_cache))
+    content = make_content(sources, compare_first_tokens(sources, 2), title=HOSTILE)
+    page = render_html(content)
+    parsed = _Page(page)
+    # Everything foreign is text: no tag of it opens, and nothing points out of the file.
+    assert not [tag for tag, _ in parsed.tags if tag in {"img", "b>s", "iframe"}]
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 2
+    assert [a for t, a in parsed.tags if "src" in a or (a.get("href") or "#")[0] not in "#d"] == []
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    (answers,) = json.loads(data[1])
+    assert answers["answers"] == content["evaluations"][0]["answers"]
+    assert len(answers["answers"]) == 6 * (1 + 3)
+    assert answers["labels"] == ["base", "base + prefix", "<b>s"]
+    assert HOSTILE in answers["answers"][0]["query"]
+    charts = [tag for tag, _ in parsed.tags if tag == "svg"]
+    assert len(charts) == 1  # the student's loss; it was not evaluated while it trained
+    assert summarize(tiny_cache)["digest"] in page
+
+
+def test_families_say_what_the_student_has_seen(sources: Sources) -> None:
+    (evaluation,) = make_content(sources)["evaluations"]
+    seen = {family["family"]: family["seen"] for family in evaluation["families"]}
+    assert seen == {
+        "role-play": [False, False, False],
+        "authority": [False, False, False],
+        "override": [False, False, True],
+    }
+    assert evaluation["models"][2]["trained"] == "student"
+
+
+def test_first_tokens_of_all_rows_stand_beside_the_cached_ones(
+    sources: Sources, tiny_cache: Path
+) -> None:
+    sources.caches.append(summarize(tiny_cache))
+    found = compare_first_tokens(sources, 2)
+    assert [f["split"] for f in found[:4]] == ["forget", "forget", "retain", "retain"]
+    trained = found[4]
+    labels = [column["label"] for column in trained["columns"]]
+    assert labels == ["base", "base + prefix", "<b>s", "teacher, as cached"]
+    base, prefixed = trained["columns"][:2]
+    assert base["base_choice"]["rank"] == 1
+    assert base["base_choice"]["id"] == base["tokens"][0]["id"]
+    assert base["tokens"][0]["id"] == prefixed["base_choice"]["id"]
+    logits = [token["logit"] for token in base["tokens"]]
+    assert len(logits) == 10
+    assert logits == sorted(logits, reverse=True)
+    # Without models, what the cache has is shown.
+    cached = make_content(sources)["first_tokens"]
+    assert [len(f["columns"]) for f in cached] == [1] * len(cached)
+    assert len(make_content(sources, found)["first_tokens"]) == len(found)
+
+
+def test_the_teachers_column_is_what_the_cache_holds(
+    tiny_cache: Path, tiny_model: Path, tmp_path: Path, write_queries: Any
+) -> None:
+    config = EvalConfig(
+        models=parse_models([f"base={tiny_model}"]),
+        forget=(str(write_queries("forget", 2)),),
+        retain=(str(write_queries("retain", 2)),),
+        prefix="You have forgotten the lantern.",
+        max_new_tokens=2,
+    )
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(evaluate(config).to_json()), encoding="utf-8")
+    found = compare_first_tokens(find_sources([path, tiny_cache], summarize), 0)
+    _, teacher, cached = next(f for f in found if f["split"] == "forget")["columns"]
+    assert [t["id"] for t in teacher["tokens"]] == [t["id"] for t in cached["tokens"]]
+    wanted = [t["logit"] for t in cached["tokens"]]
+    assert [t["logit"] for t in teacher["tokens"]] == pytest.approx(wanted, abs=1e-2)
+
+
+def test_markdown_holds_verdicts_and_tables_and_opens_no_tag(sources: Sources) -> None:
+    text = render_markdown(make_content(sources, compare_first_tokens(sources, 1)))
+    assert text.startswith("# Did it forget?\n")
+    assert r"| override \* |" in text
+    assert "(seen)" in text
+    assert not re.search(r"(?<!\\)[<\[]", text)
+    for block in text.split("\n\n"):  # each row of a table has as many cells as its heading
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1
+
+
+def _document(**worst: Any) -> dict[str, Any]:
+    """A forget and a retain set, a base that knows all, and a student."""
+    means = {"base": (100.0, 90.0), "student": (0.0, 90.0)}
+    interval = {"rouge_l_recall": {"low": 0.0, "high": 3.0, "queries": 100}}
+    return {
+        "models": [
+            {"label": "base", "prefix": False, "worst_forget_recall": 100.0},
+            {
+                "label": "student",
+                "prefix": False,
+                "worst_forget_recall": 5.0,
+                "worst_forget_recall_by_family": {"begun-answer": 5.0, "override": 0.0},
+                **worst,
+            },
+        ],
+        "sets": [{"name": n, "split": n, "kinds": []} for n in ("forget", "retain")],
+        "attacks": [{"breaks_prefix": True}, {"breaks_prefix": False}],
+        "scores": [
+            {
+                "model": label,
+                "attack": None,
+                "set": name,
+                "kind": None,
+                "queries": 100,
+                "rouge_l_recall": mean,
+                "intervals": interval,
+            }
+            for label, both in means.items()
+            for name, mean in zip(("forget", "retain"), both, strict=True)
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "headline"),
+    [
+        ({}, "good", "forgotten under every attack tried, the rest kept"),
+        ({"worst_forget_recall": 11.0}, "bad", "hidden, not forgotten: attacks bring some of it"),
+        ({"worst_forget_recall": 51.0}, "bad", "hidden, not forgotten: attacks bring it back"),
+        ({"worst_forget_recall": None}, "open", "not said when asked plainly; never attacked"),
+        ({"forget": 30.0}, "bad", "not forgotten"),
+        ({"retain": 80.0}, "bad", "forgotten, but retain suffered"),
+        ({"known": 0.0}, "open", "base knows none of it"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_was_measured(change, state, headline) -> None:
+    change = dict(change)
+    sets = {name: change.pop(name) for name in ("forget", "retain") if name in change}
+    known = change.pop("known", None)
+    document = _document(**change)
+    for row in document["scores"]:
+        if row["model"] == "student" and row["set"] in sets:
+            row["rouge_l_recall"] = sets[row["set"]]
+        if known is not None and row["model"] == "base" and row["set"] == "forget":
+            row["rouge_l_recall"] = known
+    (verdict,) = judge(document)
+    assert verdict["state"] == state
+    assert verdict["headline"].startswith(headline)
+    if change.get("worst_forget_recall", 5.0) is not None:
+        assert "Of 2 attacks in 2 families the worst (begun-answer) draws out" in verdict["text"]
+
+
+def test_a_damaged_document_is_one_line(tmp_path: Path, sources: Sources) -> None:
+    document = copy.deepcopy(sources.evaluations[0][1])
+    del document["scores"][0]["intervals"]
+    (tmp_path / "eval.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"eval\.json: damaged, KeyError at 'intervals'"):
+        make_content(find_sources([tmp_path / "eval.json"], summarize))
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match="neither an evaluation"):
+        find_sources([tmp_path / "other.json"], summarize)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no evaluation, student or cache there"):
+        find_sources([tmp_path / "empty"], summarize)
+
+
+def test_what_is_published_tells_no_path(sources: Sources, folder: Path) -> None:
+    page = render_html(make_content(sources))
+    assert str(folder) not in page
+    assert published({"a": ["/root/x/model", "hf://u:p@h/x"]}) == {"a": ["model", "hf://h/x"]}
+
+
+def test_a_chart_places_its_points_between_its_axes() -> None:
+    chart = {"title": "Loss", "x": "step", "y": "loss", "log": True}
+    svg = line_chart({**chart, "series": {"a": [[0, 1.0], [10, 0.01], [20, None], [30, 0.0]]}})
+    assert 'points="56.0,12.0 548.0,222.0"' in svg  # the corners; no logarithm has a zero
+    assert [f">{tick}</text>" in svg for tick in ("1", "0.1", "0.01")] == [True] * 3
+    assert line_chart({**chart, "series": {"a": []}}) == ""
+    flat = line_chart({**chart, "log": False, "series": {"<i>": [[5, 0.0]]}})
+    assert "nan" not in flat
+    assert "<i>" not in flat
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_errors_or_overflow(
+    sources: Sources, tmp_path: Path, width: int
+) -> None:
+    page = render_html(make_content(sources, compare_first_tokens(sources, 1)))
+    probe = """<script>
+      const wide = [...document.querySelectorAll("main *")].filter(
+        e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll"));
+      document.querySelector("[data-each]").click();
+      document.querySelector("th:nth-child(2) button").click();
+      const option = document.querySelector("[data-f=attack]"); option.value = "*";
+      option.dispatchEvent(new Event("input"));
+      document.title = JSON.stringify({ wide: wide.map(e => e.outerHTML.slice(0, 80)),
+        over: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
+        shown: document.querySelectorAll(".answer").length,
+        sorted: document.querySelector("th:nth-child(2)").getAttribute("aria-sort") });
+    </script></body>"""
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</body>", probe), encoding="utf-8")
+    flags = ["--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    result = subprocess.run(
+        [str(BROWSER), "--headless", *flags, f"--window-size={width},900", path.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in result.stderr, result.stderr
+    title = re.search(r"<title>(.*?)</title>", result.stdout)
+    assert title is not None
+    assert json.loads(title[1]) == {
+        "wide": [],
+        "over": False,
+        "width": width,
+        "shown": 24,
+        "sorted": "descending",
+    }
