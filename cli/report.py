@@ -8,7 +8,7 @@ import click
 
 from duet_unlearn.cli.paths import FolderPath
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.files import write_text
+from duet_unlearn.files import refuse_inside_cache, write_text
 
 
 @click.command("report")
@@ -76,6 +76,7 @@ def report_command(
 
 def _check_target(target: Path) -> None:
     """Refuse a file that cannot be written before the work, not after it."""
+    refuse_inside_cache(target)
     if target.is_dir():
         raise ConfigurationError(f"{target}: a folder, expected the name of a file")
     if not target.parent.is_dir():

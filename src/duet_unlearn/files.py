@@ -121,7 +121,7 @@ def refuse_inside_cache(folder: Path) -> None:
     Raises:
         ConfigurationError: It does.
     """
-    inside = next((p for p in folder.absolute().parents if _holds_cache(p)), None)
+    inside = next((p for p in folder.absolute().parents if holds_cache(p)), None)
     if inside is not None:
         raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")
 
