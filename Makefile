@@ -18,7 +18,7 @@ FITS = -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
 CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.14 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu fuzz lint bench pins clean clean-all
+.PHONY: help setup demo test gpu fuzz lint bench docs pins clean clean-all
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -54,6 +54,9 @@ bench: setup ## run every measurement of benchmarks/
 	@for script in benchmarks/bench_*.py; do \
 		echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
 	done
+
+docs: setup ## write docs/api.md and docs/cli.md from docstrings and help texts
+	@$(BIN)/python tools/reference_pages.py
 
 pins: ## resolve the dependencies into constraints/ (needs python3.11)
 	@python3.11 tools/pin_versions.py

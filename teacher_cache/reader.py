@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from duet_unlearn.teacher_cache.format.row_group import Identity, RowGroup, row_
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile
 from duet_unlearn.urls import is_url
+
+if TYPE_CHECKING:
+    from duet_unlearn.teacher_cache.torch_rows import TorchRows
 
 # Enough for a sampler that mixes rows of a window of groups.
 RECENT_ROW_GROUPS = 16
@@ -140,6 +143,27 @@ class CacheReader:
         for shard in manifest.shards:
             check_size(folder, shard)
         return cls(LocalShards(manifest, folder))
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[CachedRow]:
+        return map(self.row, range(self.num_rows))
+
+    @overload
+    def __getitem__(self, index: int) -> CachedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CachedRow]: ...
+    def __getitem__(self, index: int | slice) -> CachedRow | list[CachedRow]:
+        """Return one row, counted from the end where the index is negative, or a list of rows."""
+        found = range(self.num_rows)[index]
+        return self.row(found) if isinstance(found, int) else [self.row(row) for row in found]
+
+    def torch_dataset(self) -> "TorchRows":
+        """Return the rows as a torch dataset, which loaders may read in several processes."""
+        from duet_unlearn.teacher_cache.torch_rows import TorchRows
+
+        return TorchRows(self._shards)
 
     def row(self, index: int) -> CachedRow:
         """Return one row by its index in file order.
