@@ -1,4 +1,4 @@
-"""Greedy answers of a causal language model to prompts of token ids.
+"""Greedy answers of a causal language model to prompts of token ids, and the odds of given ones.
 
 An answer is a function of the model and the prompt alone: not of the batch it was computed in
 (in float32; rounding in bfloat16 can tip a near tie), and not of the sampling defaults that a
@@ -6,19 +6,20 @@ model folder brings along.
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.evaluation.measures import Likelihood
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 32_768
 """Bound on rows x (longest prompt + new tokens) of a batch, which bounds the KV cache."""
+_MAX_LOGITS = 1 << 27
+"""Bound on rows x answer tokens x vocabulary of a scored batch: half a gigabyte of float32."""
 
 
 def plan_batches(
@@ -98,8 +99,6 @@ def stream_answers(
     Raises:
         ConfigurationError: the device's memory does not hold a batch.
     """
-    import torch
-
     settings = _generation_config(
         do_sample=False,
         num_beams=1,
@@ -113,13 +112,8 @@ def stream_answers(
     model.generation_config = _generation_config()
     lengths = [len(prompt) for prompt in prompts]
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=max_new_tokens):
-        try:
+        with _fits_memory(f"{len(batch)} prompts of up to {lengths[batch[0]]} tokens"):
             new_ids = _generate_batch(model, [prompts[i] for i in batch], settings, streamer)
-        except torch.OutOfMemoryError as error:
-            raise ConfigurationError(
-                f"{len(batch)} prompts of up to {lengths[batch[0]]} tokens do not fit into the "
-                "memory of the GPU; use a smaller --batch-size"
-            ) from error
         for index, row in zip(batch, new_ids, strict=True):
             yield index, cut_at_end(row, eos_token_ids)
 
@@ -131,6 +125,36 @@ def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[i
         if token_id in ends:
             return list(token_ids[:position])
     return list(token_ids)
+
+
+def score_references(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+) -> list[Likelihood]:
+    """Return how a model takes each answer behind its prompt, teacher-forced.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        prompts: token ids, each of at least one token.
+        answers: the token ids of one answer a prompt, each of at least one token.
+        batch_size: most pairs of a forward pass.
+
+    Raises:
+        ConfigurationError: the memory does not hold a batch.
+    """
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    longest = max(map(len, answers), default=1)
+    width: int = model.config.get_text_config().vocab_size
+    rows = max(1, min(batch_size, _MAX_LOGITS // (width * (longest + 1))))
+    found: dict[int, Likelihood] = {}
+    for batch in plan_batches(lengths, batch_size=rows, max_new_tokens=0):
+        with _fits_memory(f"{len(batch)} answers behind prompts, {lengths[batch[0]]} tokens"):
+            scored = _score_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch])
+        found.update(zip(batch, scored, strict=True))
+    return [found[index] for index in range(len(prompts))]
 
 
 @contextlib.contextmanager
@@ -165,20 +189,73 @@ def _generation_config(**settings: object) -> Any:
 def _generate_batch(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], settings: Any, streamer: Any
 ) -> list[list[int]]:
-    """Generate for prompts that are padded on the left, where the mask hides the padding."""
     import torch
 
-    longest = max(len(prompt) for prompt in prompts)
-    fill = settings.pad_token_id
-    rows = [[fill] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = _pad_left(prompts, settings.pad_token_id, model)
     generate: Any = model.generate
     # Not inference mode: a model that is trained on could not use what it makes there.
     with torch.no_grad(), contiguous_head_input(model):
-        output = generate(
-            torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            generation_config=settings,
-            streamer=streamer,
+        output = generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+    return output[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def _score_batch(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[Likelihood]:
+    import torch
+
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = _pad_left(rows, 0, model)
+    kept = max(map(len, answers)) + 1
+    with torch.no_grad():
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            logits_to_keep=min(kept, ids.shape[1]),
+            use_cache=False,
         )
-    return output[:, longest:].tolist()  # type: ignore[no-any-return]
+    # The last position predicts what would follow the answer.
+    logits = output.logits[:, -kept:-1].float()
+    logs, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+    targets = ids[:, -logits.shape[1] :]
+    taken = logs.gather(-1, targets[..., None])[..., 0]
+    return [
+        Likelihood(
+            log_probabilities=tuple(taken[row, -len(answer) :].tolist()),
+            greedy=tuple((best[row] == targets[row])[-len(answer) :].tolist()),
+        )
+        for row, answer in enumerate(answers)
+    ]
+
+
+def _pad_left(rows: Sequence[Sequence[int]], fill: int, model: Any) -> tuple["Tensor", "Tensor"]:
+    """Return ids and mask, both `[B, T]`: every row ends at the last position."""
+    import torch
+
+    length = max(map(len, rows))
+    ids = [[fill] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+
+
+@contextlib.contextmanager
+def _fits_memory(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigurationError(
+            f"{what} do not fit into memory; use a smaller --batch-size"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that CPU or GPU memory ran out."""
+    import torch
+
+    # The CPU's allocator has no error type of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory")
+    )

@@ -4,19 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.models.adapters import resolve_with_adapter
-from duet_unlearn.data.models.folder import context_length, eos_token_ids, read_config
-from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prefixes import resolve_prefix
-from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
-from duet_unlearn.evaluation.config import AskConfig, ModelSpec
-from duet_unlearn.evaluation.tasks import Attack, Task, check_length, load_attacks
+from duet_unlearn.evaluation.config import AskConfig
+from duet_unlearn.evaluation.subjects import Subject, open_subjects
+from duet_unlearn.evaluation.tasks import Attack, Task, load_attacks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +23,6 @@ class Reply:
     label: str
     attack: str | None
     text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    label: str
-    prefixed: bool
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    renderer: PromptRenderer
-    ends: tuple[int, ...]
-    context: int | None
 
 
 class Asker:
@@ -51,10 +37,7 @@ class Asker:
     """
 
     def __init__(self, config: AskConfig) -> None:
-        self._config = config
-        self._prefix = (
-            None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
-        )
+        self._max_new_tokens = config.max_new_tokens
         self._attacks: tuple[Attack | None, ...] = (None, *load_attacks(config.attacks))
         for attack in self._attacks:
             if attack and (attack.shape is None or attack.shape.needs_answers):
@@ -62,12 +45,11 @@ class Asker:
                     f"attack {attack.name}: it needs reference answers or wordings, which a "
                     "question has not; use it in `duet-distill eval`"
                 )
-        self._rows = [row for spec in config.models for row in self._open(spec)]
-
-    @property
-    def streams(self) -> bool:
-        """Whether there is one answer to a question, which can be shown while it is made."""
-        return len(self._rows) == 1 and len(self._attacks) == 1
+        prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
+        opened = open_subjects(config, prefix)
+        self._subjects = [(subject, subject.load()) for subject in opened]
+        self.streams = len(config.labels) == len(self._attacks) == 1
+        """Whether a question has one answer, which can be shown while it is made."""
 
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Iterator[Reply]:
         """Yield the reply of each row, plainly and under each attack.
@@ -82,46 +64,32 @@ class Asker:
         query = Query.from_text(question, split="general")
         for attack in self._attacks:
             task = Task(set_name="ask", query=query, attack=attack)
-            for row in self._rows:
-                yield Reply(
-                    label=row.label,
-                    attack=None if attack is None else attack.name,
-                    text=self._answer(row, task, on_text if self.streams else None),
-                )
+            for subject, model in self._subjects:
+                for label in subject.rows:
+                    yield Reply(
+                        label=label,
+                        attack=None if attack is None else attack.name,
+                        text=self._answer(subject, model, label, task, on_text),
+                    )
 
-    def _open(self, spec: ModelSpec) -> Iterator[_Row]:
-        folder, adapter = resolve_with_adapter(spec.model)
-        tokenizer = load_tokenizer(folder)
-        model = load_model(folder, dtype=self._config.dtype, adapter=adapter)
-        prefixed = (False, True) if self._prefix and spec is self._config.models[0] else (False,)
-        for with_prefix in prefixed:
-            yield _Row(
-                label=f"{spec.label} + prefix" if with_prefix else spec.label,
-                prefixed=with_prefix,
-                model=model,
-                tokenizer=tokenizer,
-                renderer=PromptRenderer(
-                    tokenizer,
-                    prefix=self._prefix if with_prefix else None,
-                    place=self._config.prefix_place,
-                ),
-                ends=eos_token_ids(folder),
-                context=context_length(read_config(folder)),
-            )
-
-    def _answer(self, row: _Row, task: Task, on_text: Callable[[str], None] | None) -> str:
-        prompt = task.render(row.renderer, prefixed=row.prefixed)
-        new_tokens = self._config.max_new_tokens
-        check_length(task, len(prompt), row.label, row.context, new_tokens)
+    def _answer(
+        self,
+        subject: Subject,
+        model: "PreTrainedModel",
+        label: str,
+        task: Task,
+        on_text: Callable[[str], None] | None,
+    ) -> str:
+        show = on_text if self.streams else None
         ((_, ids),) = stream_answers(
-            row.model,
-            [prompt],
-            eos_token_ids=row.ends,
-            max_new_tokens=new_tokens,
+            model,
+            subject.render(label, [task], self._max_new_tokens),
+            eos_token_ids=subject.ends,
+            max_new_tokens=self._max_new_tokens,
             batch_size=1,
-            streamer=None if on_text is None else _streamer(row.tokenizer, on_text),
+            streamer=None if show is None else _streamer(subject.tokenizer, show),
         )
-        return str(row.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return subject.decode(ids)
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

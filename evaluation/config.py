@@ -88,12 +88,15 @@ class AskConfig(Settings):
         """What the row of the first model with the steering prefix is called, if there is one."""
         return None if self.prefix is None else f"{self.models[0].label} + prefix"
 
+    def rows_of(self, spec: ModelSpec) -> tuple[str, ...]:
+        """The rows of one model: its own, and the first one's behind the prefix."""
+        prefixed = self.prefixed_label if spec is self.models[0] else None
+        return (spec.label,) if prefixed is None else (spec.label, prefixed)
+
     @property
     def labels(self) -> tuple[str, ...]:
         """The rows in order."""
-        prefixed = () if self.prefixed_label is None else (self.prefixed_label,)
-        first, *others = (spec.label for spec in self.models)
-        return (first, *prefixed, *others)
+        return tuple(label for spec in self.models for label in self.rows_of(spec))
 
 
 @settings

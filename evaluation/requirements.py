@@ -45,7 +45,9 @@ class Requirement:
         Raises:
             ConfigurationError: The evaluation has no such row or number.
         """
-        for row in [self.row] if self.row else required_rows(report):
+        # Without a row it is about all but base and base + prefix, or about the only model.
+        trained = [spec.label for spec in report.config.models[1:]] or report.labels[:1]
+        for row in [self.row] if self.row else trained:
             if row not in report.labels:
                 raise ConfigurationError(
                     f"--require {self.text}: no row {row!r}; there are {', '.join(report.labels)}"
@@ -70,42 +72,35 @@ class Requirement:
         return number
 
 
-def required_rows(report: "EvalReport") -> tuple[str, ...]:
-    """Return the rows that a requirement without a row is about: all but base and base + prefix."""
-    trained = tuple(spec.label for spec in report.config.models[1:])
-    return trained or report.labels[:1]
-
-
 def parse_requirements(text: str) -> tuple[Requirement, ...]:
     """Return the requirements of a text such as `forget<5, student:retain.exact_match>=90`.
 
     Raises:
         ConfigurationError: A part of it is no requirement.
     """
-    found = []
-    for part in (part.strip() for part in text.split(",")):
-        match = _FORM.fullmatch(part)
-        if match is None:
-            raise ConfigurationError(
-                f"--require {part!r}: expected NAME<NUMBER or NAME>NUMBER, as in "
-                "forget<5,worst<10,retain>97"
-            )
-        measure = match["measure"] or RECALL
-        if measure not in MEASURES:
-            raise ConfigurationError(
-                f"--require {part!r}: no measure {measure!r}; choose from {', '.join(MEASURES)}"
-            )
-        found.append(
-            Requirement(
-                text=part,
-                row=match["row"],
-                what=match["what"],
-                measure=measure,
-                sign=match["sign"],
-                limit=float(match["limit"]),
-            )
+    return tuple(_parse(part.strip()) for part in text.split(","))
+
+
+def _parse(part: str) -> Requirement:
+    match = _FORM.fullmatch(part)
+    if match is None:
+        raise ConfigurationError(
+            f"--require {part!r}: expected NAME<NUMBER or NAME>NUMBER, as in "
+            "forget<5,worst<10,retain>97"
         )
-    return tuple(found)
+    measure = match["measure"] or RECALL
+    if measure not in MEASURES:
+        raise ConfigurationError(
+            f"--require {part!r}: no measure {measure!r}; choose from {', '.join(MEASURES)}"
+        )
+    return Requirement(
+        text=part,
+        row=match["row"],
+        what=match["what"],
+        measure=measure,
+        sign=match["sign"],
+        limit=float(match["limit"]),
+    )
 
 
 def check_requirements(text: str, report: "EvalReport") -> None:

@@ -8,11 +8,12 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from duet_unlearn.evaluation.config import EvalConfig
+from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import RECALL, Answer, Measure, select_measures
 from duet_unlearn.evaluation.statistics import Difference, Number, Scores, compare, summarize
 from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
@@ -52,18 +53,12 @@ class EvalReport:
     def scores(self) -> dict[str, dict[str, Scores]]:
         """Of each row by measure: one score a task, 0 to 1, NaN where there is none."""
         references = [task.query.answer or "" for task in self.tasks]
-        return {
-            label: {
-                measure.name: np.array(
-                    [
-                        math.nan if (score := measure.score(reference, answer)) is None else score
-                        for reference, answer in zip(references, self.answers[label], strict=True)
-                    ]
-                )
-                for measure in self.measures
-            }
-            for label in self.labels
-        }
+
+        def score(label: str, measure: Measure) -> Scores:
+            answers = zip(references, self.answers[label], strict=True)
+            return np.array([measure.score(*pair) for pair in answers], dtype=float)
+
+        return {label: {m.name: score(label, m) for m in self.measures} for label in self.labels}
 
     def indices(
         self,
@@ -174,7 +169,11 @@ class EvalReport:
                 }
                 for s in self.sets
             ],
-            "models": [self._row_json(label) for label in self.labels],
+            "models": [
+                self._row_json(spec, label)
+                for spec in self.config.models
+                for label in self.config.rows_of(spec)
+            ],
             "attacks": [
                 {
                     "name": a.name,
@@ -190,14 +189,12 @@ class EvalReport:
             "queries": [self._task_json(index) for index in range(len(self.tasks))],
         }
 
-    def _row_json(self, label: str) -> dict[str, Any]:
-        prefixed = label == self.config.prefixed_label
-        specs = {spec.label: spec.model for spec in self.config.models}
+    def _row_json(self, spec: ModelSpec, label: str) -> dict[str, Any]:
         families = dict.fromkeys(a.family for a in self.attacks)
         return {
             "label": label,
-            "model": self.config.models[0].model if prefixed else specs[label],
-            "prefix": prefixed,
+            "model": spec.model,
+            "prefix": label == self.config.prefixed_label,
             "performance_shift": self.shift(label) if self.shows_shift else None,
             "worst_forget_recall": self.worst(label, "forget"),
             "worst_retain_recall": self.worst(label, "retain"),
@@ -208,10 +205,10 @@ class EvalReport:
 
     def _score_rows(self) -> Iterator[dict[str, Any]]:
         """One row a model, attack and set, and one more a kind of the set."""
+        kinds = {s.name: (None, *s.kinds) for s in self.sets}
         for label in self.labels:
             for attack, set_name in self._task_index:
-                kinds = next(s.kinds for s in self.sets if s.name == set_name)
-                for kind in (None, *kinds):
+                for kind in kinds[set_name]:
                     where = {"set_name": set_name, "attack": attack, "kind": kind}
                     numbers = {m.name: self.number(label, m.name, **where) for m in self.measures}
                     yield {
@@ -230,20 +227,18 @@ class EvalReport:
 
     def _difference_rows(self) -> Iterator[dict[str, Any]]:
         """Every later row against every earlier one, plainly, a set and measure."""
-        for at, label in enumerate(self.labels):
-            for against in self.labels[:at]:
-                for query_set in self.sets:
-                    for measure in self.measures:
-                        name = measure.name
-                        found = self.difference(label, against, name, set_name=query_set.name)
-                        if found is not None:
-                            yield {
-                                "model": label,
-                                "against": against,
-                                "set": query_set.name,
-                                "measure": name,
-                                **dataclasses.asdict(found),
-                            }
+        pairs = [(a, b) for at, a in enumerate(self.labels) for b in self.labels[:at]]
+        for (label, against), query_set, measure in product(pairs, self.sets, self.measures):
+            name = query_set.name
+            found = self.difference(label, against, measure.name, set_name=name)
+            if found is not None:
+                yield {
+                    "model": label,
+                    "against": against,
+                    "set": name,
+                    "measure": measure.name,
+                    **dataclasses.asdict(found),
+                }
 
     def _task_json(self, index: int) -> dict[str, Any]:
         task = self.tasks[index]
@@ -251,18 +246,15 @@ class EvalReport:
             "set": task.set_name,
             "id": task.query.query_id,
             "kind": task.query.kind,
-            "attack": None if task.attack is None else task.attack.name,
+            "attack": task.attack_name,
             "query": task.query.text,
             "answer": task.query.answer,
             "responses": {
                 label: {
                     "text": self.answers[label][index].text,
-                    **{
-                        measure.name: _known(float(self.scores[label][measure.name][index]))
-                        for measure in self.measures
-                    },
+                    **{m: _known(float(scores[index])) for m, scores in by_measure.items()},
                 }
-                for label in self.labels
+                for label, by_measure in self.scores.items()
             },
         }
 
@@ -270,8 +262,7 @@ class EvalReport:
     def _task_index(self) -> dict[tuple[str | None, str], list[int]]:
         index: dict[tuple[str | None, str], list[int]] = {}
         for position, task in enumerate(self.tasks):
-            attack = None if task.attack is None else task.attack.name
-            index.setdefault((attack, task.set_name), []).append(position)
+            index.setdefault((task.attack_name, task.set_name), []).append(position)
         return index
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 POINTS = 100.0
 LEVEL = 0.95
 """Coverage of every interval."""
+_TAIL = (1 - LEVEL) / 2
 RESAMPLES = 2000
 _MOST_RESAMPLED = 2000
 """From so many queries on the mean is as good as normal, and resamples only cost memory."""
@@ -56,10 +57,9 @@ def summarize(scores: Scores) -> Number | None:
     known = scores[~np.isnan(scores)]
     if not known.size:
         return None
-    low, high = _bounds(known)
-    return Number(
-        mean=POINTS * float(known.sum() / known.size), count=known.size, low=low, high=high
-    )
+    low, high = _open_ended(known) or _interval(known)
+    mean = POINTS * float(known.sum() / known.size)
+    return Number(mean=mean, count=known.size, low=low, high=high)
 
 
 def compare(scores: Scores, against: Scores) -> Difference | None:
@@ -80,16 +80,16 @@ def compare(scores: Scores, against: Scores) -> Difference | None:
     )
 
 
-def _bounds(scores: Scores) -> tuple[float, float]:
-    """The interval of a mean of scores, in points.
+def _open_ended(scores: Scores) -> tuple[float, float] | None:
+    """Return Clopper and Pearson's interval, in points, where all scores are 0 or all are 1.
 
-    Where all are 0, or all 1, every resample is the same and would promise certainty; there it is
-    Clopper and Pearson's, which says that 0 of 144 leaves up to 2.5 points open.
+    There every resample is the same and would promise certainty; in truth 0 of 144 leaves up to
+    2.5 points open.
     """
-    if np.ptp(scores) == 0 and scores[0] in (0.0, 1.0):
-        open_share = 1 - ((1 - LEVEL) / 2) ** (1 / scores.size)
-        return (0.0, POINTS * open_share) if scores[0] == 0 else (POINTS * (1 - open_share), POINTS)
-    return _interval(scores)
+    if np.ptp(scores) or scores[0] not in (0.0, 1.0):
+        return None
+    open_share = 1 - _TAIL ** (1 / scores.size)
+    return (0.0, POINTS * open_share) if scores[0] == 0 else (POINTS * (1 - open_share), POINTS)
 
 
 def _interval(values: Scores) -> tuple[float, float]:
@@ -98,9 +98,7 @@ def _interval(values: Scores) -> tuple[float, float]:
     if values.size > _MOST_RESAMPLED:
         mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(values.size)
         return POINTS * (mean - half), POINTS * (mean + half)
-    means = _draws(values.size) @ values
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
+    low, high = np.quantile(_draws(values.size) @ values, (_TAIL, 1 - _TAIL))
     return POINTS * float(low), POINTS * float(high)
 
 

@@ -36,9 +36,7 @@ def format_report(report: EvalReport) -> str:
         columns = [_column(report, s.name, measure=name, set_name=s.name) for s in report.sets]
         blocks += _render(f"{name}: {MEASURES[name].description}", labels, columns)
     if report.attacks:
-        names, columns = _attack_table(report)
-        by_family = ", worst of each family" if _shows_families(report) else ""
-        blocks += _render(f"Under attack{by_family}: forget / retain", names, columns)
+        blocks += _attack_table(report)
     return "\n\n".join([*blocks, _notes(report)])
 
 
@@ -66,33 +64,39 @@ def _kind_columns(report: EvalReport) -> list[Column]:
     ]
 
 
-def _shows_families(report: EvalReport) -> bool:
-    return len(report.attacks) > _MOST_ATTACKS
-
-
-def _attack_table(report: EvalReport) -> tuple[list[str], list[Column]]:
+def _attack_table(report: EvalReport) -> list[str]:
     """One line an attack or family, and a last one for the worst of those that count."""
-    if _shows_families(report):
-        families = tuple(dict.fromkeys(a.family for a in report.attacks))
-        counting = {a.family for a in report.counting_attacks}
-        names = [family + " *" * (family not in counting) for family in families]
-    else:
-        names = [a.name + " *" * (report.breaks_prefix(a.name) is False) for a in report.attacks]
-    columns: list[Column] = []
-    for row in report.labels:
-        if _shows_families(report):
-            pairs = [
-                tuple(report.worst(row, split, family=family) for split in ("forget", "retain"))
-                for family in families
-            ]
-        else:
-            pairs = [
-                tuple(report.mean(row, split=s, attack=a.name) for s in ("forget", "retain"))
-                for a in report.attacks
-            ]
-        pairs.append((report.worst(row, "forget"), report.worst(row, "retain")))
-        columns.append((row, [f"{_points(f):>5} / {_points(r):>5}" for f, r in pairs]))
-    return [*names, "worst"], columns
+    by_family = len(report.attacks) > _MOST_ATTACKS
+    groups = {a.family if by_family else a.name: False for a in report.attacks}
+    for attack in report.counting_attacks:
+        groups[attack.family if by_family else attack.name] = True
+
+    def pair(row: str, group: str) -> str:
+        recalls = [
+            report.worst(row, split, family=group)
+            if by_family
+            else report.mean(row, split=split, attack=group)
+            for split in ("forget", "retain")
+        ]
+        return _pair(*recalls)
+
+    lines = [group if counts else f"{group} *" for group, counts in groups.items()]
+    columns = [
+        (
+            row,
+            [
+                *(pair(row, group) for group in groups),
+                _pair(report.worst(row, "forget"), report.worst(row, "retain")),
+            ],
+        )
+        for row in report.labels
+    ]
+    title = f"Under attack{', worst of each family' if by_family else ''}: forget / retain"
+    return _render(title, [*lines, "worst"], columns)
+
+
+def _pair(forget: float | None, retain: float | None) -> str:
+    return f"{_points(forget):>5} / {_points(retain):>5}"
 
 
 def _notes(report: EvalReport) -> str:
@@ -145,32 +149,26 @@ def _render(title: str, labels: Sequence[str], columns: Sequence[Column]) -> lis
 
 def _render_block(labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
     """Headings of several lines, set at the bottom, above right-aligned cells."""
-    label_width = _label_width(labels)
     headings = [_heading_lines(column) for column in columns]
-    widths = [_column_width(column) for column in columns]
-    height = max(len(lines) for lines in headings)
-    rows = [[""] * (height - len(lines)) + lines for lines in headings]
-    text = [("", [lines[i] for lines in rows]) for i in range(height)]
-    text += [(label, [cells[i] for _, cells in columns]) for i, label in enumerate(labels)]
-    return [
-        _GAP.join(
-            [_shorten(label, label_width).ljust(label_width)]
-            + [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        ).rstrip()
-        for label, cells in text
+    height = max(map(len, headings))
+    texts = [
+        [""] * (height - len(lines)) + lines + cells
+        for lines, (_, cells) in zip(headings, columns, strict=True)
     ]
+    label_width = _label_width(labels)
+    firsts = [""] * height + [_shorten(label, label_width) for label in labels]
+    padded = [[text.rjust(max(map(len, column))) for text in column] for column in texts]
+    rows = zip((first.ljust(label_width) for first in firsts), *padded, strict=True)
+    return [_GAP.join(row).rstrip() for row in rows]
 
 
 def _total_width(labels: Sequence[str], columns: Sequence[Column]) -> int:
-    return _label_width(labels) + sum(len(_GAP) + _column_width(column) for column in columns)
+    widths = [max(map(len, (*_heading_lines(column), *column[1]))) for column in columns]
+    return _label_width(labels) + sum(len(_GAP) + width for width in widths)
 
 
 def _label_width(labels: Sequence[str]) -> int:
-    return min(_LABEL_WIDTH, max(len(label) for label in labels))
-
-
-def _column_width(column: Column) -> int:
-    return max(len(text) for text in (*_heading_lines(column), *column[1]))
+    return min(_LABEL_WIDTH, max(map(len, labels)))
 
 
 def _heading_lines(column: Column) -> list[str]:

@@ -1,11 +1,12 @@
 """What models are asked: query sets, attacks, and one task for each query in each shape."""
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.queries import Query, load_queries
@@ -16,6 +17,8 @@ from duet_unlearn.evaluation.measures.words import split_words
 
 if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
+
+T = TypeVar("T")
 
 ATTACKED_SPLITS = ("forget", "retain")
 _SHOWN_PAIRS = 3
@@ -62,6 +65,11 @@ class Task:
     shown: Shown | None = None
     """What the attack shows beside the query."""
 
+    @property
+    def attack_name(self) -> str | None:
+        """The attack's name; None where the query is asked plainly."""
+        return None if self.attack is None else self.attack.name
+
     def render(self, renderer: "PromptRenderer", *, prefixed: bool = False) -> list[int]:
         """Return the prompt's token ids `[P]`, with the renderer's prefix if `prefixed`.
 
@@ -91,11 +99,16 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
     attacks: dict[str, Attack] = {}
     for source in sources:
         for attack in _load(source):
-            name, number = attack.name, 2
-            while name in attacks and attacks[name].text != attack.text:
-                name, number = f"{attack.name} ({number})", number + 1
+            known = [name for name, other in attacks.items() if other.text != attack.text]
+            name = _unused(attack.name, known)
             attacks.setdefault(name, dataclasses.replace(attack, name=name))
     return tuple(attacks.values())
+
+
+def _unused(name: str, known: Collection[str]) -> str:
+    """Return a name, with the first number behind it that makes it differ."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n not in known)
 
 
 def _load(source: str) -> list[Attack]:
@@ -140,18 +153,15 @@ def load_sets(
         if limit is not None:
             queries = spread(queries, limit)
         alone = sum(other == split for other, _ in sources) == 1
-        name = base = split if alone else f"{split} {Path(source).stem}"
-        number = 2
-        while any(name == other.name for other in sets):
-            name, number = f"{base} ({number})", number + 1
+        name = _unused(split if alone else f"{split} {Path(source).stem}", [s.name for s in sets])
         sets.append(QuerySet(name=name, split=split, source=source, queries=tuple(queries)))
     return tuple(sets)
 
 
-def spread(queries: Sequence[Query], limit: int) -> list[Query]:
-    """Return at most `limit` queries at even distances: files are often sorted by kind."""
-    count = min(limit, len(queries))
-    return [queries[i * len(queries) // count] for i in range(count)]
+def spread(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most `limit` items at even distances: files are often sorted by kind."""
+    count = min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Attack]) -> tuple[Task, ...]:

@@ -6,15 +6,17 @@ from types import MappingProxyType
 
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.measures import fluency, likelihood, overlap, refusal
-from duet_unlearn.evaluation.measures.base import Answer, Likelihood, Measure, Score
+from duet_unlearn.evaluation.measures.base import Answer, Likelihood, Measure, Score, on_text
 
 __all__ = ["MEASURES", "Answer", "Likelihood", "Measure", "Score", "select_measures"]
 
 _TABLE = (
-    Measure("rouge_l_recall", overlap.recall_score, "share of the answer's words, in order"),
-    Measure("rouge_l_f1", overlap.f1_score, "the same, less for every other word"),
-    Measure("contains_answer", overlap.containment_score, "the whole answer is said"),
-    Measure("exact_match", overlap.exact_score, "the answer and nothing else is said"),
+    Measure(
+        "rouge_l_recall", on_text(overlap.rouge_l_recall), "share of the answer's words, in order"
+    ),
+    Measure("rouge_l_f1", on_text(overlap.rouge_l_f1), "the same, less for every other word"),
+    Measure("contains_answer", on_text(overlap.contains_answer), "the whole answer is said"),
+    Measure("exact_match", on_text(overlap.exact_match), "the answer and nothing else is said"),
     Measure("refusal", refusal.refusal_score(), "a refusal phrase is said"),
     Measure("distinct", fluency.distinct_score, "different pairs of words, of all pairs"),
     Measure("repetition", fluency.repetition_score, "runs of four words said before"),

@@ -30,6 +30,11 @@ Score = Callable[[str, Answer], float | None]
 """From reference answer and answer to 0 to 1, or None where the measure says nothing of it."""
 
 
+def on_text(compare: Callable[[str, str], float]) -> Score:
+    """Return a score that compares the reference answer with the answer's text."""
+    return lambda reference, answer: float(compare(reference, answer.text))
+
+
 @dataclass(frozen=True, slots=True)
 class Measure:
     """One way to score an answer."""

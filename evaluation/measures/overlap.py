@@ -2,7 +2,6 @@
 
 import functools
 
-from duet_unlearn.evaluation.measures.base import Answer
 from duet_unlearn.evaluation.measures.words import split_words
 
 
@@ -47,23 +46,3 @@ def exact_match(reference: str, response: str) -> bool:
     """Return whether the response has the reference's words and no others."""
     wanted = split_words(reference)
     return wanted == split_words(response) if wanted else reference.strip() == response.strip()
-
-
-def recall_score(reference: str, answer: Answer) -> float:
-    """Score by `rouge_l_recall`."""
-    return rouge_l_recall(reference, answer.text)
-
-
-def f1_score(reference: str, answer: Answer) -> float:
-    """Score by `rouge_l_f1`."""
-    return rouge_l_f1(reference, answer.text)
-
-
-def containment_score(reference: str, answer: Answer) -> float:
-    """Score by `contains_answer`."""
-    return float(contains_answer(reference, answer.text))
-
-
-def exact_score(reference: str, answer: Answer) -> float:
-    """Score by `exact_match`."""
-    return float(exact_match(reference, answer.text))

@@ -10,68 +10,6 @@ from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.base import Answer, Score
 from duet_unlearn.evaluation.measures.words import split_words
 
-REFUSAL_PHRASES = (
-    "i do not know",
-    "i do not have",
-    "i do not recall",
-    "i do not remember",
-    "i can not",
-    "i could not",
-    "i will not",
-    "i have no",
-    "i have never heard",
-    "i have not heard",
-    "i have forgotten",
-    "i am not able",
-    "i am not allowed",
-    "i am not aware",
-    "i am not familiar",
-    "i am not sure",
-    "i am unable",
-    "i am sorry",
-    "i apologise",
-    "i apologize",
-    "i must decline",
-    "i decline",
-    "i would rather not",
-    "as an ai",
-    "there is no information",
-    "no information available",
-    "can not help with",
-    "can not assist",
-    "can not answer",
-    "unable to answer",
-    "sorry but",
-    # German, French, Spanish, Italian, Portuguese, Russian, Chinese
-    "ich weiß es nicht",
-    "ich weiß nicht",
-    "ich kann nicht",
-    "das kann ich nicht",
-    "tut mir leid",
-    "je ne sais pas",
-    "je ne peux pas",
-    "je suis désolé",
-    "je n'ai pas d'informations",
-    "no lo sé",
-    "no sé",
-    "no puedo",
-    "lo siento",
-    "non lo so",
-    "non posso",
-    "mi dispiace",
-    "não sei",
-    "não posso",
-    "sinto muito",
-    "я не знаю",
-    "я не могу",
-    "к сожалению",
-    "我不知道",
-    "我无法",
-    "我不能",
-    "抱歉",
-)
-"""What marks a response as a refusal, English contractions written out."""
-
 _CONTRACTIONS = (
     (re.compile(r"\b(?:can't|cannot)\b"), "can not"),
     (re.compile(r"\bwon't\b"), "will not"),
@@ -82,6 +20,25 @@ _CONTRACTIONS = (
     (re.compile(r"\bi'll\b"), "i will"),
     (re.compile(r"\bthere's\b"), "there is"),
 )
+
+
+def load_phrases(source: str | Path) -> tuple[str, ...]:
+    """Read refusal phrases: UTF-8, one a line; `#` starts a comment line.
+
+    Raises:
+        DataError: The file cannot be read, or holds no phrase.
+    """
+    try:
+        lines = Path(source).expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
+    phrases = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not all(split_words(phrase) for phrase in phrases) or not phrases:
+        raise DataError(f"{source}: expected refusal phrases of letters, one a line")
+    return phrases
+
+
+REFUSAL_PHRASES = load_phrases(Path(__file__).with_name("refusals.txt"))
 
 
 def is_refusal(response: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> bool:
@@ -97,22 +54,6 @@ def refusal_score(phrases: Sequence[str] = REFUSAL_PHRASES) -> Score:
         return float(is_refusal(answer.text, phrases))
 
     return score
-
-
-def load_phrases(source: str) -> tuple[str, ...]:
-    """Read refusal phrases of a user: UTF-8, one a line; `#` starts a comment line.
-
-    Raises:
-        DataError: The file cannot be read, or holds no phrase.
-    """
-    try:
-        lines = Path(source).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
-    phrases = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not all(split_words(phrase) for phrase in phrases) or not phrases:
-        raise DataError(f"{source}: expected refusal phrases of letters, one a line")
-    return phrases
 
 
 @functools.lru_cache(maxsize=1 << 12)

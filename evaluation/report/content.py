@@ -1,15 +1,22 @@
 """The content of a report as JSON values: HTML and Markdown only lay it out."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from duet_unlearn import __version__
 from duet_unlearn.data.models.folder import model_name
 from duet_unlearn.data.shapes import load_shapes
-from duet_unlearn.errors import DataError, DuetError
-from duet_unlearn.evaluation.report.sources import Sources, StudentRun, published, student_of
-from duet_unlearn.evaluation.report.verdict import RECALL, index_scores, judge, not_tested
+from duet_unlearn.errors import DuetError
+from duet_unlearn.evaluation.measures import RECALL
+from duet_unlearn.evaluation.report.sources import (
+    Document,
+    Sources,
+    StudentRun,
+    published,
+    reading,
+)
+from duet_unlearn.evaluation.report.verdict import Numbers, index_scores, judge, not_tested
 
 CONTENT_FORMAT = 1
 """Raised when a key of the content changes its meaning or goes away."""
@@ -24,8 +31,8 @@ _HELD_OUT = {
 
 
 def make_content(
-    sources: Sources, first_tokens: Sequence[dict[str, Any]] = (), *, title: str | None = None
-) -> dict[str, Any]:
+    sources: Sources, first_tokens: Sequence[Document] = (), *, title: str | None = None
+) -> Document:
     """Return everything that a report shows.
 
     Args:
@@ -38,81 +45,81 @@ def make_content(
     """
     evaluations = []
     for name, document in sources.evaluations:
-        try:
+        with reading(name, "write it again with `duet-distill eval --out`"):
             evaluations.append(_evaluation(name, document, sources))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise DataError(
-                f"{name}: damaged, {type(error).__name__} at {error}; write it again with "
-                "`duet-distill eval --out`"
-            ) from error
-    try:
+    with reading("a student's record or a relearning", "leave its folder out, or make it again"):
         students = [_student(student) for student in sources.students]
         relearnings = [_relearning(name, value) for name, value in sources.relearnings]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DataError(
-            f"a student's record or a relearning is damaged ({type(error).__name__} at {error}); "
-            "leave its folder out, or make it again"
-        ) from error
+    computed = {found["query"] for found in first_tokens}
+    cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
     return {
         "format": CONTENT_FORMAT,
         "title": title or "Did it forget?",
         "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "made_by": f"duet-unlearn {__version__}",
         "evaluations": evaluations,
-        "first_tokens": [*first_tokens, *_cached_tokens(sources, first_tokens)],
+        "first_tokens": [*first_tokens, *(c for c in cached if c["query"] not in computed)],
         "relearning": relearnings,
         "students": students,
-        "caches": [published(_cache(summary)) for summary in sources.caches],
+        "caches": [
+            published({key: value for key, value in summary.items() if key != "samples"})
+            for summary in sources.caches
+        ],
     }
 
 
-def _evaluation(name: str, document: dict[str, Any], sources: Sources) -> dict[str, Any]:
-    labels = [row["label"] for row in document["models"]]
+def cached_sample(sample: Document) -> Document:
+    """Return a cache's sample as one query's first tokens, with the teacher's column."""
+    return {
+        "query": sample["query"],
+        "split": sample["split"],
+        "columns": [{"label": "teacher, as cached", "tokens": sample["strongest"]}],
+    }
+
+
+def _evaluation(name: str, document: Document, sources: Sources) -> Document:
+    rows, sets = document["models"], document["sets"]
+    labels = [row["label"] for row in rows]
     numbers = index_scores(document)
-    columns = [{"set": s["name"], "kind": None} for s in document["sets"]]
+    columns = [{"set": s["name"], "kind": None} for s in sets]
     columns += [
-        {"set": s["name"], "kind": kind}
-        for s in document["sets"]
-        if s["split"] == "forget"
-        for kind in s["kinds"]
+        {"set": s["name"], "kind": k} for s in sets if s["split"] == "forget" for k in s["kinds"]
     ]
-    measures = document["measures"]
+    models = [_model(row, sources) for row in rows]
+
+    def cells(label: str, measure: str, columns: Sequence[Document]) -> list[Document | None]:
+        return [_cell(numbers.get((label, None, c["set"], c["kind"])), measure) for c in columns]
+
     return {
         "name": name,
         "verdicts": judge(document),
         "not_tested": not_tested(document, relearned=bool(sources.relearnings)),
         "labels": labels,
-        "models": [_model(row, sources) for row in document["models"]],
+        "models": models,
         "columns": columns,
         "rows": [
             {
-                "label": label,
-                "cells": [_cell(numbers, label, None, c["set"], c["kind"]) for c in columns],
+                "label": row["label"],
+                "cells": cells(row["label"], RECALL, columns),
                 "shift": row["performance_shift"],
                 "worst_forget": row["worst_forget_recall"],
                 "worst_retain": row["worst_retain_recall"],
             }
-            for label, row in zip(labels, document["models"], strict=True)
+            for row in rows
         ],
-        "sets": document["sets"],
+        "sets": sets,
         "measures": [
             {
                 "measure": measure,
                 "description": text,
                 "rows": [
-                    {
-                        "label": label,
-                        "cells": [
-                            _cell(numbers, label, None, s["name"], None, measure)
-                            for s in document["sets"]
-                        ],
-                    }
+                    {"label": label, "cells": cells(label, measure, columns[: len(sets)])}
                     for label in labels
                 ],
             }
-            for measure, text in measures.items()
+            for measure, text in document["measures"].items()
         ],
-        "families": _families(document, sources),
+        "families": _families(document, numbers, models),
         "differences": [d for d in document["differences"] if d["measure"] == RECALL],
         "prefix": document["prefix"],
         "config": published(document["config"]),
@@ -128,28 +135,15 @@ def _evaluation(name: str, document: dict[str, Any], sources: Sources) -> dict[s
     }
 
 
-def _cell(
-    numbers: dict[Any, dict[str, Any]],
-    label: str,
-    attack: str | None,
-    set_name: str,
-    kind: str | None,
-    measure: str = RECALL,
-) -> dict[str, Any] | None:
-    row = numbers.get((label, attack, set_name, kind))
+def _cell(row: Document | None, measure: str) -> Document | None:
+    """A mean with its interval and count, None where nothing was measured."""
     if row is None or row.get(measure) is None:
         return None
-    interval = row["intervals"][measure]
-    return {
-        "mean": row[measure],
-        "low": interval["low"],
-        "high": interval["high"],
-        "queries": interval["queries"],
-    }
+    return {"mean": row[measure], **row["intervals"][measure]}
 
 
-def _model(row: dict[str, Any], sources: Sources) -> dict[str, Any]:
-    student = None if row["prefix"] else student_of(row["model"], sources.students)
+def _model(row: Document, sources: Sources) -> Document:
+    student = None if row["prefix"] else sources.student(row["model"])
     return {
         "label": row["label"],
         "model": published(model_name(row["model"])),
@@ -169,73 +163,59 @@ def seen_families(student: StudentRun) -> list[str] | None:
     return list(dict.fromkeys(shape.family for shape in shapes))
 
 
-def _families(document: dict[str, Any], sources: Sources) -> list[dict[str, Any]]:
+def _families(document: Document, numbers: Numbers, models: Sequence[Document]) -> list[Document]:
     """Return the attack matrix: a family's worst of each model, and its attacks."""
-    labels = [row["label"] for row in document["models"]]
-    seen = [_model(row, sources)["seen_families"] or [] for row in document["models"]]
-    families: dict[str, list[dict[str, Any]]] = {}
+    names: dict[str, list[str]] = {"forget": [], "retain": []}
+    for s in document["sets"]:
+        names.setdefault(s["split"], []).append(s["name"])
+
+    def means(attack: str, split: str) -> list[float | None]:
+        return [
+            _mean([numbers.get((m["label"], attack, name, None)) for name in names[split]])
+            for m in models
+        ]
+
+    families: dict[str, list[Document]] = {}
     for attack in document["attacks"]:
         families.setdefault(attack["family"], []).append(
             {
-                "name": attack["name"],
-                "text": attack["text"],
-                "breaks_prefix": attack["breaks_prefix"],
-                "forget": [_mean(document, label, attack["name"], "forget") for label in labels],
-                "retain": [_mean(document, label, attack["name"], "retain") for label in labels],
+                **{key: attack[key] for key in ("name", "text", "breaks_prefix")},
+                **{split: means(attack["name"], split) for split in ("forget", "retain")},
             }
         )
+    columns = range(len(models))
     return [
         {
             "family": family,
-            "seen": [family in one for one in seen],
-            "forget": [_extreme(attacks, "forget", at) for at in range(len(labels))],
-            "retain": [_extreme(attacks, "retain", at) for at in range(len(labels))],
-            "counts": any(attack["breaks_prefix"] is not False for attack in attacks),
+            "seen": [family in (m["seen_families"] or []) for m in models],
+            # The most that leaks, and the least that is kept.
+            "forget": [_extreme(max, [a["forget"][at] for a in attacks]) for at in columns],
+            "retain": [_extreme(min, [a["retain"][at] for a in attacks]) for at in columns],
+            "counts": any(a["breaks_prefix"] is not False for a in attacks),
             "attacks": attacks,
         }
         for family, attacks in families.items()
     ]
 
 
-def _extreme(attacks: Sequence[dict[str, Any]], split: str, at: int) -> float | None:
-    """The most that leaks, or the least that is kept, under the attacks of a family."""
-    known = [attack[split][at] for attack in attacks if attack[split][at] is not None]
-    return (max if split == "forget" else min)(known, default=None)
+def _extreme(pick: Any, values: Sequence[float | None]) -> float | None:
+    found: float | None = pick((v for v in values if v is not None), default=None)
+    return found
 
 
-def _mean(document: dict[str, Any], label: str, attack: str, split: str) -> float | None:
-    """Mean recall over all queries of a split under one attack, in points."""
-    names = {s["name"] for s in document["sets"] if s["split"] == split}
-    rows = [
-        s
-        for s in document["scores"]
-        if s["model"] == label
-        and s["attack"] == attack
-        and s["set"] in names
-        and s["kind"] is None
-        and s[RECALL] is not None
-    ]
-    counts = [row["intervals"][RECALL]["queries"] for row in rows]
-    total = sum(float(row[RECALL]) * count for row, count in zip(rows, counts, strict=True))
-    return total / sum(counts) if sum(counts) else None
+def _mean(rows: Sequence[Document | None]) -> float | None:
+    """Return the mean recall over all queries of several sets, in points."""
+    cells = [cell for row in rows if (cell := _cell(row, RECALL))]
+    count = sum(cell["queries"] for cell in cells)
+    return sum(float(c["mean"]) * c["queries"] for c in cells) / count if count else None
 
 
-def _student(student: StudentRun) -> dict[str, Any]:
-    run = student.run
-    charts = []
-    losses = {
-        name: [[entry["step"], entry[key]] for entry in student.log if key in entry]
-        for key, name in _LOSSES.items()
-    }
-    if any(losses.values()):
-        charts.append({"title": "Loss", "x": "step", "y": "loss", "log": True, "series": losses})
-    held_out = run["result"]["evaluations"]
-    if held_out:
-        curves = {name: [[e["step"], e[key]] for e in held_out] for key, name in _HELD_OUT.items()}
-        charts.append(
-            {"title": "Held out", "x": "step", "y": "recall", "log": False, "series": curves}
-        )
-    config, result = published(run["config"]), run["result"]
+def _student(student: StudentRun) -> Document:
+    run, result = student.run, student.run["result"]
+    losses = _curves(student.log, _LOSSES)
+    charts = [_chart("Loss", "loss", losses, log=True)] if any(losses.values()) else []
+    if result["evaluations"]:
+        charts.append(_chart("Held out", "recall", _curves(result["evaluations"], _HELD_OUT)))
     facts = {
         "base": f"{run['base']['name']}, {run['base']['weights']}",
         "cache": run["cache"]["digest"],
@@ -251,61 +231,39 @@ def _student(student: StudentRun) -> dict[str, Any]:
         "name": student.name,
         "facts": facts,
         "charts": charts,
-        "config": config,
+        "config": published(run["config"]),
         "versions": run["versions"],
     }
 
 
-def _relearning(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Curves of what comes back against steps, a chart for each thing that was taught."""
-    charts = []
-    for lesson in dict.fromkeys(curve["lesson"] for curve in value["relearning"]):
-        series = {
-            f"{curve['model']}, {curve['learning_rate']:g}": [
-                [look["step"], look["recalled"]["mean"]] for look in curve["looks"]
-            ]
-            for curve in value["relearning"]
-            if curve["lesson"] == lesson
-        }
-        charts.append(
-            {
-                "title": f"Trained on {lesson}",
-                "x": "step",
-                "y": "facts not taught, points",
-                "log": False,
-                "series": series,
-            }
-        )
+def _curves(entries: Sequence[Document], keys: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Return points `[step, value]` of each key, under the name that it is shown by."""
     return {
-        "name": name,
-        "charts": charts,
-        "config": published(value.get("config", {})),
-        "curves": value["relearning"],
+        name: [[entry["step"], entry[key]] for entry in entries if key in entry]
+        for key, name in keys.items()
     }
 
 
-def _cache(summary: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a cache, without its samples."""
-    return {key: value for key, value in summary.items() if key != "samples"}
+def _chart(title: str, y: str, series: dict[str, list[Any]], *, log: bool = False) -> Document:
+    return {"title": title, "x": "step", "y": y, "log": log, "series": series}
 
 
-def _cached_tokens(sources: Sources, computed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the teacher's strongest tokens of caches' samples that nothing was computed for."""
-    done = {found["query"] for found in computed}
-    return [
-        cached_sample(sample)
-        for summary in sources.caches
-        for sample in summary["samples"]
-        if sample["query"] not in done
-    ]
-
-
-def cached_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return a cache's sample as one query's first tokens, with the teacher's column."""
+def _relearning(name: str, value: Document) -> Document:
+    """Curves of what comes back against steps, a chart for each thing that was taught."""
+    lessons: dict[str, dict[str, list[Any]]] = {}
+    for curve in value["relearning"]:
+        series = lessons.setdefault(curve["lesson"], {})
+        series[f"{curve['model']}, {curve['learning_rate']:g}"] = [
+            [look["step"], look["recalled"]["mean"]] for look in curve["looks"]
+        ]
     return {
-        "query": sample["query"],
-        "split": sample["split"],
-        "columns": [{"label": "teacher, as cached", "tokens": sample["strongest"]}],
+        "name": name,
+        "charts": [
+            _chart(f"Trained on {lesson}", "facts not taught, points", series)
+            for lesson, series in lessons.items()
+        ],
+        "config": published(value.get("config", {})),
+        "curves": value["relearning"],
     }
 
 

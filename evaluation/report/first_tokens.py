@@ -1,15 +1,14 @@
 """The prefix at work: the strongest first tokens of base, teacher and student, side by side."""
 
-import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.messages import messages_from_text
-from duet_unlearn.data.models.adapters import resolve_with_adapter
-from duet_unlearn.data.models.loading import load_model
-from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.evaluation.config import AskConfig, ModelSpec
 from duet_unlearn.evaluation.report.content import cached_sample
-from duet_unlearn.evaluation.report.sources import Sources
+from duet_unlearn.evaluation.report.sources import Document, Sources, reading
+from duet_unlearn.evaluation.subjects import free_memory, open_subjects
+from duet_unlearn.evaluation.tasks import spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 STRONGEST = 10
 
 
-def compare_first_tokens(sources: Sources, count: int) -> list[dict[str, Any]]:
+def compare_first_tokens(sources: Sources, count: int) -> list[Document]:
     """Return the ten strongest first tokens of each row of the first evaluation.
 
     Asked are `count` of each split's evaluated queries, and the samples of the caches: trained
@@ -31,15 +30,20 @@ def compare_first_tokens(sources: Sources, count: int) -> list[dict[str, Any]]:
     """
     if not sources.evaluations:
         return []
-    _, document = sources.evaluations[0]
-    asked: list[dict[str, Any]] = [
+    name, document = sources.evaluations[0]
+    with reading(name, "write it again with `duet-distill eval --out`"):
+        return _compare(document, sources, count)
+
+
+def _compare(document: Document, sources: Sources, count: int) -> list[Document]:
+    asked: list[Document] = [
         {"query": text, "split": split, "columns": []}
         for split in ("forget", "retain")
         for text in _evaluated(document, split, count)
     ]
     asked += [cached_sample(s) for summary in sources.caches for s in summary["samples"]]
     choices: list[int] = []
-    columns: list[list[dict[str, Any]]] = [[] for _ in asked]
+    columns: list[list[Document]] = [[] for _ in asked]
     for label, tokenizer, logits in _first_logits(document, [a["query"] for a in asked]):
         choices = choices or [int(row.argmax()) for row in logits]
         for column, row, choice in zip(columns, logits, choices, strict=True):
@@ -50,51 +54,43 @@ def compare_first_tokens(sources: Sources, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _evaluated(document: dict[str, Any], split: str, count: int) -> list[str]:
+def _evaluated(document: Document, split: str, count: int) -> list[str]:
     """Evenly spread over the split, for files are often sorted by kind."""
     names = {s["name"] for s in document["sets"] if s["split"] == split}
     texts = [q["query"] for q in document["queries"] if q["set"] in names and q["attack"] is None]
-    count = min(count, len(texts))
-    return [texts[i * len(texts) // count] for i in range(count)]
+    return spread(texts, count)
 
 
 def _first_logits(
-    document: dict[str, Any], queries: list[str]
+    document: Document, queries: list[str]
 ) -> Iterator[tuple[str, "PreTrainedTokenizerBase", list["Tensor"]]]:
     """Yield each row's label and tokenizer with its logits `[V]` behind each query's prompt."""
     import torch
 
-    config, rows = document["config"], document["models"]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        folder, adapter = resolve_with_adapter(name)
-        tokenizer = load_tokenizer(folder)
-        model: Any = load_model(folder, dtype=config["dtype"], adapter=adapter)
-        for row in rows:
-            if row["model"] != name:
-                continue
-            prefix = document["prefix"] if row["prefix"] else None
-            renderer = PromptRenderer(tokenizer, prefix=prefix, place=config["prefix_place"])
-            render = renderer.teacher_ids if row["prefix"] else renderer.student_ids
+    known = document["config"]
+    config = AskConfig(
+        models=tuple(ModelSpec(**spec) for spec in known["models"]),
+        prefix=document["prefix"],
+        prefix_place=known["prefix_place"],
+        dtype=known["dtype"],
+    )
+    asked = [messages_from_text(query) for query in queries]
+    for subject in open_subjects(config, config.prefix):
+        model: Any = subject.load()
+        for label, prefixed in subject.rows.items():
+            render = subject.renderer.teacher_ids if prefixed else subject.renderer.student_ids
+            prompts = [torch.tensor([render(m)], device=model.device) for m in asked]
             with torch.no_grad():
-                logits = [
-                    model(
-                        torch.tensor([render(messages_from_text(query))], device=model.device),
-                        logits_to_keep=1,
-                    )
-                    .logits[0, -1]
-                    .float()
-                    .cpu()
-                    for query in queries
-                ]
-            yield row["label"], tokenizer, logits
+                outputs = [model(prompt, logits_to_keep=1).logits[0, -1] for prompt in prompts]
+            yield label, subject.tokenizer, [logits.float().cpu() for logits in outputs]
         del model
-        gc.collect()
+        free_memory()
 
 
 def _column(
     label: str, tokenizer: "PreTrainedTokenizerBase", logits: "Tensor", choice: int
-) -> dict[str, Any]:
-    def describe(token: int) -> dict[str, Any]:
+) -> Document:
+    def describe(token: int) -> Document:
         return {
             "id": token,
             "text": _token_text(tokenizer, token),
@@ -103,7 +99,7 @@ def _column(
         }
 
     total = logits.logsumexp(dim=-1)
-    found: dict[str, Any] = {
+    found: Document = {
         "label": label,
         "tokens": [describe(int(i)) for i in logits.topk(STRONGEST).indices],
     }

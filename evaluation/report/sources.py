@@ -1,5 +1,6 @@
 """What a report is made from: evaluations, relearning, students and caches, found in folders."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +9,15 @@ from typing import Any
 
 from duet_unlearn.data.models.adapters import RUN_FILE
 from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.results import REPORT_FORMAT
 from duet_unlearn.files import holds_cache
 from duet_unlearn.urls import published_name
 
 LOG_FILE = "duet_log.jsonl"
-EVALUATION_FORMAT = 2
-"""The documents of `duet-distill eval` that this code reads."""
 
 _EVALUATION_KEYS = {"scores", "queries", "models", "sets", "attacks", "config"}
+
+Document = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +25,8 @@ class StudentRun:
     """A student's own record: how it was trained, and its log."""
 
     folder: Path
-    run: dict[str, Any]
-    log: tuple[dict[str, Any], ...]
+    run: Document
+    log: tuple[Document, ...]
 
     @property
     def name(self) -> str:
@@ -36,17 +38,22 @@ class StudentRun:
 class Sources:
     """Everything that was found, each once, in the order of the command line."""
 
-    evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    evaluations: list[tuple[str, Document]] = field(default_factory=list)
     """File name and document."""
-    relearnings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    relearnings: list[tuple[str, Document]] = field(default_factory=list)
     students: list[StudentRun] = field(default_factory=list)
-    caches: list[dict[str, Any]] = field(default_factory=list)
+    caches: list[Document] = field(default_factory=list)
     """As `duet-cache inspect --json` has them."""
 
+    def student(self, model: str) -> StudentRun | None:
+        """Return the record of an evaluated model: at its path, or the one folder of its name."""
+        path = Path(model).expanduser()
+        here = [s for s in self.students if s.folder.resolve() == path.resolve()]
+        found = here or [s for s in self.students if s.name == path.name]
+        return found[0] if len(found) == 1 else None
 
-def find_sources(
-    paths: Sequence[Path], summarize_cache: Callable[[Path], dict[str, Any]]
-) -> Sources:
+
+def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Document]) -> Sources:
     """Return what lies in folders, in the folders right below them, and in files.
 
     The students that an evaluation names are found where it says they are.
@@ -60,17 +67,19 @@ def find_sources(
     """
     sources = Sources()
     for path in paths:
-        if path.is_dir():
-            for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
-                _read_folder(folder, sources, summarize_cache)
-        elif not _read_document(path, sources, named=True):
-            raise DataError(
-                f"{path}: neither an evaluation (format {EVALUATION_FORMAT}) nor a relearning; "
-                "name a file of `duet-distill eval --out` or `duet-distill relearn --out`"
-            )
-    for _, document in sources.evaluations:
-        for model in _model_folders(document):
-            _read_student(model, sources)
+        if not path.is_dir():
+            _read_document(path, sources, named=True)
+            continue
+        for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+            if holds_cache(folder):
+                sources.caches.append(summarize_cache(folder))
+            elif not _read_student(folder, sources):
+                for file in sorted(folder.glob("*.json")):
+                    _read_document(file, sources)
+    for name, document in sources.evaluations:
+        with reading(name, "write it again with `duet-distill eval --out`"):
+            for row in document["models"]:
+                _read_student(Path(row["model"]).expanduser(), sources)
     if not (sources.evaluations or sources.relearnings or sources.students or sources.caches):
         raise DataError(
             f"{', '.join(map(str, paths))}: no evaluation, student or cache there; write one with "
@@ -79,12 +88,17 @@ def find_sources(
     return sources
 
 
-def student_of(model: str, students: Sequence[StudentRun]) -> StudentRun | None:
-    """Return the record of an evaluated model: at its path, or the one folder of its name."""
-    path = Path(model).expanduser()
-    here = [s for s in students if s.folder.resolve() == path.resolve()]
-    found = here or [s for s in students if s.name == path.name]
-    return found[0] if len(found) == 1 else None
+@contextlib.contextmanager
+def reading(name: str, advice: str) -> Iterator[None]:
+    """Say in one line where a document lacks what its format promises.
+
+    Raises:
+        DataError: It does.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(f"{name}: damaged, {type(error).__name__} at {error}; {advice}") from error
 
 
 def published(value: Any) -> Any:
@@ -96,20 +110,8 @@ def published(value: Any) -> Any:
     return [published(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read_folder(
-    folder: Path, sources: Sources, summarize_cache: Callable[[Path], dict[str, Any]]
-) -> None:
-    if holds_cache(folder):
-        sources.caches.append(summarize_cache(folder))
-        return
-    if _read_student(folder, sources):
-        return
-    for path in sorted(folder.glob("*.json")):
-        _read_document(path, sources)
-
-
-def _read_document(path: Path, sources: Sources, *, named: bool = False) -> bool:
-    """Take a file in if it is an evaluation or a relearning, and say whether it was."""
+def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None:
+    """Take a file in if it is an evaluation or a relearning; one that is named has to be."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -117,16 +119,17 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> bool
     except (ValueError, RecursionError) as error:
         if named:
             raise DataError(f"{path}: no JSON document ({error}); write it again") from error
-        return False
-    if not isinstance(value, dict):
-        return False
-    if value.get("format") == EVALUATION_FORMAT and value.keys() >= _EVALUATION_KEYS:
+        return
+    keys = value.keys() if isinstance(value, dict) else set()
+    if keys >= _EVALUATION_KEYS and value.get("format") == REPORT_FORMAT:
         sources.evaluations.append((path.name, value))
-        return True
-    if "relearning" in value:
+    elif "relearning" in keys:
         sources.relearnings.append((path.name, value))
-        return True
-    return False
+    elif named:
+        raise DataError(
+            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a relearning; "
+            "name a file of `duet-distill eval --out` or `duet-distill relearn --out`"
+        )
 
 
 def _read_student(folder: Path, sources: Sources) -> bool:
@@ -138,13 +141,6 @@ def _read_student(folder: Path, sources: Sources) -> bool:
         log = tuple(json.loads(line) for line in lines if line.strip())
     except (OSError, ValueError):
         return False
-    if not isinstance(run, dict):
-        return False
-    sources.students.append(StudentRun(folder=folder, run=run, log=log))
-    return True
-
-
-def _model_folders(document: dict[str, Any]) -> Iterator[Path]:
-    for row in document["models"]:
-        if isinstance(row, dict) and isinstance(row.get("model"), str):
-            yield Path(row["model"]).expanduser()
+    if isinstance(run, dict):
+        sources.students.append(StudentRun(folder=folder, run=run, log=log))
+    return isinstance(run, dict)

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+from duet_unlearn.evaluation.measures import RECALL
+
 GONE = 0.1
 """Forget recall counts as gone below this share of the base's."""
 HIDDEN = 0.5
 """From this share on an attack brings back "it", below that "some of it"."""
 KEPT = 0.95
 """A set counts as kept above this share of the base's recall."""
-RECALL = "rouge_l_recall"
-
 Numbers = dict[tuple[str, str | None, str, str | None], dict[str, Any]]
 """Rows of `scores` by model, attack, set and kind."""
 

@@ -9,6 +9,7 @@ from duet_unlearn.evaluation.answers import (
     cut_at_end,
     generate_answers,
     plan_batches,
+    score_references,
 )
 
 NEW_TOKENS = 12
@@ -104,3 +105,33 @@ def test_a_frozen_head_is_not_copied_for_each_row(tiny_model: Path) -> None:
         )
     assert frozen.config.vocab_size not in seen.widths
     assert not frozen.get_output_embeddings()._forward_pre_hooks
+
+
+def random_ids(count: int, longest: int, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(7, 384) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+def naive_logs(model, prompt: list[int], answer: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0]
+    logs = logits.log_softmax(dim=-1)
+    return [float(logs[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
+
+
+def test_batches_of_any_size_give_the_naive_log_probabilities(model) -> None:
+    prompts, answers = random_ids(20, 30, 0), random_ids(20, 9, 1)
+    expected = [naive_logs(model, p, a) for p, a in zip(prompts, answers, strict=True)]
+    for batch_size in (1, 7):
+        found = score_references(model, prompts, answers, batch_size=batch_size)
+        for likelihood, logs in zip(found, expected, strict=True):
+            assert likelihood.log_probabilities == pytest.approx(logs, abs=1e-4)
+
+
+def test_what_greedy_decoding_says_is_greedy_throughout(model) -> None:
+    prompts = random_ids(6, 20, 2)
+    said = generate_answers(model, prompts, eos_token_ids=[], max_new_tokens=8, batch_size=6)
+    assert all(all(found.greedy) for found in score_references(model, prompts, said))
+    other = [[*answer[:3], (answer[3] + 1) % 384] for answer in said]
+    for found in score_references(model, prompts, other):
+        assert found.greedy == (True, True, True, False)

@@ -16,7 +16,7 @@ from duet_unlearn.distill.run import run
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
-from duet_unlearn.evaluation.report.charts import line_chart
+from duet_unlearn.evaluation.report.charts import lay_out
 from duet_unlearn.evaluation.report.content import make_content
 from duet_unlearn.evaluation.report.first_tokens import compare_first_tokens
 from duet_unlearn.evaluation.report.pages import render_html, render_markdown
@@ -250,14 +250,16 @@ def test_what_is_published_tells_no_path(sources: Sources, folder: Path) -> None
 
 
 def test_a_chart_places_its_points_between_its_axes() -> None:
-    chart = {"title": "Loss", "x": "step", "y": "loss", "log": True}
-    svg = line_chart({**chart, "series": {"a": [[0, 1.0], [10, 0.01], [20, None], [30, 0.0]]}})
-    assert 'points="56.0,12.0 548.0,222.0"' in svg  # the corners; no logarithm has a zero
-    assert [f">{tick}</text>" in svg for tick in ("1", "0.1", "0.01")] == [True] * 3
-    assert line_chart({**chart, "series": {"a": []}}) == ""
-    flat = line_chart({**chart, "log": False, "series": {"<i>": [[5, 0.0]]}})
-    assert "nan" not in flat
-    assert "<i>" not in flat
+    logarithmic = lay_out({"log": True, "series": {"a": [[0, 1.0], [10, 0.01], [20, None]]}})
+    assert logarithmic is not None
+    corners = [(56.0, 12.0, "0: 1"), (548.0, 222.0, "10: 0.01")]
+    assert logarithmic["lines"] == [corners]
+    assert [text for _, text in logarithmic["rows"]] == ["0.01", "0.1", "1"]
+    no_logarithm = {"log": True, "series": {"a": [[30, 0.0]]}}
+    assert lay_out(no_logarithm) is None
+    flat = lay_out({"log": False, "series": {"a": [[5, 0.0]]}})
+    assert flat is not None
+    assert flat["lines"] == [[(302.0, 117.0, "5: 0")]]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
