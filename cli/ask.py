@@ -1,6 +1,5 @@
 """`duet-distill ask`: what models say, side by side."""
 
-import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
+from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.evaluation.config import AskConfig, parse_models
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("ask", cls=SettingsCommand, settings=AskConfig)
 @click.argument("words", nargs=-1, required=True, metavar="MODEL... [QUESTION]")
-@click.option("--json", "as_json", is_flag=True, help="Print all answers as one JSON document.")
+@json_option
 @click.pass_context
 def ask_command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **_: Any) -> None:
     """Ask each MODEL the QUESTION and print the answers side by side.
@@ -40,7 +40,7 @@ def ask_command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **
         else:
             _print_answers(asker, text)
     if as_json:
-        click.echo(json.dumps(asked, ensure_ascii=False, indent=1))
+        print_json(asked)
 
 
 def _lines() -> Iterator[str]:

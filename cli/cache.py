@@ -1,7 +1,5 @@
 """`duet-cache`: build, inspect and verify teacher caches."""
 
-import json
-
 import click
 
 from duet_unlearn import __version__
@@ -9,6 +7,7 @@ from duet_unlearn.cli.cache_build import build_command
 from duet_unlearn.cli.cache_sets import diff_command, merge_command
 from duet_unlearn.cli.cache_share import list_command, pull_command, push_command
 from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging, harmless
+from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.cli.tune import tune_command
 from duet_unlearn.urls import redact_url
 
@@ -25,21 +24,21 @@ def main(verbose: bool) -> None:
 
 @main.command("inspect")
 @click.argument("cache")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def inspect_command(cache: str, as_json: bool) -> None:
     """Show what a cache is: recipe, sizes, Top-K mass, the teacher's strongest tokens."""
     from duet_unlearn.teacher_cache.inspect import render_summary, summarize
 
     summary = summarize(cache)
     if as_json:
-        click.echo(json.dumps(summary, indent=2, ensure_ascii=False))
+        print_json(summary)
     else:
         click.echo(render_summary(summary))
 
 
 @main.command("verify")
 @click.argument("cache")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @click.pass_context
 def verify_command(ctx: click.Context, cache: str, as_json: bool) -> None:
     """Check every byte and every row; exit with 1 and name each bad shard."""
@@ -54,7 +53,7 @@ def verify_command(ctx: click.Context, cache: str, as_json: bool) -> None:
             "rows": report.rows,
             "problems": list(report.problems),
         }
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)
     elif not report.problems:
         shards = len(report.manifest.shards)
         click.echo(f"{redact_url(cache)}: sound, {report.rows} rows in {shards} shard(s)")
@@ -73,12 +72,13 @@ def prefixes_command() -> None:
         click.echo(f"@{name}: {template.description}\n    {template.text}")
 
 
-main.add_command(tune_command)
-main.add_command(build_command)
-main.add_command(push_command)
-main.add_command(pull_command)
-main.add_command(list_command)
-
-
-main.add_command(merge_command)
-main.add_command(diff_command)
+for command in (
+    tune_command,
+    build_command,
+    push_command,
+    pull_command,
+    list_command,
+    merge_command,
+    diff_command,
+):
+    main.add_command(command)

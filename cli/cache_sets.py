@@ -1,15 +1,21 @@
 """`duet-cache merge` and `duet-cache diff`: commands on several caches."""
 
-import json
 from pathlib import Path
 
 import click
 
-from duet_unlearn.cli.cache_result import print_cache
-from duet_unlearn.cli.paths import FolderPath
+from duet_unlearn.cli.errors import Failure
+from duet_unlearn.cli.options import FolderPath
+from duet_unlearn.cli.output import json_option, print_cache, print_json
 from duet_unlearn.errors import DuetError
 
-_DIFFERENT, _TROUBLE = 1, 2
+_DIFFERENT = 1
+
+
+class _Trouble(Failure):
+    """As diff has it: 1 says that two caches differ, so that a failure is 2."""
+
+    exit_code = 2
 
 
 @click.command("merge")
@@ -22,12 +28,12 @@ _DIFFERENT, _TROUBLE = 1, 2
     show_default=True,
     help="Queries in one shard.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@json_option
 def merge_command(caches: tuple[str, ...], out: Path, shard_rows: int, as_json: bool) -> None:
     """Join caches of one recipe into one; no teacher runs.
 
     A query that several caches have is kept once, as the first of them has it. Caches of different
-    recipes are refused with what differs. A stopped merge goes on when it is run again.
+    recipes are refused with what differs. The same command resumes a stopped merge.
     """
     from duet_unlearn.teacher_cache.merge import merge
 
@@ -46,7 +52,7 @@ def merge_command(caches: tuple[str, ...], out: Path, shard_rows: int, as_json: 
 @click.command("diff")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document with all queries.")
+@json_option
 @click.pass_context
 def diff_command(ctx: click.Context, a: str, b: str, as_json: bool) -> None:
     """Show what differs between the recipes and the queries of two caches.
@@ -59,11 +65,9 @@ def diff_command(ctx: click.Context, a: str, b: str, as_json: bool) -> None:
     try:
         difference = diff(a, b)
     except DuetError as error:
-        # Not left to the group: its exit code for a failure is diff's for a difference.
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        ctx.exit(_TROUBLE)
+        raise _Trouble(str(error)) from error
     if as_json:
-        click.echo(json.dumps(difference.to_json(), indent=2, ensure_ascii=False))
+        print_json(difference.to_json())
     else:
         click.echo(render_difference(difference))
     if not difference.same:

@@ -1,26 +1,23 @@
 """`duet-cache push`, `pull` and `list`: share caches between teams."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from duet_unlearn.cli.cache_result import print_cache
-from duet_unlearn.cli.paths import FolderPath
+from duet_unlearn.cli.options import FolderPath
+from duet_unlearn.cli.output import json_option, print_cache, print_json
 from duet_unlearn.urls import redact_url, visible
 
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.share.listing import ListedCache
     from duet_unlearn.teacher_cache.share.transfer import TransferResult
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-
 
 @click.command("push")
 @click.argument("cache")
 @click.argument("url")
 @click.option("--check", is_flag=True, help="Read back what is there; send damaged shards again.")
-@_JSON
+@json_option
 def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
     """Copy CACHE to URL: s3://BUCKET/NAME, hf://datasets/ORG/NAME, or a folder.
 
@@ -35,7 +32,7 @@ def push_command(cache: str, url: str, check: bool, as_json: bool) -> None:
 @click.command("pull")
 @click.argument("url")
 @click.argument("folder", metavar="DIR", type=FolderPath())
-@_JSON
+@json_option
 def pull_command(url: str, folder: str, as_json: bool) -> None:
     """Copy the cache at URL, or URL@sha256:DIGEST, into DIR.
 
@@ -62,7 +59,7 @@ def _print_transfer(result: "TransferResult", *, as_json: bool) -> None:
 
 @click.command("list")
 @click.argument("url")
-@_JSON
+@json_option
 def list_command(url: str, as_json: bool) -> None:
     """List the caches at and below URL, a folder works too.
 
@@ -72,7 +69,7 @@ def list_command(url: str, as_json: bool) -> None:
 
     caches = list_caches(url)
     if as_json:
-        click.echo(json.dumps([_listed(cache) for cache in caches], indent=2, ensure_ascii=False))
+        print_json([_listed(cache) for cache in caches])
         return
     if not caches:
         click.echo(f"{redact_url(url)}: no teacher cache at or below it", err=True)

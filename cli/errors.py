@@ -1,6 +1,7 @@
 """One place where an error becomes the one line that the user reads."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -17,8 +18,8 @@ EXIT_FAILURE = 1
 EXIT_STOPPED = 130
 
 
-class _Failed(click.ClickException):
-    """One line on standard error, exit code 1."""
+class Failure(click.ClickException):
+    """One harmless line on standard error, exit code 1."""
 
     exit_code = EXIT_FAILURE
     label = "error: "
@@ -28,7 +29,7 @@ class _Failed(click.ClickException):
         click.echo(f"{self.label}{harmless(self.message)}", err=file is None, file=file)
 
 
-class _Stopped(_Failed):
+class _Stopped(Failure):
     """The same for work that the user stopped, exit code 130."""
 
     exit_code = EXIT_STOPPED
@@ -52,12 +53,17 @@ class DuetGroup(click.Group):
         except StoppedError as error:
             raise _Stopped(str(error)) from error
         except DuetError as error:
-            raise _Failed(str(error)) from error
+            raise Failure(str(error)) from error
         except KeyboardInterrupt as error:
-            message = "stopped; run the same command again, it goes on from what is finished"
+            message = "stopped; run the same command again, it resumes from what is finished"
             raise _Stopped(message) from error
         except MemoryError as error:
-            raise _Failed("out of memory; use a smaller batch or a smaller model") from error
+            raise Failure("out of memory; use a smaller batch or a smaller model") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head` has read enough, which click ends quietly
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise Failure(f"{where}{error.strerror or error}") from error
 
 
 def harmless(text: str) -> str:

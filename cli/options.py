@@ -1,12 +1,14 @@
 """A command whose flags, help page and suggestions come from a class of settings."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
 from duet_unlearn.errors import MissingSettingError
+from duet_unlearn.files import user_path
 from duet_unlearn.settings import Field, Settings, fields, read_pairs, suggest
 from duet_unlearn.settings_file import load
 
@@ -52,16 +54,17 @@ class SettingsCommand(click.Command):
 
     def given(self, ctx: click.Context) -> dict[str, Any]:
         """Return the settings that the command line gives, without defaults."""
-        return {
-            name: ctx.params[name]
-            for name in self.declared
-            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-        }
+        default = ParameterSource.DEFAULT
+        names = (name for name in self.declared if ctx.get_parameter_source(name) is not default)
+        return {name: ctx.params[name] for name in names}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section a heading."""
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
+        groups: dict[str, list[tuple[str, str]]] = {
+            field.group: [] for field, _ in self.declared.values()
+        }
+        # Extra flags first: they lead to the settings below them.
+        for parameter in sorted(self.get_params(ctx), key=lambda p: not isinstance(p, Extra)):
             group = getattr(parameter, "group", None)
             if parameter.name in self.declared:
                 group = self.declared[parameter.name][0].group
@@ -74,15 +77,15 @@ class SettingsCommand(click.Command):
                     formatter.write_dl(rows)
 
 
-def read_settings(ctx: click.Context, of: type[T], path: str | None = None, **given: Any) -> T:
-    """Return the settings of a command: its flags, those given here, and a YAML file's.
+def read_settings(ctx: click.Context, of: type[T], path: str | None = None, **others: Any) -> T:
+    """Return the settings of a command: its flags, which win, others, and a YAML file's.
 
     Raises:
         click.UsageError: One that has no default is in none of them.
     """
     command = cast("SettingsCommand", ctx.command)
     try:
-        return load(of, path, {**command.given(ctx), **given})
+        return load(of, path, {**others, **command.given(ctx)})
     except MissingSettingError as error:
         flag = str(fields(of)[error.setting].flag)
         kind = "option" if flag.startswith("-") else "argument"
@@ -99,6 +102,17 @@ class Extra(click.Option):
     def __init__(self, names: Sequence[str], *, group: str, **settings: Any) -> None:
         super().__init__(names, **settings)
         self.group = group
+
+
+class FolderPath(click.ParamType[Path]):
+    """A folder or file as the user typed it, `~` resolved; an empty text names none."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        del ctx
+        return user_path(value, param.opts[0] if param is not None else "path")
 
 
 class _Text(click.ParamType[Any]):
@@ -129,6 +143,8 @@ def _parameter(field: Field) -> click.Parameter | None:
         settings["default"] = field.default
     if bool in field.alternatives:
         settings["is_flag"] = True
+    elif Path in field.alternatives:
+        settings["type"] = FolderPath()
     elif field.choices:
         settings["type"] = click.Choice(field.choices)
     elif field.many:

@@ -30,8 +30,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.errors import ConfigurationError
-
 if TYPE_CHECKING:
     from duet_unlearn.distill.job import RunResult
     from duet_unlearn.evaluation.results import EvalReport
@@ -78,17 +76,14 @@ def build_cache(
     from duet_unlearn.teacher_cache.build.config import BuildConfig
 
     given = {name: _text(value) for name, value in settings.items()}
-    try:
-        config = BuildConfig(
-            teacher=os.fspath(teacher),
-            prefix=resolve_prefix(prefix, topic),
-            out=Path(out),
-            forget=_several(forget),
-            retain=_several(retain),
-            **given,
-        )
-    except TypeError as error:
-        raise ConfigurationError(f"build_cache: {error}") from None
+    config = BuildConfig(
+        teacher=os.fspath(teacher),
+        prefix=resolve_prefix(prefix, topic),
+        out=Path(out),
+        forget=_several(forget),
+        retain=_several(retain),
+        **given,
+    )
     return build(config)
 
 

@@ -1,9 +1,8 @@
 """What a build is asked to do, and the recipe that follows from it and the model folder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from duet_unlearn.data.models.fingerprint import (
     chat_template_fingerprint,
@@ -15,79 +14,100 @@ from duet_unlearn.data.models.fingerprint import (
 from duet_unlearn.data.models.folder import eos_token_ids, head_width, read_config, stored_dtype
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.settings import Count, Settings, setting, settings
 from duet_unlearn.teacher_cache.build.parts import Part
 from duet_unlearn.teacher_cache.build.plan import check_shard_rows
 from duet_unlearn.teacher_cache.engines import resolve_engine_name
 from duet_unlearn.teacher_cache.engines.options import check_options
-from duet_unlearn.teacher_cache.format.recipe import COMPUTE_DTYPES, Recipe
+from duet_unlearn.teacher_cache.format.recipe import Recipe
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildConfig:
-    """What `duet-cache build` was asked to do."""
+@settings
+class BuildConfig(Settings):
+    """Settings of `duet-cache build`."""
 
-    teacher: str
-    """Model folder or hub id of the base model."""
-    out: Path
-    """The cache folder."""
-    forget: tuple[str, ...] = ()
-    """Sources of forget queries."""
-    retain: tuple[str, ...] = ()
-    """Sources of retain queries."""
-    prefix: str
-    """The steering prefix in full."""
-    prefix_place: str = "system"
-    """`system`, `user` or `raw`."""
-    retain_prefix: bool = True
-    """Put the prefix in front of retain queries too (the paper's Eq. 3)."""
-    views: tuple[str, ...] = ()
-    """Shapes in which the plain base answers the retain queries too, for training in them."""
-    top_k: int = 100
-    """Tokens kept at each position."""
-    positions: int = 1
-    """Most positions a query."""
-    engine: str = "auto"
-    """`vllm`, `transformers`, or `auto`: vLLM where it imports."""
-    shard_rows: int = 1024
-    """Queries a shard."""
-    logit_dtype: str = "float16"
-    """How logits are stored."""
-    teacher_dtype: str = "auto"
-    """What the teacher computes in; `auto` is the dtype its configuration names."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    reuse: tuple[str, ...] = ()
-    """Caches of the same recipe whose rows are taken over; they do not change what is built."""
-
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """Options for the engine, by its own names; recorded with the rows, no part of the recipe."""
-    part: Part | None = None
-    """Build this part of the queries alone, for `merge` to join with the others."""
-    workers: int | None = None
-    """Engines that run at the same time on a Ray cluster; None for one engine without Ray."""
-    ray_address: str = "local"
-    """The Ray cluster's address; `local` starts one on this machine."""
+    teacher: str = setting(
+        group="What to cache", metavar="MODEL", help="Model folder or hub id of the base model."
+    )
+    out: Path = setting(metavar="DIR", help="The cache folder to write.")
+    forget: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        help="Queries to forget: JSONL, CSV, Parquet, a kit such as @harry-potter, or "
+        "hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+    )
+    retain: tuple[str, ...] = setting(
+        default=(), metavar="FILE", help="Queries to keep, same formats. Repeatable."
+    )
+    views: tuple[str, ...] = setting(
+        default=(),
+        flag="--view",
+        metavar="FILE|@NAME",
+        help="Also cache what the plain base says to the retain queries in these shapes, so that a "
+        "student can be trained in them: @view-shapes, or a file with one shape a line. "
+        "Repeatable.",
+    )
+    prefix: str = setting(group="How to steer", flag=None, help="The steering prefix in full.")
+    prefix_place: Literal["system", "user", "raw"] = setting(
+        default="system",
+        help="Where the prefix goes: system turn, front of the user turn, or in front of it all.",
+    )
+    retain_prefix: bool = setting(
+        default=True,
+        flag="--retain-prefix/--no-retain-prefix",
+        help="Put the prefix in front of retain queries too (the paper's Eq. 3).",
+    )
+    top_k: Count = setting(default=100, group="What to keep", help="Tokens kept a position.")
+    positions: Count = setting(default=1, help="Decoding steps kept a query.")
+    logit_dtype: Literal["float16", "float32"] = setting(
+        default="float16", help="How logits are stored."
+    )
+    shard_rows: Count = setting(default=1024, help="Queries in one shard.")
+    reuse: tuple[str, ...] = setting(
+        default=(),
+        metavar="CACHE",
+        help="Take over the rows of a cache of the same recipe. Repeatable.",
+    )
+    engine: Literal["auto", "vllm", "transformers"] = setting(
+        default="auto",
+        group="Engine",
+        help="What runs the teacher; auto takes vLLM where it imports.",
+    )
+    engine_args: Mapping[str, Any] = setting(
+        default_factory=dict,
+        flag="--engine-arg",
+        metavar="KEY=VALUE",
+        help="An option for the engine, by its own name: tensor_parallel_size=2. Repeatable.",
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        default="auto", help="What the teacher computes in; auto is what its config.json names."
+    )
+    trust_remote_code: bool = setting(default=False, help="Run code that comes with the model.")
+    part: Part | None = setting(
+        default=None,
+        group="Many machines",
+        flag=None,
+        help="Build this part of the queries alone, for `merge` to join with the others.",
+    )
+    workers: Count | None = setting(
+        default=None, metavar="N", help="Run N engines at the same time on a Ray cluster."
+    )
+    ray_address: str = setting(
+        default="local",
+        flag="--ray",
+        metavar="ADDRESS",
+        help="The Ray cluster for --workers: its address, auto, or local for this machine.",
+    )
 
     def __post_init__(self) -> None:
-        """Check what needs no model.
-
-        Raises:
-            ConfigurationError: A value cannot work.
-        """
+        """Check what needs no model."""
         if not self.prefix.strip():
             raise ConfigurationError(
                 "the steering prefix is empty; give --prefix a text or the @NAME of a built-in one"
             )
         if not self.forget and not self.retain:
             raise ConfigurationError("no queries; give --forget FILE, and --retain FILE beside it")
-        if self.teacher_dtype not in ("auto", *COMPUTE_DTYPES):
-            raise ConfigurationError(
-                f"teacher_dtype is {self.teacher_dtype!r}, expected auto or one of "
-                f"{', '.join(COMPUTE_DTYPES)}"
-            )
-        check_shard_rows(self.shard_rows, max(self.top_k, 1), max(self.positions, 1))
-        if self.workers is not None and self.workers < 1:
-            raise ConfigurationError(f"workers is {self.workers}, expected a number from 1")
+        check_shard_rows(self.shard_rows, self.top_k, self.positions)
         if self.engine_args:
             check_options(resolve_engine_name(self.engine), self.engine_args)
 

@@ -235,6 +235,6 @@ def test_an_interrupted_pull_ends_at_once_while_the_network_stands_still(
             process.kill()
             web.hold.set()
     assert (process.returncode, out) == (130, "")
-    assert err == "stopped; run the same command again, it goes on from what is finished\n"
+    assert err == "stopped; run the same command again, it resumes from what is finished\n"
     assert not (tmp_path / "here/manifest.json").exists()
     assert pull(web.url, tmp_path / "here").moved_shards >= 1

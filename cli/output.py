@@ -1,0 +1,86 @@
+"""What commands print: text for people, or with --json one JSON document in its place."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from duet_unlearn.errors import ConfigurationError, OutputError
+from duet_unlearn.files import refuse_inside_cache, write_text
+
+if TYPE_CHECKING:
+    from duet_unlearn.teacher_cache.format.manifest import Manifest
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON document on standard output, in place of the text.",
+)
+"""The same for every command that has a result."""
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document; halves of surrogate pairs, which no UTF-8 has, become `?`."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2)
+    click.echo(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def print_cache(
+    cache: str | Path,
+    manifest: "Manifest",
+    *,
+    hit: bool,
+    done: str,
+    counts: Mapping[str, int],
+    as_json: bool,
+) -> None:
+    """Print a finished cache and the pin under which others can name it.
+
+    Args:
+        cache: Its folder or URL.
+        manifest: Its manifest.
+        hit: Whether it was there already and nothing was done.
+        done: What was done, for people.
+        counts: What was done, for the JSON document.
+        as_json: Print that document instead of text.
+    """
+    if as_json:
+        document = {"cache": str(cache), "digest": manifest.digest, "hit": hit}
+        document |= {"rows": manifest.num_rows, **counts}
+        print_json(document | {"shards": len(manifest.shards), "bytes": manifest.num_bytes})
+        return
+    splits = ", ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
+    how = "found finished" if hit else done
+    click.echo(f"{cache}: {splits} ({how}), {manifest.num_bytes} bytes")
+    click.echo(f"pin it as {cache}@{manifest.digest}")
+
+
+def check_target(target: Path) -> None:
+    """Refuse a file that cannot be written before the work, not after it.
+
+    Raises:
+        ConfigurationError: It lies inside a cache, is a folder, or its folder is missing.
+    """
+    refuse_inside_cache(target)
+    if target.is_dir():
+        raise ConfigurationError(f"{target}: a folder, expected the name of a file")
+    if not target.parent.is_dir():
+        raise ConfigurationError(f"{target}: no folder {target.parent}; make it first")
+
+
+def write_target(target: Path, text: str) -> None:
+    """Write a file that was checked before the work.
+
+    Raises:
+        OutputError: It cannot be written after all.
+    """
+    try:
+        write_text(target, text)
+    except OutputError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise OutputError(
+            f"{target}: cannot be written ({reason}); name a file in another folder"
+        ) from error
