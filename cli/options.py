@@ -1,5 +1,6 @@
 """A command whose flags, help page and suggestions come from a class of settings."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -60,9 +61,10 @@ class SettingsCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section a heading."""
-        groups: dict[str, list[tuple[str, str]]] = {
-            field.group: [] for field, _ in self.declared.values()
-        }
+        # Headings under which something has to be given come first.
+        declared = [field for field, _ in self.declared.values()]
+        by_need = sorted(declared, key=lambda field: field.default is not dataclasses.MISSING)
+        groups: dict[str, list[tuple[str, str]]] = {field.group: [] for field in by_need}
         # Extra flags first: they lead to the settings below them.
         for parameter in sorted(self.get_params(ctx), key=lambda p: not isinstance(p, Extra)):
             group = getattr(parameter, "group", None)

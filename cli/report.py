@@ -26,6 +26,7 @@ from duet_unlearn.errors import ConfigurationError
     "--first-tokens",
     type=click.IntRange(min=0),
     default=0,
+    show_default=False,
     metavar="N",
     help="Load the evaluated models and compare their strongest first tokens on N queries of each "
     "split, and on the cache's samples.  [default: what was cached]",

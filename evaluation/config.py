@@ -106,8 +106,8 @@ class EvalConfig(AskConfig):
     forget: tuple[str, ...] = setting(
         group="What to ask",
         metavar="FILE",
-        help="Queries with answers that should be gone; a column `kind` is scored apart. "
-        "Repeatable.",
+        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
+        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. A column `kind` is scored apart. Repeatable.",
     )
     retain: tuple[str, ...] = setting(
         metavar="FILE", help="Queries with answers that should be kept. Repeatable."

@@ -1,6 +1,7 @@
 """An evaluation as plain text of at most 100 columns."""
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ WIDTH = 100
 _GAP = "  "
 _LABEL_WIDTH = 24
 _HEADING_WIDTH = 12
+_PIECE = re.compile(r"[^-_./]*[-_./]+|[^-_./]+")
 _MOST_ATTACKS = 12
 """Of more attacks the table shows one line a family."""
 
@@ -28,7 +30,7 @@ def format_report(report: EvalReport) -> str:
     scores, kinds = _score_columns(report), _kind_columns(report)
     at = len(report.sets_of("forget"))
     together = [*scores[:at], *kinds, *scores[at:]]
-    if _total_width(labels, together) <= WIDTH:
+    if _fits(labels, together):
         blocks = _render("", labels, together)
     else:
         blocks = [*_render("", labels, scores), *_render("Kinds of forget queries", labels, kinds)]
@@ -139,7 +141,7 @@ def _render(title: str, labels: Sequence[str], columns: Sequence[Column]) -> lis
     rest = list(columns)
     while rest:
         taken = 1
-        while taken < len(rest) and _total_width(labels, rest[: taken + 1]) <= WIDTH:
+        while taken < len(rest) and _fits(labels, rest[: taken + 1]):
             taken += 1
         lines = _render_block(labels, rest[:taken])
         blocks.append("\n".join([title, *lines] if title else lines))
@@ -155,27 +157,39 @@ def _render_block(labels: Sequence[str], columns: Sequence[Column]) -> list[str]
         [""] * (height - len(lines)) + lines + cells
         for lines, (_, cells) in zip(headings, columns, strict=True)
     ]
-    label_width = _label_width(labels)
-    firsts = [""] * height + [_shorten(label, label_width) for label in labels]
     padded = [[text.rjust(max(map(len, column))) for text in column] for column in texts]
-    rows = zip((first.ljust(label_width) for first in firsts), *padded, strict=True)
-    return [_GAP.join(row).rstrip() for row in rows]
+    # Labels get what the columns leave of the width.
+    width = min(max(map(len, labels)), max(_LABEL_WIDTH, WIDTH - _width(columns)))
+    firsts = [text.ljust(width) for text in [""] * height + [_shorten(t, width) for t in labels]]
+    return [_GAP.join(row).rstrip() for row in zip(firsts, *padded, strict=True)]
 
 
-def _total_width(labels: Sequence[str], columns: Sequence[Column]) -> int:
-    widths = [max(map(len, (*_heading_lines(column), *column[1]))) for column in columns]
-    return _label_width(labels) + sum(len(_GAP) + width for width in widths)
+def _fits(labels: Sequence[str], columns: Sequence[Column]) -> bool:
+    return min(_LABEL_WIDTH, max(map(len, labels))) + _width(columns) <= WIDTH
 
 
-def _label_width(labels: Sequence[str]) -> int:
-    return min(_LABEL_WIDTH, max(map(len, labels)))
+def _width(columns: Sequence[Column]) -> int:
+    """Of columns with the gaps in front of them."""
+    texts = [(*_heading_lines(column), *column[1]) for column in columns]
+    return sum(len(_GAP) + max(map(len, column)) for column in texts)
 
 
 def _heading_lines(column: Column) -> list[str]:
-    """The heading in lines no wider than the column needs anyway."""
+    """The heading in lines no wider than the column needs anyway; names break at their signs."""
     heading, cells = column
-    words = [_shorten(word, _HEADING_WIDTH) for word in heading.split()]
-    return textwrap.wrap(" ".join(words), max(len(text) for text in (*words, *cells)))
+    pieces = [
+        (" " * (at == 0), _shorten(piece, _HEADING_WIDTH))
+        for word in heading.split()
+        for at, piece in enumerate(_PIECE.findall(word))
+    ]
+    width = max(len(text) for text in (*cells, *(piece for _, piece in pieces)))
+    lines: list[str] = []
+    for space, piece in pieces:
+        if lines and len(lines[-1] + space + piece) <= width:
+            lines[-1] += space + piece
+        else:
+            lines.append(piece)
+    return lines
 
 
 def _shorten(text: str, width: int) -> str:

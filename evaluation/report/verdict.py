@@ -89,9 +89,10 @@ def _sentences(
         f"Of {len(document['attacks'])} attacks in {len(families)} families the worst "
         f"({family}) draws out {points(row['worst_forget_recall'])}."
     )
-    if any(attack["breaks_prefix"] is False for attack in document["attacks"]):
-        tame = sum(attack["breaks_prefix"] is False for attack in document["attacks"])
-        yield f"{tame} of the attacks do not even break {base} + prefix and prove little."
+    tame = sum(attack["breaks_prefix"] is False for attack in document["attacks"])
+    if tame:
+        what = "1 of them does not" if tame == 1 else f"{tame} of them do not"
+        yield f"{what} even break {base} + prefix, which proves little."
 
 
 def not_tested(document: dict[str, Any], *, relearned: bool) -> str:

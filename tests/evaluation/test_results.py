@@ -248,7 +248,11 @@ def test_many_models_and_kinds_stay_within_the_width() -> None:
     said = dict.fromkeys(labels, SAID["student"])
     text = format_report(make_report(said, attacks=("attacks.txt",)))
     assert max(len(line) for line in text.splitlines()) <= WIDTH
-    assert "a-model-with…long-name-8" in text
+    assert text.count("\na-model-with-a-rather-long-name-8  ") == 1  # the columns leave room
+    longer = dict.fromkeys(label + "-that-goes-on" for label in labels)
+    text = format_report(make_report(dict.fromkeys(longer, SAID["student"]), attacks=("a.txt",)))
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+    assert "…" in text
     # Nine columns of attacks do not fit side by side: two blocks, each with its last line.
     assert text.count("\nworst ") == 2
 
