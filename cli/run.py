@@ -1,12 +1,12 @@
 """`duet-distill run`: train a student from a cache, or for another objective."""
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from duet_unlearn.cli.options import Extra, SettingsCommand, read_settings
+from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.distill.config import RunConfig
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Read settings from this YAML file; flags win over it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @click.pass_context
 def run_command(ctx: click.Context, /, config_file: str | None, as_json: bool, **_: Any) -> None:
     """Fit a student to the signals of CACHE: a folder or a URL, with @sha256:DIGEST to pin it.
@@ -42,7 +42,7 @@ def _print_result(result: "RunResult", *, as_json: bool) -> None:
     import dataclasses
 
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+        print_json(dataclasses.asdict(result))
         return
     queries = ", ".join(f"{count} {split}" for split, count in result.queries.items())
     if result.hit:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
+from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.teacher_cache.tune import RULE, TuneConfig
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     epilog=f"Candidates are ordered by: {RULE}. Where a prefix loses more than a fifth of what is "
     "to be kept, --no-retain-prefix is proposed with it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the same as one JSON document.")
+@json_option
 @click.pass_context
 def tune_command(ctx: click.Context, /, as_json: bool, **_: Any) -> None:
     """Try steering prefixes on a sample of the queries and order them, before anything is built.
@@ -40,7 +41,7 @@ def tune_command(ctx: click.Context, /, as_json: bool, **_: Any) -> None:
     # People see the table also where the document goes to a file.
     click.echo(render_table(result), err=as_json)
     if as_json:
-        click.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=1))
+        print_json(result.to_json())
 
 
 def render_table(result: "TuneResult") -> str:
