@@ -33,14 +33,9 @@ def plan_batches(
 
     Longest first means that a batch too large for the memory fails at once and not at the end.
 
-    Args:
-        lengths: prompt lengths in tokens.
-        batch_size: most rows of a batch.
-        max_new_tokens: most tokens of an answer.
-        max_tokens: most rows x (longest prompt + new tokens); one row may exceed it.
-
     Returns:
-        Batches of indices into `lengths`, each index once.
+        Batches of indices into `lengths`, each index once: at most `batch_size` rows, and at most
+        `max_tokens` of rows x (longest prompt + new tokens), which one row alone may exceed.
     """
     batches: list[list[int]] = []
     room = 0
@@ -60,21 +55,17 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[list[int]]:
-    """Answer each prompt greedily; arguments and errors are those of `stream_answers`.
-
-    Returns:
-        The new token ids of each prompt, up to and without its end of sequence.
-    """
-    answers: list[list[int]] = [[] for _ in prompts]
-    for index, ids in stream_answers(
-        model,
-        prompts,
-        eos_token_ids=eos_token_ids,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    ):
-        answers[index] = ids
-    return answers
+    """Return the answers of `stream_answers`, one a prompt."""
+    answers = dict(
+        stream_answers(
+            model,
+            prompts,
+            eos_token_ids=eos_token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    )
+    return [answers[index] for index in range(len(prompts))]
 
 
 def stream_answers(
@@ -86,7 +77,7 @@ def stream_answers(
     batch_size: int,
     streamer: Any = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the index of each prompt with its greedy answer, batch by batch.
+    """Yield the index of each prompt with its greedy answer, without the end of sequence.
 
     Args:
         model: a causal language model, in evaluation mode.

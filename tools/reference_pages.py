@@ -134,33 +134,18 @@ def _markdown(docstring: str) -> list[str]:
 
 def _settings_table(function: Callable[..., Any], config: Any) -> list[str]:
     """Return the settings that a function takes beside its named arguments."""
-    from duet_unlearn.settings import Settings, fields
+    from duet_unlearn.settings import fields
 
     named = inspect.signature(function).parameters
     rows = ["| setting | expected | default | |", "| --- | --- | --- | --- |"]
-    if issubclass(config, Settings):
-        found = [
-            (field.name, field.expected, field.default, field.shown.help)
-            for field in fields(config).values()
-        ]
-    else:
-        docs = _attribute_docs(config)
-        found = [
-            (field.name, docs[field.name][0], _default(field), docs[field.name][1])
-            for field in dataclasses.fields(config)
-        ]
-    for name, expected, default, help_text in found:
+    for name, field in fields(config).items():
         if name not in named:
-            shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
-            text = re.sub(r"\s*\[default: .*\]| Repeatable\.$", "", help_text)
-            cells = (f"`{name}`", expected, shown, text)
+            required = field.default is dataclasses.MISSING
+            shown = "required" if required else f"`{field.default!r}`"
+            text = re.sub(r"\s*\[default: .*\]| Repeatable\.$", "", field.shown.help)
+            cells = (f"`{name}`", field.expected, shown, text)
             rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return [*rows, ""]
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
 
 
 def _described(described: type) -> list[str]:

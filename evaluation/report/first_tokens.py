@@ -32,19 +32,16 @@ def compare_first_tokens(sources: Sources, count: int) -> list[Document]:
         return []
     name, document = sources.evaluations[0]
     with reading(name, "write it again with `duet-distill eval --out`"):
-        return _compare(document, sources, count)
-
-
-def _compare(document: Document, sources: Sources, count: int) -> list[Document]:
-    asked: list[Document] = [
-        {"query": text, "split": split, "columns": []}
-        for split in ("forget", "retain")
-        for text in _evaluated(document, split, count)
-    ]
+        config = _config(document)
+        asked: list[Document] = [
+            {"query": text, "split": split, "columns": []}
+            for split in ("forget", "retain")
+            for text in _evaluated(document, split, count)
+        ]
     asked += [cached_sample(s) for summary in sources.caches for s in summary["samples"]]
     choices: list[int] = []
     columns: list[list[Document]] = [[] for _ in asked]
-    for label, tokenizer, logits in _first_logits(document, [a["query"] for a in asked]):
+    for label, tokenizer, logits in _first_logits(config, [a["query"] for a in asked]):
         choices = choices or [int(row.argmax()) for row in logits]
         for column, row, choice in zip(columns, logits, choices, strict=True):
             column.append(_column(label, tokenizer, row, choice))
@@ -52,6 +49,17 @@ def _compare(document: Document, sources: Sources, count: int) -> list[Document]
         {**question, "columns": column + question["columns"]}
         for question, column in zip(asked, columns, strict=True)
     ]
+
+
+def _config(document: Document) -> AskConfig:
+    """Return who was evaluated, with the prefix as it stood in the prompts."""
+    known = document["config"]
+    return AskConfig(
+        models=tuple(ModelSpec(**spec) for spec in known["models"]),
+        prefix=document["prefix"],
+        prefix_place=known["prefix_place"],
+        dtype=known["dtype"],
+    )
 
 
 def _evaluated(document: Document, split: str, count: int) -> list[str]:
@@ -62,18 +70,11 @@ def _evaluated(document: Document, split: str, count: int) -> list[str]:
 
 
 def _first_logits(
-    document: Document, queries: list[str]
+    config: AskConfig, queries: list[str]
 ) -> Iterator[tuple[str, "PreTrainedTokenizerBase", list["Tensor"]]]:
     """Yield each row's label and tokenizer with its logits `[V]` behind each query's prompt."""
     import torch
 
-    known = document["config"]
-    config = AskConfig(
-        models=tuple(ModelSpec(**spec) for spec in known["models"]),
-        prefix=document["prefix"],
-        prefix_place=known["prefix_place"],
-        dtype=known["dtype"],
-    )
     asked = [messages_from_text(query) for query in queries]
     for subject in open_subjects(config, config.prefix):
         model: Any = subject.load()
