@@ -9,6 +9,7 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, print_json
+from duet_unlearn.errors import StoppedError
 from duet_unlearn.evaluation.config import AskConfig, parse_models
 
 if TYPE_CHECKING:
@@ -29,16 +30,19 @@ def ask_command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **
 
     models, question = split_question(words)
     config = read_settings(ctx, AskConfig, models=parse_models(models))
-    asker = Asker(config)
     asked = []
-    for text in _lines() if question is None else [question]:
-        if as_json:
-            replies = [
-                {"model": r.label, "attack": r.attack, "text": r.text} for r in asker.ask(text)
-            ]
-            asked.append({"question": text, "answers": replies})
-        else:
-            _print_answers(asker, text)
+    try:
+        asker = Asker(config)
+        for text in _lines() if question is None else [question]:
+            if as_json:
+                replies = [
+                    {"model": r.label, "attack": r.attack, "text": r.text} for r in asker.ask(text)
+                ]
+                asked.append({"question": text, "answers": replies})
+            else:
+                _print_answers(asker, text)
+    except KeyboardInterrupt as error:
+        raise StoppedError("stopped") from error
     if as_json:
         print_json(asked)
 
@@ -51,6 +55,7 @@ def _lines() -> Iterator[str]:
             click.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
+            click.echo(err=True, nl=typed)  # behind the last prompt
             return
         if line.strip():
             yield line.strip()

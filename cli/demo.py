@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from duet_unlearn.cli.options import FolderPath
 from duet_unlearn.errors import CacheError
 
 _MODULES = {"duet-cache": "duet_unlearn.cli.cache", "duet-distill": "duet_unlearn.cli.distill"}
@@ -29,8 +30,9 @@ Open {report} in a browser: verdict, attacks, first tokens, every answer."""
 @click.command("demo")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    default=Path("demo-out"),
+    type=FolderPath(),
+    metavar="DIR",
+    default="demo-out",
     show_default=True,
     help="Folder for the cache, the students, the evaluation and the report.",
 )

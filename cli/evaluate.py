@@ -1,13 +1,12 @@
 """`duet-distill eval`: compare what models still answer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, print_json, write_target
+from duet_unlearn.cli.output import check_target, json_option, json_text, write_target
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 
@@ -64,9 +63,10 @@ def eval_command(
         raise StoppedError("stopped; an evaluation keeps no parts, so start it again") from error
     # The table first: it is not lost when the file cannot be written.
     click.echo(format_report(report), err=as_json)
+    document = json_text(report.to_json()) if as_json or out is not None else ""
     if as_json:
-        print_json(report.to_json())
+        click.echo(document)
     if out is not None:
-        write_target(out, json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+        write_target(out, document + "\n")
     if config.require:
         check_requirements(config.require, report)

@@ -22,10 +22,15 @@ json_option = click.option(
 """The same for every command that has a result."""
 
 
+def json_text(document: Any) -> str:
+    """Return a JSON document; halves of surrogate pairs, which no UTF-8 has, become `?`."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def print_json(document: Any) -> None:
-    """Print one JSON document; halves of surrogate pairs, which no UTF-8 has, become `?`."""
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2)
-    click.echo(text.encode("utf-8", "replace").decode("utf-8"))
+    """Print one JSON document."""
+    click.echo(json_text(document))
 
 
 def print_cache(

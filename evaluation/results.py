@@ -79,11 +79,11 @@ class EvalReport:
 
         None where no such query has a score.
         """
-        return summarize(self.scores[label][measure][self.indices(**where)])
+        return summarize(self._taken(label, measure, where))
 
     def mean(self, label: str, measure: str = RECALL, **where: str | None) -> float:
         """Return a mean in points, NaN where no such query has a score."""
-        scores = self.scores[label][measure][self.indices(**where)]
+        scores = self._taken(label, measure, where)
         known = scores[~np.isnan(scores)]
         return 100.0 * float(known.sum()) / known.size if known.size else math.nan
 
@@ -91,8 +91,10 @@ class EvalReport:
         self, label: str, against: str, measure: str = RECALL, **where: str | None
     ) -> Difference | None:
         """Return the paired difference of two rows on the same queries, in points."""
-        indices = self.indices(**where)
-        return compare(self.scores[label][measure][indices], self.scores[against][measure][indices])
+        return compare(self._taken(label, measure, where), self._taken(against, measure, where))
+
+    def _taken(self, label: str, measure: str, where: Mapping[str, str | None]) -> Scores:
+        return self.scores[label][measure][self.indices(**where)]
 
     def shift(self, label: str) -> float:
         """Return DUET's Performance Shift (arXiv 2601.21283) against the first row, in points.

@@ -65,3 +65,14 @@ def test_failures_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert result.stderr.count("\n") == 1
         assert expected in result.stderr
+
+
+def test_who_stops_asking_is_told_no_more(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("duet_unlearn.evaluation.ask.Asker.ask", interrupt)
+    result = ask(tiny_model, QUESTION)
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")

@@ -93,6 +93,7 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         ([tiny_model, *files, "--attacks", "@gone"], "no such built-in shape"),
         ([tiny_model, *files, "--out", tmp_path / "no" / "x.json"], "make it first"),
         ([tiny_model, *files, "--out", tmp_path], "a folder"),
+        ([tiny_model, *files, "--out", "~no-such-user/x.json"], "there is no user"),
         ([tiny_model, tiny_model, *files], "NAME=MODEL"),
         ([tiny_model, *files, "--require", "forget=5"], "expected NAME<NUMBER"),
         ([tiny_model, *files, "--require", "worst<5"], "give --attacks as well"),
