@@ -34,9 +34,7 @@ class SettingsCommand(click.Command):
             for field in fields(settings).values()
             if (parameter := _parameter(field)) is not None
         }
-        own = {parameter.name: parameter for parameter in self.params}
-        # What a command spells out by hand wins over what its settings would make.
-        self.params = [p for name, (_, p) in self.declared.items() if name not in own] + self.params
+        self.params = [parameter for _, parameter in self.declared.values()] + self.params
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse; an unknown flag ends with the one that was meant."""

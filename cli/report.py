@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from duet_unlearn.cli.errors import harmless
 from duet_unlearn.cli.options import FolderPath
 from duet_unlearn.cli.output import check_target, json_option, print_json, write_target
 from duet_unlearn.errors import ConfigurationError
@@ -68,5 +69,5 @@ def report_command(
         print_json(content)
     for evaluation in content["evaluations"]:
         for verdict in evaluation["verdicts"]:
-            click.echo(f"{verdict['model']}: {verdict['headline']}.", err=as_json)
+            click.echo(harmless(f"{verdict['model']}: {verdict['headline']}."), err=as_json)
     click.echo(f"The page is {out}.", err=as_json)

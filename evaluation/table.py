@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from duet_unlearn.evaluation.measures import MEASURES, RECALL, REFUSAL
 from duet_unlearn.evaluation.results import ATTACK_THRESHOLD, EvalReport
+from duet_unlearn.urls import visible
 
 WIDTH = 100
 _GAP = "  "
@@ -39,7 +40,9 @@ def format_report(report: EvalReport) -> str:
         blocks += _render(f"{name}: {MEASURES[name].description}", labels, columns)
     if report.attacks:
         blocks += _attack_table(report)
-    return "\n\n".join([*blocks, _notes(report)])
+    text = "\n\n".join([*blocks, _notes(report)])
+    # Names of files, kinds and models are foreign text.
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def _column(report: EvalReport, heading: str, *, measure: str = RECALL, **where: str) -> Column:

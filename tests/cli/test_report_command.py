@@ -51,3 +51,11 @@ def test_failures_are_one_line_and_write_nothing(folder: Path) -> None:
         assert expected in result.stderr
     assert foreign.read_text() == "<p>mine</p>"
     assert not (folder / "x.html").exists()
+
+
+def test_what_a_foreign_evaluation_says_cannot_steer_a_terminal(folder: Path) -> None:
+    path = folder / "eval.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"again"', '"a\\u001b[2Jgain"'))
+    result = invoke("report", path, "--out", folder / "x.html")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("a\\x1b[2Jgain: ")

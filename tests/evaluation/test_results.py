@@ -266,6 +266,13 @@ def test_kinds_that_do_not_fit_have_a_table_of_their_own() -> None:
     assert blocks[1].splitlines()[-1].split() == ["student", "0.0", "0.0", "0.0", "50.0"]
 
 
+def test_foreign_names_cannot_steer_a_terminal() -> None:
+    forget = make_set("forget", KNOWS, ["near\x1b[2J", "near\x1b[2J", "far\u202e", "far\u202e"])
+    text = format_report(make_report({"base": SAID["base"]}, forget=forget))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "near\\x1b[2J" in text
+
+
 @pytest.mark.parametrize(
     "text",
     [
