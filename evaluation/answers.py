@@ -1,4 +1,4 @@
-"""Greedy answers of a causal language model to prompts of token ids, and the odds of given ones.
+"""Greedy answers of a causal language model to token ids, and the likelihood of given answers.
 
 An answer is a function of the model and the prompt alone: not of the batch it was computed in
 (in float32; rounding in bfloat16 can tip a near tie), and not of the sampling defaults that a
@@ -6,7 +6,7 @@ model folder brings along.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.errors import ConfigurationError
@@ -124,6 +124,7 @@ def score_references(
     answers: Sequence[Sequence[int]],
     *,
     batch_size: int = 32,
+    on_scored: Callable[[int], object] = lambda _count: None,
 ) -> list[Likelihood]:
     """Return how a model takes each answer behind its prompt, teacher-forced.
 
@@ -132,6 +133,7 @@ def score_references(
         prompts: token ids, each of at least one token.
         answers: the token ids of one answer a prompt, each of at least one token.
         batch_size: most pairs of a forward pass.
+        on_scored: is given the number of pairs after each pass.
 
     Raises:
         ConfigurationError: the memory does not hold a batch.
@@ -145,6 +147,7 @@ def score_references(
         with _fits_memory(f"{len(batch)} answers behind prompts, {lengths[batch[0]]} tokens"):
             scored = _score_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch])
         found.update(zip(batch, scored, strict=True))
+        on_scored(len(batch))
     return [found[index] for index in range(len(prompts))]
 
 

@@ -104,7 +104,7 @@ def _answer(
     else:
         found = _respond_merged(respond, subject, distinct)
     by_prompt: dict[Prompt, Answer] = {}
-    with Progress(f"answers of {subject.label}", copies.total(), "answers") as progress:
+    with Progress(f"asking {subject.label}", copies.total(), "answers") as progress:
         for index, ids in found:
             prompt = distinct[index]
             by_prompt[prompt] = Answer(text=subject.decode(ids), token_ids=tuple(ids))
@@ -148,12 +148,14 @@ def _add_likelihoods(
         for index in plain
         for text in (tasks[index].query.answer or "", *tasks[index].query.wrong_answers)
     ]
-    scored = score_references(
-        model,
-        [prompts[index] for index, _ in pairs],
-        [subject.renderer.begun_ids(text) for _, text in pairs],
-        batch_size=config.batch_size,
-    )
+    with Progress(f"scoring {subject.label}", len(pairs), "given answers") as progress:
+        scored = score_references(
+            model,
+            [prompts[index] for index, _ in pairs],
+            [subject.renderer.begun_ids(text) for _, text in pairs],
+            batch_size=config.batch_size,
+            on_scored=progress.update,
+        )
     found: dict[int, list[Likelihood]] = {index: [] for index in plain}
     for (index, _), likelihood in zip(pairs, scored, strict=True):
         found[index].append(likelihood)
