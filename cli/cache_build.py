@@ -112,6 +112,11 @@ def _read_engine_args(
     default="auto",
     help="What the teacher computes in; auto is what its config.json names.",
 )
+@click.option(
+    "--plain-text",
+    is_flag=True,
+    help="Read control tokens that a query spells, such as <|im_end|>, as text.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option(
     "--reuse",

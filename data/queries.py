@@ -44,6 +44,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SPLITS = ("forget", "retain", "general")
+WORD_JOINER = "\u2060"
 QUERY_COLUMNS = ("query", "question", "messages")
 
 
@@ -84,6 +85,19 @@ class Query:
     def in_view(self, view: Shape) -> "Query":
         """Return the same query in a shape, under an id of its own."""
         return replace(self, query_id=f"{self.query_id}@{view.name}", view=view)
+
+    def as_plain_text(self, control_tokens: Iterable[str]) -> "Query":
+        """Return the same query with an invisible word joiner in each control token it spells.
+
+        The tokenizer then reads what is typed as text. The id stays.
+        """
+        contents = [turn["content"] for turn in self.messages]
+        for token in control_tokens:
+            joined = token[:1] + WORD_JOINER + token[1:]
+            contents = [content.replace(token, joined) for content in contents]
+        turns = zip(self.messages, contents, strict=True)
+        messages = tuple(Message(role=turn["role"], content=content) for turn, content in turns)
+        return replace(self, messages=messages)
 
     @property
     def text(self) -> str:

@@ -54,6 +54,8 @@ class BuildConfig:
     """How logits are stored."""
     teacher_dtype: str = "auto"
     """What the teacher computes in; `auto` is the dtype its configuration names."""
+    plain_text: bool = False
+    """Read control tokens that a query spells as text."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     reuse: tuple[str, ...] = ()
