@@ -84,7 +84,7 @@ class PromptRenderer:
         self._has_template = bool(tokenizer.chat_template)
         self._opening = () if self._has_template else opening_ids(tokenizer)
         # The student's text, and the text left of the border, come up again and again.
-        self._tokenize = lru_cache(maxsize=256)(self._tokenize_once)
+        self._tokenize = lru_cache(maxsize=256)(lambda text: self._opening + self._encode(text))
         self._control_tokens = control_tokens(tokenizer)
         self._system_default = ""
         if self._prefix:
@@ -140,15 +140,9 @@ class PromptRenderer:
 
     def control_token_in(self, messages: Sequence[Message]) -> str | None:
         """Return a special token of the tokenizer that a turn's text spells, or None."""
-        return next(
-            (
-                token
-                for turn in messages
-                for token in self._control_tokens
-                if token in turn["content"]
-            ),
-            None,
-        )
+        contents = [turn["content"] for turn in messages]
+        typed = (token for text in contents for token in self._control_tokens if token in text)
+        return next(typed, None)
 
     def student_text(self, messages: Sequence[Message]) -> str:
         """The student's prompt as text; without a chat template, less the opening special tokens.
@@ -289,9 +283,6 @@ class PromptRenderer:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(reason) from error
         return str(text)
-
-    def _tokenize_once(self, text: str) -> tuple[int, ...]:
-        return self._opening + self._encode(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # A template writes its own BOS, so the tokenizer must not add a second one.
