@@ -9,14 +9,12 @@ Code that a dataset brings along is never run.
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-T = TypeVar("T")
 
 
 def load_hub_dataset(source: str) -> "Dataset":
@@ -30,11 +28,7 @@ def load_hub_dataset(source: str) -> "Dataset":
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name, config, split = _resolve(source)
-
-    def load() -> Any:
-        return datasets.load_dataset(name, config, split=split)
-
-    return _attempt(source, load)
+    return _attempt(source, datasets.load_dataset, name, config, split=split)
 
 
 def _resolve(source: str) -> tuple[str, str, str]:
@@ -49,17 +43,17 @@ def _resolve(source: str) -> tuple[str, str, str]:
     name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hub:"))
     if not name or len(rest) > 2:
         raise DataError(f"{source}: expected hub:NAME[:CONFIG][:SPLIT]")
-    configs: list[str] = _attempt(source, lambda: get_dataset_config_names(name))
+    configs: list[str] = _attempt(source, get_dataset_config_names, name)
     first, second = [*rest, "", ""][:2]
     is_config = bool(second) or first in configs
     config, split = (first, second) if is_config else ("", first)
     if config and config not in configs:
         raise DataError(f"{source}: no configuration {config!r}; there are {_listed(configs)}")
     if not config:
-        config = _attempt(source, lambda: get_dataset_default_config_name(name)) or ""
+        config = _attempt(source, get_dataset_default_config_name, name) or ""
     if not config:
         raise DataError(f"{source}: name one configuration of {_listed(configs)}")
-    splits: list[str] = _attempt(source, lambda: get_dataset_split_names(name, config))
+    splits: list[str] = _attempt(source, get_dataset_split_names, name, config)
     if not split and len(splits) == 1:
         split = splits[0]
     if not split:
@@ -70,10 +64,10 @@ def _resolve(source: str) -> tuple[str, str, str]:
     return name, config, split
 
 
-def _attempt(source: str, action: Callable[[], T]) -> T:
+def _attempt(source: str, step: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
     """Run one step of `datasets`, which raises nearly any exception, many of several lines."""
     try:
-        return action()
+        return step(*arguments, **settings)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "check the network" if isinstance(error, ConnectionError) else "check the name"

@@ -10,7 +10,8 @@ the border then stand on both sides of the prefix.
 
 What was given up: a template that answers a prefix by changing other parts of the prompt cannot
 be used at that place. Markup that a user types into a query ("<|im_end|>") is read as the
-tokenizer reads it, special tokens included, for teacher and student alike.
+tokenizer reads it, special tokens included, for teacher and student alike; `Query.as_plain_text`
+writes it so that it is not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from duet_unlearn.data.insertions import insertion_places
 from duet_unlearn.data.messages import Message
-from duet_unlearn.data.models.tokenizer import load_tokenizer, opening_ids
+from duet_unlearn.data.models.tokenizer import control_tokens, load_tokenizer, opening_ids
 from duet_unlearn.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class PromptRenderer:
         self._has_template = bool(tokenizer.chat_template)
         self._opening = () if self._has_template else opening_ids(tokenizer)
         # The student's text, and the text left of the border, come up again and again.
-        self._tokenize = lru_cache(maxsize=256)(self._tokenize_once)
-        self._control_tokens = tuple(tokenizer.all_special_tokens)
+        self._tokenize = lru_cache(maxsize=256)(lambda text: self._opening + self._encode(text))
+        self._control_tokens = control_tokens(tokenizer)
         self._system_default = ""
         if self._prefix:
             if place == "system":
@@ -139,15 +140,9 @@ class PromptRenderer:
 
     def control_token_in(self, messages: Sequence[Message]) -> str | None:
         """Return a special token of the tokenizer that a turn's text spells, or None."""
-        return next(
-            (
-                token
-                for turn in messages
-                for token in self._control_tokens
-                if token in turn["content"]
-            ),
-            None,
-        )
+        contents = [turn["content"] for turn in messages]
+        typed = (token for text in contents for token in self._control_tokens if token in text)
+        return next(typed, None)
 
     def student_text(self, messages: Sequence[Message]) -> str:
         """The student's prompt as text; without a chat template, less the opening special tokens.
@@ -288,9 +283,6 @@ class PromptRenderer:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(reason) from error
         return str(text)
-
-    def _tokenize_once(self, text: str) -> tuple[int, ...]:
-        return self._opening + self._encode(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # A template writes its own BOS, so the tokenizer must not add a second one.

@@ -44,6 +44,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SPLITS = ("forget", "retain", "general")
+WORD_JOINER = "\u2060"
 QUERY_COLUMNS = ("query", "question", "messages")
 
 
@@ -84,6 +85,19 @@ class Query:
     def in_view(self, view: Shape) -> "Query":
         """Return the same query in a shape, under an id of its own."""
         return replace(self, query_id=f"{self.query_id}@{view.name}", view=view)
+
+    def as_plain_text(self, control_tokens: Iterable[str]) -> "Query":
+        """Return the same query with an invisible word joiner in each control token it spells.
+
+        The tokenizer then reads what is typed as text. The id stays.
+        """
+        contents = [turn["content"] for turn in self.messages]
+        for token in control_tokens:
+            joined = token[:1] + WORD_JOINER + token[1:]
+            contents = [content.replace(token, joined) for content in contents]
+        turns = zip(self.messages, contents, strict=True)
+        messages = tuple(Message(role=turn["role"], content=content) for turn, content in turns)
+        return replace(self, messages=messages)
 
     @property
     def text(self) -> str:
@@ -139,25 +153,22 @@ def load_queries(source: str, *, split: str, require_answers: bool = False) -> l
             for path in kit.files(split, answers=require_answers)
             for query in load_queries(str(path), split=split, require_answers=require_answers)
         ]
-    rows = open_rows(source, needs_one_of=QUERY_COLUMNS)
-    kept: dict[str, tuple[Query, int]] = {}
+    kept: dict[str, tuple[Query, str]] = {}
     duplicates = 0
-    for number, row in rows:
+    for place, row in open_rows(source, needs_one_of=QUERY_COLUMNS):
         try:
             query = _query_from_row(row, split)
             if require_answers and query.answer is None:
                 raise ValueError("no answer; evaluation needs a value in the column `answer`")
-            first = kept.setdefault(query.query_id, (query, number))
-            if first[1] != number:
-                duplicates += 1
-                if first[0].messages != query.messages:
-                    where = rows.locate(first[1])
-                    raise ValueError(
-                        f"id {query.query_id!r} already belongs to another query at {where}; "
-                        "give each query its own id"
-                    )
+            first, first_place = kept.setdefault(query.query_id, (query, place))
+            duplicates += first is not query
+            if first.messages != query.messages:
+                raise ValueError(
+                    f"id {query.query_id!r} already belongs to another query at {first_place}; "
+                    "give each query its own id"
+                )
         except ValueError as error:
-            raise DataError(f"{rows.locate(number)}: {error}") from None
+            raise DataError(f"{place}: {error}") from None
     if not kept:
         raise DataError(f"{source}: no queries in it; expected at least one row")
     if duplicates:

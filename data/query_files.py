@@ -8,7 +8,6 @@ import csv
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from duet_unlearn.data.hub_datasets import load_hub_dataset
@@ -20,24 +19,8 @@ OPTIONAL_COLUMNS = ("id", "answer", "kind", "wrong_answers")
 BOM = b"\xef\xbb\xbf"
 
 Row = dict[str, object]
-NumberedRows = Iterator[tuple[int, Row]]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of one source, each with its number (from 1) in the unit that `locate` writes."""
-
-    numbered: NumberedRows
-    source: str
-    unit: str
-    """What stands between source and number: `:` for a line, ` row ` for a row."""
-
-    def __iter__(self) -> NumberedRows:
-        return self.numbered
-
-    def locate(self, number: int) -> str:
-        """The place of a row as an error names it."""
-        return f"{self.source}{self.unit}{number}"
+Rows = Iterator[tuple[str, Row]]
+"""Rows, each with its place as an error names it: `queries.csv:7`, `queries.parquet row 7`."""
 
 
 def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
@@ -52,20 +35,20 @@ def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
             fault, the line.
     """
     if source.startswith("hub:"):
-        return Rows(_hub_rows(source, needs_one_of), source, " row ")
+        return _hub_rows(source, needs_one_of)
     path = Path(source)
     _check_file(path)
     if path.suffix.lower() == ".parquet":
-        return Rows(_parquet_rows(path, needs_one_of), source, " row ")
+        return _parquet_rows(source, path, needs_one_of)
     if path.suffix.lower() == ".csv":
-        return Rows(_csv_rows(path, needs_one_of), source, ":")
+        return _csv_rows(source, path, needs_one_of)
     if path.suffix.lower() == ".json" and _starts_with_bracket(path):
-        return Rows(_array_rows(path), source, " item ")
-    return Rows(_line_rows(path), source, ":")
+        return _array_rows(source, path)
+    return _line_rows(source, path)
 
 
-def _check_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[str]) -> None:
-    """Refuse a table that has none of the columns."""
+def _usable_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[str]) -> list[str]:
+    """Return the columns that are read; refuse a table that has no query in any."""
     if not set(columns) & set(needs_one_of):
         found = ", ".join(repr(column) for column in columns) or "none"
         hint = "; separate the fields with commas" if len(columns) == 1 and ";" in found else ""
@@ -73,6 +56,7 @@ def _check_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[s
             f"{source}: no column named {', '.join(needs_one_of[:-1])} or {needs_one_of[-1]}; "
             f"found {found}{hint}"
         )
+    return [column for column in columns if column in {*needs_one_of, *OPTIONAL_COLUMNS}]
 
 
 def _check_file(path: Path) -> None:
@@ -133,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise _unreadable(path, error) from None
 
 
-def _line_rows(path: Path) -> NumberedRows:
+def _line_rows(source: str, path: Path) -> Rows:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -146,7 +130,7 @@ def _line_rows(path: Path) -> NumberedRows:
             ) from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not usable JSON ({error})") from None
-        yield number, _expect_object(row, f"{path}:{number}")
+        yield f"{source}:{number}", _expect_object(row, f"{path}:{number}")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -158,7 +142,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _array_rows(path: Path) -> NumberedRows:
+def _array_rows(source: str, path: Path) -> Rows:
     """Items of a JSON array, the other thing that people save as `.json`."""
     text = "".join(line for _, line in _lines(path))
     try:
@@ -170,7 +154,7 @@ def _array_rows(path: Path) -> NumberedRows:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not usable JSON ({error})") from None
     for number, item in enumerate(items, start=1):
-        yield number, _expect_object(item, f"{path} item {number}")
+        yield f"{source} item {number}", _expect_object(item, f"{path} item {number}")
 
 
 def _expect_object(value: object, where: str) -> Row:
@@ -181,7 +165,7 @@ def _expect_object(value: object, where: str) -> Row:
     return value
 
 
-def _csv_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
+def _csv_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
     # Strict: an unclosed quote would otherwise swallow the rest of the file as one query.
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] | None = None
@@ -193,7 +177,7 @@ def _csv_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
                 continue
             if header is None:
                 header = [name.strip() for name in fields]
-                _check_columns(str(path), header, needs_one_of)
+                _usable_columns(str(path), header, needs_one_of)
                 if len(set(header)) < len(header):
                     raise DataError(f"{path}:{start}: two columns have the same name")
             elif len(fields) != len(header):
@@ -202,25 +186,22 @@ def _csv_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
                     "header; quote a field that holds a comma"
                 )
             else:
-                yield start, dict(zip(header, fields, strict=True))
+                yield f"{source}:{start}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}:{first_line}: not CSV ({error})") from None
 
 
-def _parquet_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
+def _parquet_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            _check_columns(str(path), columns, needs_one_of)
-            wanted = [c for c in columns if c in {*needs_one_of, *OPTIONAL_COLUMNS}]
-            number = 0
-            for batch in file.iter_batches(batch_size=8192, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            wanted = _usable_columns(str(path), file.schema_arrow.names, needs_one_of)
+            batches = file.iter_batches(batch_size=8192, columns=wanted)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} row {number}", row
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path}: broken or cut-off Parquet ({reason}); copy it again") from None
@@ -228,8 +209,8 @@ def _parquet_rows(path: Path, needs_one_of: Sequence[str]) -> NumberedRows:
         raise _unreadable(path, error) from None
 
 
-def _hub_rows(source: str, needs_one_of: Sequence[str]) -> NumberedRows:
+def _hub_rows(source: str, needs_one_of: Sequence[str]) -> Rows:
     dataset = load_hub_dataset(source)
-    _check_columns(source, dataset.column_names, needs_one_of)
-    wanted = [c for c in dataset.column_names if c in {*needs_one_of, *OPTIONAL_COLUMNS}]
-    yield from enumerate(dataset.select_columns(wanted), start=1)
+    wanted = _usable_columns(source, dataset.column_names, needs_one_of)
+    for number, row in enumerate(dataset.select_columns(wanted), start=1):
+        yield f"{source} row {number}", row

@@ -123,12 +123,11 @@ def _load(source: str) -> list[Attack]:
 
 def _load_wordings(source: str) -> dict[str, tuple[Message, ...]]:
     wordings: dict[str, tuple[Message, ...]] = {}
-    rows = open_rows(source, needs_one_of=("query", "asked"))
-    for number, row in rows:
+    for place, row in open_rows(source, needs_one_of=("query", "asked")):
         query, asked = row.get("query"), row.get("asked")
         if not (isinstance(query, str) and isinstance(asked, str) and query and asked.strip()):
             raise DataError(
-                f"{rows.locate(number)}: expected text in `query` and in `asked`, the wording that "
+                f"{place}: expected text in `query` and in `asked`, the wording that "
                 "is asked instead"
             )
         wordings[query] = (Message(role="user", content=asked),)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import reference_pages
+from click.testing import CliRunner
+
+from duet_unlearn.cli.cache import main as cache
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -14,6 +17,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def test_reference_pages_are_what_the_code_says(name: str) -> None:
     committed = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert committed == reference_pages.PAGES[name](), "run: make docs"
+
+
+def test_help_pages_do_not_depend_on_what_ran_before() -> None:
+    first = CliRunner().invoke(cache.commands["build"], ["--help"])  # without the group's settings
+    assert "-h, --help" not in first.output
+    committed = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert reference_pages.cli_page() == committed
 
 
 def anchors(page: Path) -> set[str]:

@@ -6,6 +6,7 @@ A test holds that what is committed is what this writes.
 """
 
 import ast
+import copy
 import dataclasses
 import inspect
 import re
@@ -69,16 +70,20 @@ def _commands(words: list[str], command: click.Command) -> Iterator[tuple[list[s
 
 
 def _help(words: list[str], command: click.Command) -> str:
+    # click keeps the help option of a command's first context, whatever names that one had.
+    shown = copy.copy(command)
+    shown.params = list(command.params)
+    shown.add_help_option = False
+    click.help_option("-h", "--help")(shown)
     settings = {**command.context_settings, "show_default": True}
-    settings["help_option_names"] = ["-h", "--help"]
     context = click.Context(
-        command,
+        shown,
         info_name=" ".join(words),
         terminal_width=WIDTH,
         max_content_width=WIDTH,
         **settings,
     )
-    return command.get_help(context).rstrip()
+    return shown.get_help(context).rstrip()
 
 
 def _page(text: str) -> str:

@@ -34,6 +34,15 @@ NO_NETWORK = re.compile(
     "Temporary failure in name resolution|Network is unreachable|Connection refused|"
     "Connection reset by peer"
 )
+# What would lead pip out of .venv, or stop to ask.
+PIP_ENVIRONMENT = {
+    "PIP_USER": "0",
+    "PIP_NO_INPUT": "1",
+    "PIP_RETRIES": "2",
+    "PIP_PROGRESS_BAR": "off",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_ROOT_USER_ACTION": "ignore",
+}
 
 # A title, and arguments of `pip install`, of which the first that succeeds is enough.
 Step = tuple[str, list[list[str]]]
@@ -44,13 +53,7 @@ class SetupError(Exception):
 
 
 def machine_kind(system: str, architecture: str, *, has_nvidia: bool) -> str:
-    """Name the machine: `nvidia`, `cpu` (vLLM without a GPU) or `plain` (no vLLM).
-
-    Args:
-        system: as `platform.system()` gives it.
-        architecture: as `platform.machine()` gives it.
-        has_nvidia: whether an NVIDIA GPU answers.
-    """
+    """Name the machine: `nvidia`, `cpu` (vLLM without a GPU) or `plain` (no vLLM)."""
     if system != "Linux" or architecture not in ("x86_64", "aarch64"):
         return "plain"
     return "nvidia" if has_nvidia else "cpu"
@@ -95,7 +98,7 @@ def read_stamp(venv: Path) -> dict[str, str]:
     return stamp if isinstance(stamp, dict) else {}
 
 
-def wanted_stamp(root: Path, old: dict[str, str], machine: str | None) -> dict[str, str]:
+def _wanted_stamp(root: Path, old: dict[str, str], machine: str | None) -> dict[str, str]:
     """Return the stamp that a finished set-up leaves now."""
     # Asking a GPU takes a second, looking for its traces none.
     node = bool(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -103,17 +106,12 @@ def wanted_stamp(root: Path, old: dict[str, str], machine: str | None) -> dict[s
     if machine is None and old.get("hints") == hints:
         machine = old.get("machine")  # a choice holds until another one is made
     if machine is None:
-        answers = _has_nvidia()
+        try:  # a driver's file alone is seen in containers too: the GPU must answer
+            answers = b"GPU " in subprocess.check_output(["nvidia-smi", "-L"], timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            answers = False
         machine = machine_kind(platform.system(), platform.machine(), has_nvidia=answers)
     return {"inputs": hash_inputs(root), "machine": machine, "hints": hints}
-
-
-def _has_nvidia() -> bool:
-    """Tell whether an NVIDIA GPU answers: a driver's file alone is seen in containers too."""
-    try:
-        return b"GPU " in subprocess.check_output(["nvidia-smi", "-L"], timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return False
 
 
 def set_up(root: Path, machine: str | None = None, *, python_chosen: bool = False) -> None:
@@ -128,34 +126,35 @@ def set_up(root: Path, machine: str | None = None, *, python_chosen: bool = Fals
         SetupError: something is missing on this machine.
     """
     venv, started = root / ".venv", time.monotonic()
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     old, own = read_stamp(venv), "{}.{}".format(*sys.version_info)
-    wanted = wanted_stamp(root, old, machine)
+    wanted = _wanted_stamp(root, old, machine)
     wanted["python"] = own if python_chosen else old.get("python", own)
-    if old == wanted and venv_python(venv).exists():
+    if old == wanted and python.exists():
         return
     machine = wanted["machine"]
     _say(f"Setting up {venv} for machine '{machine}'")
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = {**kept, **PIP_ENVIRONMENT, "VIRTUAL_ENV": str(venv)}
     same = all(old.get(name) == wanted[name] for name in ("machine", "python"))
-    if same and venv_python(venv).exists():
+    if same and python.exists():
         (venv / STAMP).write_text("{}\n", encoding="utf-8")
     else:
-        _create(venv, DISK_GB[machine])
+        _create(venv, DISK_GB[machine], environment)
         wanted["python"] = own
-    _install(root, steps(machine, platform.system()))
+    _install(root, python, steps(machine, platform.system()), environment)
     _say("checking that it imports")
-    checked = _run(venv, [__file__, "--check", "--machine", machine])
+    check = [str(python), __file__, "--check", "--machine", machine]
+    checked = subprocess.run(
+        check, capture_output=True, text=True, errors="replace", env=environment
+    )
     if checked.returncode:
         raise SetupError((checked.stdout or checked.stderr or "no output").splitlines()[-1])
     (venv / STAMP).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     _say(f"Set up in {time.monotonic() - started:.0f} s")
 
 
-def venv_python(venv: Path) -> Path:
-    """Return the path of an environment's interpreter."""
-    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def _create(venv: Path, gigabytes: int) -> None:
+def _create(venv: Path, gigabytes: int, environment: dict[str, str]) -> None:
     """Create an empty environment, in place of one that set-up made."""
     if venv.exists() and not (venv / STAMP).exists():
         raise SetupError(f"{venv} was not made by make setup: move it away, or remove it")
@@ -169,28 +168,26 @@ def _create(venv: Path, gigabytes: int) -> None:
     venv.mkdir()
     (venv / STAMP).write_text("{}\n", encoding="utf-8")
     command = [sys.executable, "-m", "venv", str(venv)]
-    made = subprocess.run(command, capture_output=True, text=True, env=_environment(venv))
-    if made.returncode:
+    if subprocess.run(command, capture_output=True, env=environment).returncode:
         raise SetupError(
             f"{' '.join(command)} fails: install the venv module of this Python (Debian and "
             "Ubuntu: apt install python3-venv), or name another one with make PYTHON=..."
         )
 
 
-def _install(root: Path, wanted: list[Step]) -> None:
+def _install(root: Path, python: Path, wanted: list[Step], environment: dict[str, str]) -> None:
     """Run the steps' pip commands with their output in `.venv/setup.log`."""
-    venv = root / ".venv"
     # A small /tmp cannot hold these downloads; .venv's disk has just been checked.
-    temporary, log = venv / "setup-tmp", venv / "setup.log"
+    temporary, log = root / ".venv" / "setup-tmp", root / ".venv" / "setup.log"
     temporary.mkdir(exist_ok=True)
-    environment = {**_environment(venv), "TMPDIR": str(temporary)}
+    environment = {**environment, "TMPDIR": str(temporary)}
     log.write_text("", encoding="utf-8")
     for number, (title, attempts) in enumerate(wanted, start=1):
         _say(f"[{number}/{len(wanted)}] {title}")
         begin = log.stat().st_size
         with log.open("ab") as file:
             for attempt in attempts:
-                command = [str(venv_python(venv)), "-m", "pip", "install", *attempt]
+                command = [str(python), "-m", "pip", "install", *attempt]
                 done = subprocess.run(
                     command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT
                 )
@@ -202,11 +199,7 @@ def _install(root: Path, wanted: list[Step]) -> None:
 
 
 def explain_failure(log: str) -> str:
-    """Say in one line why pip failed and what to do.
-
-    Args:
-        log: what pip printed in the attempts of one step.
-    """
+    """Say in one line why pip failed and what to do, from what it printed in one step."""
     if "No space left on device" in log:
         return "the disk filled up during the installation: free some space and run it again"
     if NO_NETWORK.search(log):
@@ -216,7 +209,7 @@ def explain_failure(log: str) -> str:
     return f"{reason} (all of pip's output: .venv/setup.log)"
 
 
-def fault(machine: str) -> str | None:
+def _fault(machine: str) -> str | None:
     """Return in one line what is wrong with the environment that this runs in, or None."""
     # transformers imports lazily: only a model class pulls in torchvision and the like.
     names = ["torch.Tensor", "transformers.LlamaForCausalLM", "duet_unlearn.cli.__name__"]
@@ -232,13 +225,7 @@ def fault(machine: str) -> str | None:
 
 
 def torch_fault(machine: str, cuda: str | None, *, gpu_answers: bool) -> str | None:
-    """Say what is wrong with a torch build on a machine, or return None.
-
-    Args:
-        machine: the kind of machine.
-        cuda: the CUDA version torch was built for, None for a CPU build.
-        gpu_answers: whether torch finds a GPU it can use.
-    """
+    """Say what is wrong with a torch build (`cuda` is None for a CPU one), or return None."""
     if machine != "plain" and (cuda is not None) != (machine == "nvidia"):
         found = f"the build for CUDA {cuda}" if cuda else "the CPU build"
         return f"torch is {found}, which is not one for machine '{machine}': run make clean-all"
@@ -246,29 +233,6 @@ def torch_fault(machine: str, cuda: str | None, *, gpu_answers: bool) -> str | N
         advice = "update the NVIDIA driver, or run make setup MACHINE=cpu"
         return f"torch finds no GPU it can use with CUDA {cuda}: {advice}"
     return None
-
-
-def _run(venv: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run an environment's interpreter and return what it printed."""
-    command = [str(venv_python(venv)), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=_environment(venv)
-    )
-
-
-def _environment(venv: Path) -> dict[str, str]:
-    """Return the process environment without what would lead pip out of .venv."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    return {
-        **kept,
-        "VIRTUAL_ENV": str(venv),
-        "PIP_USER": "0",
-        "PIP_NO_INPUT": "1",
-        "PIP_RETRIES": "2",
-        "PIP_PROGRESS_BAR": "off",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_ROOT_USER_ACTION": "ignore",
-    }
 
 
 def _wait_for_another(root: Path) -> None:
@@ -286,7 +250,6 @@ def _wait_for_another(root: Path) -> None:
 
 
 def _say(line: str) -> None:
-    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -300,7 +263,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.check:
-        message = fault(arguments.machine)
+        message = _fault(arguments.machine)
         print(message or "sound")
         return int(message is not None)
     try:

@@ -6,7 +6,7 @@ without answers, evaluation the held-out ones, of which training sees none. No k
 touch another kit's topic, so two topics can be forgotten at once. `docs/kits.md` shows them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -68,13 +68,3 @@ def find_kit(source: str) -> Kit | None:
             f"{source}: no such query kit; choose from {known}, or write ./{source} for a file"
         )
     return kit
-
-
-def topic_of(sources: Iterable[str]) -> str | None:
-    """Return what the kits among query sources are about, or None where there is none.
-
-    Raises:
-        DataError: A source names a kit that does not exist.
-    """
-    kits = dict.fromkeys(kit for source in sources if (kit := find_kit(source)))
-    return " and ".join(kit.topic for kit in kits) or None

@@ -21,8 +21,24 @@ from duet_unlearn.errors import DataError
 _MEMORY_VERSION = 2
 _CHUNK_BYTES = 1 << 22
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
+_SLOW_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 # Where the folder lies, which library wrote it and how it was stored decide no logit.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
+_OPENING_SETTINGS = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "legacy",
+    "do_lower_case",
+)
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -33,12 +49,9 @@ def sha256_json(value: object) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Return `sha256:<hex>` of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
+    """Return `sha256:<hex>` of a file's bytes."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return "sha256:" + digest.hexdigest()
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -79,17 +92,12 @@ def _header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(file.read(length))
-        offset = 8 + length
-        return {
-            name: (
-                entry["dtype"],
-                entry["shape"],
-                offset + entry["data_offsets"][0],
-                offset + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        found = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (8 + length + offset for offset in entry["data_offsets"][:2])
+                found[name] = (entry["dtype"], entry["shape"], start, stop)
+        return found
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a safetensors file ({error}); copy the file again") from error
 
@@ -109,8 +117,15 @@ def tokenizer_fingerprint(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if not path.is_file():
         files = _slow_tokenizer_files(folder)
-        opening = _opening_settings(folder)
-        return sha256_json([_remembered("tokenizer", files, lambda: _hash_files(files)), opening])
+        digest = _remembered(
+            "tokenizer",
+            files,
+            lambda: sha256_json({path.name: sha256_file(path) for path in files}),
+        )
+        # What decides the tokens around a text where no tokenizer.json says it.
+        settings = _read_if_there(folder / "tokenizer_config.json")
+        opening = {name: settings[name] for name in _OPENING_SETTINGS if name in settings}
+        return sha256_json([digest, opening | _special_tokens(folder)])
 
     def compute() -> str:
         content = read_json(path)
@@ -119,29 +134,12 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return _remembered("tokenizer", (path,), compute)
 
 
-def _opening_settings(folder: Path) -> dict[str, object]:
-    """Return what decides the tokens around a text where no tokenizer.json says it."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    names = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "do_lower_case")
-    return {name: settings[name] for name in names if name in settings} | _special_tokens(folder)
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    names = [
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-        "vocab.txt",
-        "spiece.model",
-        "added_tokens.json",
-        "special_tokens_map.json",
-    ]
-    return tuple(folder / name for name in names if (folder / name).is_file())
-
-
-def _hash_files(files: tuple[Path, ...]) -> str:
-    return sha256_json({path.name: sha256_file(path) for path in files})
+    return tuple(folder / name for name in _SLOW_TOKENIZER_FILES if (folder / name).is_file())
 
 
 def vocabulary_fingerprint(folder: Path) -> str:
@@ -177,10 +175,8 @@ def read_chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    legacy = folder / "chat_template.json"
-    tokenizer_config = folder / "tokenizer_config.json"
-    for source in (legacy, tokenizer_config):
-        template: Any = read_json(source).get("chat_template") if source.is_file() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = _read_if_there(folder / name).get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template}
             template = named.get("default")
@@ -202,8 +198,7 @@ def _special_tokens(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     # transformers reads the tokenizer's own configuration last.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        for key, value in (read_json(path) if path.is_file() else {}).items():
+        for key, value in _read_if_there(folder / name).items():
             if key.endswith("_token") and not isinstance(value, bool | None):
                 found[key] = value.get("content") if isinstance(value, dict) else value
             elif key == "extra_special_tokens" and isinstance(value, dict):
@@ -214,7 +209,7 @@ def _special_tokens(folder: Path) -> dict[str, object]:
 def _remembered(kind: str, files: tuple[Path, ...], compute: Callable[[], str]) -> str:
     """Return a fingerprint from the user's memory file, or compute and remember it."""
     key = sha256_json([_MEMORY_VERSION, kind, [_state(path) for path in files]])
-    memory = _memory_folder() / key.removeprefix("sha256:")
+    memory = user_folder() / "fingerprints" / key.removeprefix("sha256:")
     try:
         known = memory.read_text(encoding="ascii")
         if known.startswith("sha256:") and len(known) == 71:
@@ -246,10 +241,6 @@ def _state(path: Path) -> list[object]:
             sample.update(file.read(_SAMPLE_BYTES))
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return [str(path.resolve()), status.st_size, *times, status.st_ino, sample.hexdigest()]
-
-
-def _memory_folder() -> Path:
-    return user_folder() / "fingerprints"
 
 
 def user_folder() -> Path:

@@ -37,6 +37,13 @@ def load_tokenizer(
     return tokenizer
 
 
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """The special tokens that the tokenizer finds in any text, the longest first."""
+    # A model's configuration names only some of what its tokenizer marks as special.
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(added.union(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
+
+
 def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """The special tokens that the tokenizer puts in front of any text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])

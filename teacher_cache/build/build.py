@@ -18,6 +18,7 @@ from duet_unlearn.data.models.folder import (
     read_config,
     resolve_model_folder,
 )
+from duet_unlearn.data.models.tokenizer import control_tokens
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, fingerprint_queries
 from duet_unlearn.errors import CacheError
@@ -87,6 +88,11 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
 def _plan(config: BuildConfig) -> tuple[Path, PlannedCache, list[list[Query]]]:
     """Return the model's folder, the plan of the cache, and the queries of its shards."""
     queries = load_query_set(config)
+    model = resolve_model_folder(config.teacher)
+    if config.plain_text:
+        tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+        tokens = control_tokens(tokenizer)
+        queries = [query.as_plain_text(tokens) for query in queries]
     own = queries if config.part is None else config.part.select(queries)
     part = None
     if config.part is not None:
@@ -95,7 +101,6 @@ def _plan(config: BuildConfig) -> tuple[Path, PlannedCache, list[list[Query]]]:
             count=config.part.count,
             queries=fingerprint_queries(queries),
         )
-    model = resolve_model_folder(config.teacher)
     shards = plan_shards(own, config.shard_rows)
     plan = PlannedCache(
         folder=config.out,

@@ -82,6 +82,10 @@ class BuildConfig(Settings):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         default="auto", help="What the teacher computes in; auto is what its config.json names."
     )
+    plain_text: bool = setting(
+        default=False,
+        help="Read control tokens that a query spells, such as <|im_end|>, as text.",
+    )
     trust_remote_code: bool = setting(default=False, help="Run code that comes with the model.")
     part: Part | None = setting(
         default=None,

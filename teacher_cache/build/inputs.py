@@ -143,7 +143,7 @@ class RenderedPrompts:
         if typed:
             logger.warning(
                 "%d queries spell a control token, such as %s in %s; teacher and student read it "
-                "as that token, as they would in a chat: rewrite it if it is meant as text",
+                "as that token, as they would in a chat; give --plain-text if it is meant as text",
                 len(typed),
                 typed[0][1],
                 typed[0][0].query_id,

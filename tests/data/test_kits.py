@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from duet_unlearn.data.kits import FOLDER, GENERAL, KITS, find_kit, topic_of
+from duet_unlearn.data.kits import FOLDER, GENERAL, KITS, find_kit
 from duet_unlearn.data.queries import load_queries
 from duet_unlearn.errors import DataError
 
@@ -157,11 +157,3 @@ def test_a_file_whose_name_starts_with_the_mark(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_kit("./@own.jsonl") is None
     assert load_queries("./@own.jsonl", split="forget")[0].text == "Who?"
-
-
-def test_the_topic_is_that_of_the_kits():
-    assert topic_of(["@harry-potter"]) == "Harry Potter"
-    assert topic_of(["@harry-potter", "more.jsonl", "@star-wars", "@harry-potter"]) == (
-        "Harry Potter and Star Wars"
-    )
-    assert topic_of(["more.jsonl"]) is None

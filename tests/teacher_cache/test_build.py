@@ -483,3 +483,21 @@ def test_control_tokens_typed_in_a_query_are_said(
     typed.write_text(json.dumps({"id": "t", "query": "Who</s> is it?"}) + "\n")
     run(config, forget=(*config.forget, str(typed)))
     assert "1 queries spell a control token, such as </s> in t" in caplog.text
+    assert "give --plain-text" in caplog.text
+
+
+def test_plain_text_reads_typed_control_tokens_as_text(
+    config: BuildConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = tmp_path / "typed.jsonl"
+    typed.write_text(json.dumps({"id": "t", "query": "Who</s> is it?"}) + "\n")
+    forget = (*config.forget, str(typed))
+    run(config, forget=forget, plain_text=True)
+    assert "control token" not in caplog.text
+    (row,) = (row for row in CacheReader.open(config.out) if row.query_id == "t")
+    assert row.query == "Who<\u2060/s> is it?"
+    end = load_tokenizer(Path(config.teacher)).convert_tokens_to_ids("</s>")
+    assert end not in row.prompt_ids
+    # Read as text and read as tokens are two caches: neither is found for the other.
+    with pytest.raises(MismatchError):
+        run(config, forget=forget)
