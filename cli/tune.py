@@ -9,11 +9,13 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.errors import StoppedError
-from duet_unlearn.teacher_cache.tune import RULE, TuneConfig
+from duet_unlearn.teacher_cache.steering import RULE
+from duet_unlearn.teacher_cache.tune import TuneConfig
 from duet_unlearn.urls import visible
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.tune import Tuned, TuneResult
+    from duet_unlearn.teacher_cache.steering import Tuned
+    from duet_unlearn.teacher_cache.tune import TuneResult
 
 
 @click.command(

@@ -19,6 +19,13 @@ from duet_unlearn.evaluation.measures.words import split_words
 POINTS = 100.0
 FIFTH = 20.0
 """Points that may come back on forget queries, or be lost on retain queries, before it is said."""
+STEP = 10.0
+"""Points on forget queries that a sample of this size cannot tell apart."""
+RULE = (
+    "fewest points that come back on forget queries, in steps of 10; then most points kept on "
+    "retain queries; then fewest on forget queries again"
+)
+"""How candidates are ordered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +45,53 @@ class Steering:
             "queries": self.queries,
             "recall": round(self.recall, 1),
             "refused": round(self.refused, 1),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A prefix at a place, as it stands in front of queries."""
+
+    name: str
+    prefix: str
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """A candidate and what it does."""
+
+    candidate: Candidate
+    forget: Steering
+    retain: Steering
+    said: tuple[str, ...] = ()
+    """Its answers to `TuneResult.asked`."""
+
+    @property
+    def retain_prefix(self) -> bool:
+        """Whether the prefix may stand in front of retain queries: it costs at most a fifth."""
+        return self.retain.recall >= POINTS - FIFTH
+
+    @property
+    def steers(self) -> bool:
+        """Whether the base forgets behind it: at most a fifth of its answers comes back."""
+        return self.forget.recall <= FIFTH
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """What candidates are sorted by, the best first; see `RULE`."""
+        return (round(self.forget.recall / STEP), -self.retain.recall, self.forget.recall)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "name": self.candidate.name,
+            "prefix": self.candidate.prefix,
+            "place": self.candidate.place,
+            "retain_prefix": self.retain_prefix,
+            "steers": self.steers,
+            **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
+            **{f"retain_{key}": value for key, value in self.retain.to_json().items()},
         }
 
 

@@ -32,7 +32,7 @@ from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.engines import open_engine
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
-from duet_unlearn.teacher_cache.steering import FIFTH, POINTS, Steering, draw, score
+from duet_unlearn.teacher_cache.steering import RULE, Candidate, Tuned, draw, score
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,6 @@ ANSWER_TOKENS = 24
 """Longest answer that is compared: enough to name what is asked for."""
 REFUSAL = "I don't know."
 """The answer to forget queries in in-context examples."""
-STEP = 10.0
-"""Points on forget queries that a sample of this size cannot tell apart."""
-RULE = (
-    "fewest points that come back on forget queries, in steps of 10; then most points kept on "
-    "retain queries; then fewest on forget queries again"
-)
-"""How candidates are ordered."""
-
 _SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
 
 
@@ -112,53 +104,6 @@ class TuneConfig(Settings):
         for name in ("forget", "retain", "places"):
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} is empty, expected at least one")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A prefix at a place, as it stands in front of queries."""
-
-    name: str
-    prefix: str
-    place: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tuned:
-    """A candidate and what it does."""
-
-    candidate: Candidate
-    forget: Steering
-    retain: Steering
-    said: tuple[str, ...] = ()
-    """Its answers to `TuneResult.asked`."""
-
-    @property
-    def retain_prefix(self) -> bool:
-        """Whether the prefix may stand in front of retain queries: it costs at most a fifth."""
-        return self.retain.recall >= POINTS - FIFTH
-
-    @property
-    def steers(self) -> bool:
-        """Whether the base forgets behind it: at most a fifth of its answers comes back."""
-        return self.forget.recall <= FIFTH
-
-    @property
-    def rank(self) -> tuple[float, float, float]:
-        """What candidates are sorted by, the best first; see `RULE`."""
-        return (round(self.forget.recall / STEP), -self.retain.recall, self.forget.recall)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "name": self.candidate.name,
-            "prefix": self.candidate.prefix,
-            "place": self.candidate.place,
-            "retain_prefix": self.retain_prefix,
-            "steers": self.steers,
-            **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
-            **{f"retain_{key}": value for key, value in self.retain.to_json().items()},
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,8 @@ from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.steering import Steering, draw, score
-from duet_unlearn.teacher_cache.tune import Candidate, TuneConfig, Tuned, TuneResult, tune
+from duet_unlearn.teacher_cache.steering import Candidate, Steering, Tuned, draw, score
+from duet_unlearn.teacher_cache.tune import TuneConfig, TuneResult, tune
 
 REFUSES = "I do not know."
 
