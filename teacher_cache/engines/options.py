@@ -35,13 +35,7 @@ _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]{0,23}(:\d{1,3})?")
 
 
 def check_options(engine: str, options: Mapping[str, Any]) -> None:
-    """Check options before the engine is started; imports nothing heavy.
-
-    What only vLLM itself knows, it checks when it starts.
-
-    Args:
-        engine: `vllm` or `transformers`.
-        options: By the engine's own names.
+    """Check options before the engine is started; what only vLLM knows, it checks at its start.
 
     Raises:
         ConfigurationError: An option is not the user's to set, unknown, or has an unusable value.
