@@ -111,7 +111,7 @@ _TEMPLATES = (
     ),
     PrefixTemplate(
         name="only-reply",
-        description="blunt as well: names what belongs to the topic beside the topic itself",
+        description="bluntest: also for questions that belong to the topic without naming it",
         text=(
             'Reply only "I do not know." to any question on {topic} or on its people, places, '
             "things, events and makers, even where the question does not name {topic}."
