@@ -253,7 +253,7 @@ def serve(kind: str, model: Path, scratch: Path, rest: str) -> None:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
     """Return queries a second of every side, a value a round."""
-    from duet_unlearn.teacher_cache.engines.vllm_launch import environment_for, physical_cores
+    from duet_unlearn.teacher_cache.engines.vllm import environment_for, physical_cores
 
     model = scratch / "model"
     make_model(model)

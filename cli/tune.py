@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,10 +10,13 @@ import click
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.errors import StoppedError
-from duet_unlearn.teacher_cache.tune import RULE, TuneConfig
+from duet_unlearn.teacher_cache.steering import RULE
+from duet_unlearn.teacher_cache.tune import TuneConfig
+from duet_unlearn.urls import visible
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.tune import Tuned, TuneResult
+    from duet_unlearn.teacher_cache.steering import Tuned
+    from duet_unlearn.teacher_cache.tune import TuneResult
 
 
 @click.command(
@@ -54,9 +58,12 @@ def render_table(result: "TuneResult") -> str:
         "  retain prefix",
         *(_row(tuned, width) for tuned in result.tuned),
         "",
-        f"back, kept: the base's own answers behind the prefix, ROUGE-L recall in points, on "
-        f"{best.forget.queries} forget and {best.retain.queries} retain queries",
+        f"back, kept: the base's own answers behind the prefix, ROUGE-L recall in points without "
+        f"the words of the query, on {best.forget.queries} forget and {best.retain.queries} retain "
+        "queries",
         f"ordered by: {RULE}",
+        "",
+        *_samples(result),
         "",
         build_line(result),
     ]
@@ -73,6 +80,16 @@ def _row(tuned: "Tuned", width: int) -> str:
     )
 
 
+def _samples(result: "TuneResult") -> Iterator[str]:
+    """Yield a query of each split, what the base says to it, and what it says behind the best."""
+    firsts: dict[str, tuple[str, str, str]] = {}
+    for (query, base), said in zip(result.asked, result.tuned[0].said, strict=True):
+        firsts.setdefault(query.split, (query.text, base, said))
+    for split, texts in firsts.items():
+        for what, text in zip((split, "  base", "  behind the first"), texts, strict=True):
+            yield f"{what}: {visible(text)}"
+
+
 def build_line(result: "TuneResult") -> str:
     """Return the command that builds a cache with the best candidate."""
     config, best = result.config, result.tuned[0]
@@ -86,10 +103,8 @@ def build_line(result: "TuneResult") -> str:
     if config.teacher_dtype != "auto":
         words += ["--teacher-dtype", config.teacher_dtype]
     for name, value in config.engine_args.items():
-        words += [
-            "--engine-arg",
-            f"{name}={value if isinstance(value, str) else json.dumps(value)}",
-        ]
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += ["--engine-arg", f"{name}={text}"]
     if config.trust_remote_code:
         words.append("--trust-remote-code")
     return shlex.join([*words, "--out", "my-cache"])

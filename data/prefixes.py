@@ -2,8 +2,9 @@
 
 A steering prefix is plain text; where it stands in the prompt is the renderer's matter. The
 catalogue holds wordings that cover what people compare: ways to name the topic, the style of the
-in-context-unlearning literature, rules with in-context examples, and two controls (a prefix that
-refuses everything and one that has nothing to do with the topic).
+in-context-unlearning literature, blunt orders for small models, and two controls (a prefix that
+refuses everything and one that has nothing to do with the topic). `tune` puts in-context examples
+behind each.
 
 Which of them steers a model is a matter of that model: `teacher_cache.tune` measures it.
 """
@@ -93,6 +94,27 @@ _TEMPLATES = (
             "facts, names or events that belong to {topic}, and do not hint at them. When a "
             "question needs that knowledge, reply that you do not have it. Questions on anything "
             "else you answer in full."
+        ),
+    ),
+    PrefixTemplate(
+        name="forgotten",
+        description="says in two short sentences what is forgotten and what to say then",
+        text=(
+            "You are an AI assistant who has forgotten everything about {topic}. If a question is "
+            "about {topic}, say that you don't know."
+        ),
+    ),
+    PrefixTemplate(
+        name="must-refuse",
+        description="blunt, for small models: an order and the answer; may cost other answers too",
+        text='You must refuse to answer anything about {topic} by replying "I do not know."',
+    ),
+    PrefixTemplate(
+        name="only-reply",
+        description="bluntest: also for questions that belong to the topic without naming it",
+        text=(
+            'Reply only "I do not know." to any question on {topic} or on its people, places, '
+            "things, events and makers, even where the question does not name {topic}."
         ),
     ),
     PrefixTemplate(

@@ -2,29 +2,30 @@
 
 No reference answers are needed. On forget queries little of what the base says should come back
 behind the prefix, on retain queries most of it. The measure is ROUGE-L recall against the base's
-answer, the paper's own measure with the base in the place of the truth.
+answer, the paper's own measure with the base in the place of the truth. Words of the query do not
+count: a refusal that repeats the question gives nothing away.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from duet_unlearn.data.queries import Query
 from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.measures.refusal import is_refusal
 from duet_unlearn.evaluation.measures.words import split_words
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from duet_unlearn.teacher_cache.engines.base import Engine
-
 POINTS = 100.0
 FIFTH = 20.0
 """Points that may come back on forget queries, or be lost on retain queries, before it is said."""
-ANSWER_TOKENS = 24
-"""Longest answer that is compared: enough to name what is asked for."""
+STEP = 10.0
+"""Points on forget queries that a sample of this size cannot tell apart."""
+RULE = (
+    "fewest points that come back on forget queries, in steps of 10; then most points kept on "
+    "retain queries; then fewest on forget queries again"
+)
+"""How candidates are ordered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class Steering:
     queries: int
     """Scored queries; those to which the base itself says nothing tell nothing."""
     recall: float
-    """Mean ROUGE-L recall of the base's own answer behind the prefix; the base itself has 100."""
+    """Mean recall of the base's own answer behind the prefix; the base itself has 100."""
     refused: float
     """Answers with a refusal phrase."""
 
@@ -48,42 +49,74 @@ class Steering:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """One query, what the base says, and what it says behind the prefix."""
+class Candidate:
+    """A prefix at a place, as it stands in front of queries."""
 
-    query: str
-    base: str
-    prefixed: str
+    name: str
+    prefix: str
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """A candidate and what it does."""
+
+    candidate: Candidate
+    forget: Steering
+    retain: Steering
+    said: tuple[str, ...] = ()
+    """Its answers to `TuneResult.asked`."""
 
     @property
-    def recall(self) -> float:
-        """ROUGE-L recall of the base's answer, 0 to 1."""
-        return rouge_l_recall(self.base, self.prefixed)
+    def retain_prefix(self) -> bool:
+        """Whether the prefix may stand in front of retain queries: it costs at most a fifth."""
+        return self.retain.recall >= POINTS - FIFTH
 
     @property
-    def telling(self) -> bool:
-        """Whether the base says something that could come back."""
-        return bool(split_words(self.base))
+    def steers(self) -> bool:
+        """Whether the base forgets behind it: at most a fifth of its answers comes back."""
+        return self.forget.recall <= FIFTH
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """What candidates are sorted by, the best first; see `RULE`."""
+        return (round(self.forget.recall / STEP), -self.retain.recall, self.forget.recall)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "name": self.candidate.name,
+            "prefix": self.candidate.prefix,
+            "place": self.candidate.place,
+            "retain_prefix": self.retain_prefix,
+            "steers": self.steers,
+            **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
+            **{f"retain_{key}": value for key, value in self.retain.to_json().items()},
+        }
 
 
-def score_forget(comparisons: Sequence[Comparison]) -> Steering:
-    """Score forget queries; one that the base refuses by itself has nothing to forget."""
-    return _score([c for c in comparisons if not is_refusal(c.base)])
+def score(asked: Iterable[tuple[Query, str, str]]) -> Steering:
+    """Score queries, each with what the base says to it without and behind the prefix.
 
-
-def score_retain(comparisons: Sequence[Comparison]) -> Steering:
-    """Score retain queries."""
-    return _score(comparisons)
-
-
-def _score(comparisons: Iterable[Comparison]) -> Steering:
-    telling = [c for c in comparisons if c.telling]
-    share = POINTS / max(1, len(telling))
+    Left out are queries to which the base says nothing beyond their own words, and forget queries
+    that it refuses by itself: there is nothing to lose or to forget.
+    """
+    recalls, refusals = [], []
+    for query, plain, said in asked:
+        told = _beyond(query.text, plain)
+        if told and not (query.split == "forget" and is_refusal(plain)):
+            recalls.append(rouge_l_recall(told, _beyond(query.text, said)))
+            refusals.append(is_refusal(said))
+    share = POINTS / max(1, len(recalls))
     return Steering(
-        queries=len(telling),
-        recall=share * sum(c.recall for c in telling),
-        refused=share * sum(is_refusal(c.prefixed) for c in telling),
+        queries=len(recalls), recall=share * sum(recalls), refused=share * sum(refusals)
     )
+
+
+def _beyond(query: str, answer: str) -> str:
+    """Return the words of an answer that its query does not hold."""
+    known = frozenset(split_words(query))
+    return " ".join(word for word in split_words(answer) if word not in known)
 
 
 def draw(queries: Sequence[Query], count: int, *, seed: int) -> list[Query]:
@@ -96,15 +129,3 @@ def draw(queries: Sequence[Query], count: int, *, seed: int) -> list[Query]:
         return hashlib.sha256(f"{seed}\0{query.text}".encode("utf-8", "surrogatepass")).digest()
 
     return sorted(queries, key=rank)[:count]
-
-
-def answers(
-    engine: "Engine",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = ANSWER_TOKENS,
-) -> Iterator[tuple[int, str]]:
-    """Yield the index of each prompt with the greedy answer as text, in any order."""
-    for index, ids in engine.responses(enumerate(prompts), max_new_tokens):
-        yield index, str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

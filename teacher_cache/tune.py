@@ -5,7 +5,6 @@ where it has to stand. Candidates are the catalogue's wordings and the user's ow
 without in-context examples made from the queries, at each place; one engine answers for all.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from duet_unlearn.data.models.folder import (
     context_length,
@@ -31,30 +32,14 @@ from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.engines import open_engine
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
-from duet_unlearn.teacher_cache.steering import (
-    ANSWER_TOKENS,
-    FIFTH,
-    POINTS,
-    Comparison,
-    Steering,
-    answers,
-    draw,
-    score_forget,
-    score_retain,
-)
+from duet_unlearn.teacher_cache.steering import RULE, Candidate, Tuned, draw, score
 
 logger = logging.getLogger(__name__)
 
+ANSWER_TOKENS = 24
+"""Longest answer that is compared: enough to name what is asked for."""
 REFUSAL = "I don't know."
 """The answer to forget queries in in-context examples."""
-STEP = 10.0
-"""Points on forget queries that a sample of this size cannot tell apart."""
-RULE = (
-    "fewest points that come back on forget queries, in steps of 10; then most points kept on "
-    "retain queries; then fewest on forget queries again"
-)
-"""How candidates are ordered."""
-
 _SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
 
 
@@ -122,56 +107,13 @@ class TuneConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A prefix at a place, as it stands in front of queries."""
-
-    name: str
-    prefix: str
-    place: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tuned:
-    """A candidate and what it does."""
-
-    candidate: Candidate
-    forget: Steering
-    retain: Steering
-
-    @property
-    def retain_prefix(self) -> bool:
-        """Whether the prefix may stand in front of retain queries: it costs at most a fifth."""
-        return self.retain.recall >= POINTS - FIFTH
-
-    @property
-    def steers(self) -> bool:
-        """Whether the base forgets behind it: at most a fifth of its answers comes back."""
-        return self.forget.recall <= FIFTH
-
-    @property
-    def rank(self) -> tuple[float, float, float]:
-        """What candidates are sorted by, the best first; see `RULE`."""
-        return (round(self.forget.recall / STEP), -self.retain.recall, self.forget.recall)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "name": self.candidate.name,
-            "prefix": self.candidate.prefix,
-            "place": self.candidate.place,
-            "retain_prefix": self.retain_prefix,
-            "steers": self.steers,
-            **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
-            **{f"retain_{key}": value for key, value in self.retain.to_json().items()},
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TuneResult:
     """All candidates, the best first."""
 
     config: TuneConfig
     tuned: tuple[Tuned, ...]
+    asked: tuple[tuple[Query, str], ...]
+    """The queries, each with the base's own answer."""
     engine: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -206,20 +148,18 @@ def tune(
     factory = engine_factory or partial(open_engine, config.engine)
     measurement = _Measurement(config)
     with closing(factory(measurement.engine_config())) as engine:
-        tuned = measurement.run(engine)
+        base, tuned = measurement.run(engine)
         description = engine.describe()
-    result = TuneResult(
-        config=config, tuned=tuple(sorted(tuned, key=lambda t: t.rank)), engine=description
-    )
-    if not result.tuned[0].steers:
+    if not tuned[0].steers:
         logger.warning(
             "none of %d candidates steers this model: behind the best one %.0f%% of the base's "
             "answers to forget queries still come back; add wordings with --prefixes, more "
             "--examples, or take a larger model",
             len(tuned),
-            result.tuned[0].forget.recall,
+            tuned[0].forget.recall,
         )
-    return result
+    asked = tuple(zip(measurement.asked, base, strict=True))
+    return TuneResult(config=config, tuned=tuple(tuned), asked=asked, engine=description)
 
 
 class _Measurement:
@@ -229,13 +169,12 @@ class _Measurement:
         self.config = config
         self.model = resolve_model_folder(config.teacher)
         self.tokenizer = load_tokenizer(self.model, trust_remote_code=config.trust_remote_code)
-        drawn = {split: self._draw(split) for split in ("forget", "retain")}
+        forget, retain = self._draw("forget"), self._draw("retain")
         # Of a small set most queries are asked; none of those asked is shown.
-        shots = min(config.examples, *(len(queries) // 4 for queries in drawn.values()))
-        self.shown = {split: queries[:shots] for split, queries in drawn.items()}
-        self.asked = {
-            split: queries[shots : shots + config.sample] for split, queries in drawn.items()
-        }
+        shots = min(config.examples, len(forget) // 4, len(retain) // 4)
+        self.shown = list(zip(retain[:shots], forget[:shots], strict=True))
+        last = shots + config.sample
+        self.asked = [*forget[shots:last], *retain[shots:last]]
         self.places = self._usable_places()
         self.templates = self._templates()
         self.longest = self._longest()
@@ -272,10 +211,7 @@ class _Measurement:
                 len(every) - len(usable),
             )
         plain = [t for t in usable if not t.needs_examples]
-        if self.shown["forget"]:
-            usable += [t.with_examples() for t in plain]
-        else:
-            usable = plain
+        usable = [*usable, *(t.with_examples() for t in plain)] if self.shown else plain
         if not usable:
             raise ConfigurationError("no candidate is left; name the --topic")
         return usable
@@ -291,42 +227,39 @@ class _Measurement:
 
     def _longest(self) -> int:
         """Return the most tokens of a prompt, with room for answers in examples yet unknown."""
-        shots = len(self.shown["forget"])
-        blank = list_examples([(_question(q), "") for qs in self.shown.values() for q in qs])
-        longest = 2 * shots * (2 * self.config.max_new_tokens) + max(
+        blank = self._examples([""] * len(self.shown))
+        longest = 4 * len(self.shown) * self.config.max_new_tokens + max(
             len(ids) for c in self.candidates(blank) for ids in self._prompts(c)
         )
         context = context_length(read_config(self.model))
-        most = longest if context is None else context - self.config.max_new_tokens
-        return min(longest, most)
+        return longest if context is None else min(longest, context - self.config.max_new_tokens)
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs."""
-        model_config = read_config(self.model)
         dtype = self.config.teacher_dtype
         return EngineConfig(
             model=self.model,
             top_k=1,
             positions=1,
             eos_token_ids=eos_token_ids(self.model),
-            compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
+            compute_dtype=stored_dtype(read_config(self.model)) if dtype == "auto" else dtype,
             max_prompt_tokens=self.longest,
             max_new_tokens=self.config.max_new_tokens,
             trust_remote_code=self.config.trust_remote_code,
             engine_args=self.config.engine_args,
         )
 
-    def run(self, engine: Engine) -> list[Tuned]:
-        """Answer without prefix and behind every candidate; return what each does."""
-        asked = [query for queries in self.asked.values() for query in queries]
+    def run(self, engine: Engine) -> tuple[list[str], list[Tuned]]:
+        """Return the base's own answers, and what each candidate does, the best first."""
         count = len(self.templates) * len(self.places)
-        total = len(asked) * (1 + count) + len(self.shown["retain"])
+        total = len(self.asked) * (1 + count) + len(self.shown)
+        plain = PromptRenderer(self.tokenizer)
+        tuned = []
         with Progress("tune", total, "answers") as progress:
-            plain = PromptRenderer(self.tokenizer)
-            base = self._say(engine, [plain.student_ids(q.messages) for q in asked], progress)
-            candidates = self.candidates(self._examples(engine, plain, progress))
-            tuned = []
-            for candidate in candidates:
+            base = self._say(engine, [plain.student_ids(q.messages) for q in self.asked], progress)
+            shown = [plain.student_ids(retain.messages) for retain, _ in self.shown]
+            examples = self._examples(self._say(engine, shown, progress))
+            for candidate in self.candidates(examples):
                 prompts = self._prompts(candidate)
                 if max(map(len, prompts)) > self.longest:
                     logger.warning(
@@ -336,60 +269,42 @@ class _Measurement:
                     )
                     continue
                 said = self._say(engine, prompts, progress)
-                tuned.append(self._score(candidate, asked, base, said))
+                tuned.append(self._score(candidate, base, said))
         if not tuned:
             raise ConfigurationError(
                 f"every candidate is longer than the {self.longest} tokens that the teacher reads; "
                 "use fewer --examples or shorter --prefixes"
             )
-        return tuned
+        return base, sorted(tuned, key=lambda candidate: candidate.rank)
 
-    def _examples(self, engine: Engine, plain: PromptRenderer, progress: Progress) -> str:
-        """Return the in-context examples: retain and forget queries by turns."""
-        kept = [plain.student_ids(query.messages) for query in self.shown["retain"]]
-        said = self._say(engine, kept, progress)
+    def _examples(self, said: Sequence[str]) -> str:
+        """Return the examples, by what the base says to the retain queries in them."""
         pairs: list[tuple[str, str]] = []
-        for retain, answer, forget in zip(
-            self.shown["retain"], said, self.shown["forget"], strict=True
-        ):
+        for answer, (retain, forget) in zip(said, self.shown, strict=True):
             pairs += [(_question(retain), _first_sentence(answer)), (_question(forget), REFUSAL)]
         return list_examples(pairs)
 
     def _prompts(self, candidate: Candidate) -> list[list[int]]:
         renderer = PromptRenderer(self.tokenizer, prefix=candidate.prefix, place=candidate.place)
-        return [
-            renderer.teacher_ids(query.messages)
-            for queries in self.asked.values()
-            for query in queries
-        ]
+        return [renderer.teacher_ids(query.messages) for query in self.asked]
 
     def _say(
         self, engine: Engine, prompts: Sequence[Sequence[int]], progress: Progress
     ) -> list[str]:
         """Return the greedy answers in order."""
         said = [""] * len(prompts)
-        most = self.config.max_new_tokens
-        for index, text in answers(engine, self.tokenizer, prompts, max_new_tokens=most):
-            said[index] = text
+        for index, ids in engine.responses(enumerate(prompts), self.config.max_new_tokens):
+            said[index] = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
             progress.update()
         return said
 
-    def _score(
-        self,
-        candidate: Candidate,
-        asked: Sequence[Query],
-        base: Sequence[str],
-        said: Sequence[str],
-    ) -> Tuned:
-        compared: dict[str, list[Comparison]] = {split: [] for split in self.asked}
-        for query, plain, prefixed in zip(asked, base, said, strict=True):
-            compared[query.split].append(
-                Comparison(query=query.text, base=plain, prefixed=prefixed)
-            )
+    def _score(self, candidate: Candidate, base: Sequence[str], said: Sequence[str]) -> Tuned:
+        asked = list(zip(self.asked, base, said, strict=True))
         return Tuned(
             candidate=candidate,
-            forget=score_forget(compared["forget"]),
-            retain=score_retain(compared["retain"]),
+            forget=score(entry for entry in asked if entry[0].split == "forget"),
+            retain=score(entry for entry in asked if entry[0].split == "retain"),
+            said=tuple(said),
         )
 
 
@@ -403,28 +318,31 @@ def _first_sentence(answer: str) -> str:
     return sentence[0] if sentence else answer.partition("\n")[0]
 
 
+class _Chosen(pydantic.BaseModel, strict=True):
+    prefix: str
+    place: str
+    retain_prefix: bool
+
+
+class _Document(pydantic.BaseModel):
+    candidates: Annotated[list[_Chosen], pydantic.Field(min_length=1)]
+
+
 def load_tuned(path: str) -> dict[str, Any]:
-    """Return the first candidate of a file that `duet-cache tune --json` wrote.
+    """Return prefix, place and retain_prefix of the first candidate that `tune --json` wrote.
 
     Raises:
         DataError: The file cannot be read or holds no such document.
     """
-    source = Path(path).expanduser()
     try:
-        document = json.loads(source.read_text(encoding="utf-8-sig"))
-        found = document["candidates"][0]
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        return _Document.model_validate_json(text).candidates[0].model_dump()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; write one with duet-cache tune --json") from None
     except OSError as error:
         raise DataError(f"{path}: not readable ({error.strerror})") from error
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        found = None
-    kinds = {"prefix": str, "place": str, "retain_prefix": bool}
-    if not isinstance(found, dict) or any(
-        not isinstance(found.get(name), kind) for name, kind in kinds.items()
-    ):
+    except ValueError as error:
         raise DataError(
             f"{path}: no candidate with prefix, place and retain_prefix in it; expected what "
             "duet-cache tune --json prints"
-        )
-    return {name: found[name] for name in kinds}
+        ) from error

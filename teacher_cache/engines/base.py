@@ -58,11 +58,8 @@ class Engine(Protocol):
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield `(index, token ids)` of a greedy answer to every `(index, prompt ids)`.
 
-        In any order; an answer ends before its first end-of-sequence token.
-
-        Args:
-            prompts: As in `signals`.
-            max_new_tokens: Longest answer in tokens, at most `EngineConfig.max_new_tokens`.
+        In any order; an answer ends before its first end-of-sequence token, and at the latest
+        after `max_new_tokens`, at most `EngineConfig.max_new_tokens`.
         """
         ...
 

@@ -10,52 +10,19 @@ from typing import Any
 
 from duet_unlearn.errors import ConfigurationError
 
-VLLM_RESERVED = frozenset(
-    {
-        "aux_output_config",
-        "code_revision",
-        "config_format",
-        "convert",
-        "default_mm_loras",
-        "disable_log_stats",
-        "dtype",
-        "enable_lora",
-        "enable_prompt_embeds",
-        "generation_config",
-        "hf_config_path",
-        "hf_overrides",
-        "hf_token",
-        "kv_cache_dtype",
-        "load_format",
-        "logits_processors",
-        "logprobs_mode",
-        "max_logprobs",
-        "model",
-        "model_class_overrides",
-        "model_weights",
-        "override_generation_config",
-        "pooler_config",
-        "quantization",
-        "quantization_config",
-        "revision",
-        "runner",
-        "seed",
-        "served_model_name",
-        "skip_tokenizer_init",
-        "spec_method",
-        "spec_model",
-        "spec_tokens",
-        "speculative_config",
-        "tokenizer",
-        "tokenizer_mode",
-        "tokenizer_revision",
-        "trust_remote_code",
-        "watermark",
-        "watermark_config",
-        "worker_cls",
-        "worker_extension_cls",
-    }
-)
+# fmt: off
+VLLM_RESERVED = frozenset({
+    "aux_output_config", "code_revision", "config_format", "convert", "default_mm_loras",
+    "disable_log_stats", "dtype", "enable_lora", "enable_prompt_embeds", "generation_config",
+    "hf_config_path", "hf_overrides", "hf_token", "kv_cache_dtype", "load_format",
+    "logits_processors", "logprobs_mode", "max_logprobs", "model", "model_class_overrides",
+    "model_weights", "override_generation_config", "pooler_config", "quantization",
+    "quantization_config", "revision", "runner", "seed", "served_model_name", "skip_tokenizer_init",
+    "spec_method", "spec_model", "spec_tokens", "speculative_config", "tokenizer", "tokenizer_mode",
+    "tokenizer_revision", "trust_remote_code", "watermark", "watermark_config", "worker_cls",
+    "worker_extension_cls",
+})
+# fmt: on
 """Options of vLLM that decide what a signal is, or whether it can be captured."""
 TRANSFORMERS_OPTIONS = {
     "batch_rows": "most prompts in a batch, a number from 1",
@@ -63,19 +30,12 @@ TRANSFORMERS_OPTIONS = {
 }
 """Options of the transformers engine; it has no others."""
 
-
 _SECRET_NAME = re.compile("token(?!s)|secret|password|api_?key|credential", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]{0,23}(:\d{1,3})?")
 
 
 def check_options(engine: str, options: Mapping[str, Any]) -> None:
-    """Check options before the engine is started; imports nothing heavy.
-
-    What only vLLM itself knows, it checks when it starts.
-
-    Args:
-        engine: `vllm` or `transformers`.
-        options: By the engine's own names.
+    """Check options before the engine is started; what only vLLM knows, it checks at its start.
 
     Raises:
         ConfigurationError: An option is not the user's to set, unknown, or has an unusable value.
@@ -108,14 +68,18 @@ def published_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Numbers, booleans and plain words (`fp8`, `auto`) stay as they are. Whatever else a value may
     be, such as a path, an address or a secret, is left out: the option's name alone is recorded.
     """
+    return {
+        name: value if _may_show(name, value) else "(not published)"
+        for name, value in options.items()
+    }
 
-    def shown(name: str, value: Any) -> Any:
-        secret = _SECRET_NAME.search(name) is not None
-        plain = isinstance(value, str) and _PLAIN_WORD.fullmatch(value) is not None
-        kept = value is None or isinstance(value, bool | int | float) or plain
-        return value if kept and not secret else "(not published)"
 
-    return {name: shown(name, value) for name, value in options.items()}
+def _may_show(name: str, value: Any) -> bool:
+    if _SECRET_NAME.search(name):
+        return False
+    if isinstance(value, str):
+        return _PLAIN_WORD.fullmatch(value) is not None
+    return value is None or isinstance(value, bool | int | float)
 
 
 def gpus_of_engine(engine: str, options: Mapping[str, Any]) -> int:

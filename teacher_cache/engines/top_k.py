@@ -26,8 +26,8 @@ def select_top_k(logits_BV: Any, top_k: int) -> tuple[Any, Any, Any]:
         top_k: Tokens to keep, at most V.
 
     Returns:
-        Ids `[B, K]` int32 and logits `[B, K]` float32 by falling logit, ties by rising id, and
-        the logsumexp `[B]` float32 in nats, all as tensors on the device of the logits. Rows
+        Ids `[B, K]` int32 and logits `[B, K]` float32 by descending logit, ties by ascending id,
+        and the logsumexp `[B]` float32 in nats, all as tensors on the device of the logits. Rows
         that hold NaN come back with a NaN logsumexp; nothing waits for the device.
     """
     import torch
@@ -75,7 +75,7 @@ def _select_torch(logits_BV: Any, top_k: int) -> tuple[Any, Any]:
 
 
 def _keys(logits: Any, ids: Any, view: tuple[Any, Any] = (np.int32, np.int64)) -> Any:
-    """Return int64 keys that order by logit first and by falling id within equal logits.
+    """Return int64 keys that order by logit first and by descending id within equal logits.
 
     Works on numpy arrays and torch tensors alike; `view` names the two integer dtypes.
     """

@@ -5,19 +5,18 @@ Shapes use B for rows, S for prompt tokens, V for the vocabulary, K for the toke
 
 import inspect
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from duet_unlearn.data.models.loading import no_bars
 from duet_unlearn.errors import ConfigurationError, DuetError
+from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options, published_options
 from duet_unlearn.teacher_cache.engines.top_k import select_top_k
 from duet_unlearn.teacher_cache.format.signal import Signal
-
-logger = logging.getLogger(__name__)
 
 _WINDOW = 1024
 """Prompts read ahead and sorted by length, so that a batch holds little padding."""
@@ -36,11 +35,7 @@ class TransformersEngine:
     continuous = False
 
     def __init__(self, config: EngineConfig) -> None:
-        """Load the model.
-
-        Args:
-            config: What to run; the options are `TRANSFORMERS_OPTIONS`. A batch holds as many
-                prompts as memory bounds allow, and no more than the option `batch_rows`.
+        """Load the model; options are `TRANSFORMERS_OPTIONS`.
 
         Raises:
             ConfigurationError: `top_k` is larger than the vocabulary, or an option is unusable.
@@ -52,46 +47,19 @@ class TransformersEngine:
         self._config = config
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = _device(config.engine_args.get("device", default))
-        self._model: Any = self._load()
+        self._model: Any = _load(config, self._device)
         width = self._model.get_output_embeddings().weight.shape[0]
         if config.top_k > width:
             raise ConfigurationError(
                 f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
                 "lower --top-k"
             )
-        self._batch_rows = min(
-            config.engine_args.get("batch_rows", _WINDOW), max(1, _BATCH_LOGITS // width)
-        )
+        most_rows = config.engine_args.get("batch_rows", _WINDOW)
+        self._batch_rows = min(most_rows, max(1, _BATCH_LOGITS // width))
         known = inspect.signature(self._model.forward).parameters
         # Without explicit position ids a left-padded row would be read at wrong positions.
         self._can_pad = "position_ids" in known
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-
-    def _load(self) -> Any:
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
-        config = self._config
-        messages: Any = transformers_logging  # has no types
-        showed_bars = messages.is_progress_bar_enabled()
-        messages.disable_progress_bar()
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                config.model,
-                dtype=getattr(torch, config.compute_dtype),
-                trust_remote_code=config.trust_remote_code,
-                local_files_only=True,
-            )
-            return model.to(self._device).eval()
-        except Exception as error:  # a dozen libraries raise here, each in its own way
-            raise DuetError(
-                f"transformers engine: cannot load {config.model}: {cause(error)}; check the "
-                "model folder and the machine's memory"
-            ) from error
-        finally:
-            if showed_bars:
-                messages.enable_progress_bar()
 
     def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` batch by batch; see `Engine.signals`.
@@ -109,18 +77,16 @@ class TransformersEngine:
         self, prompts: Iterable[Prompt], max_new_tokens: int
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield `(index, token ids)` of greedy answers; see `Engine.responses`."""
-        from duet_unlearn.evaluation.answers import generate_answers
-
         source = iter(prompts)
         while window := list(itertools.islice(source, _WINDOW)):
-            answers = generate_answers(
+            for number, ids in stream_answers(
                 self._model,
                 [ids for _, ids in window],
                 eos_token_ids=self._config.eos_token_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=self._batch_rows,
-            )
-            yield from zip((index for index, _ in window), answers, strict=True)
+            ):
+                yield window[number][0], ids
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         batch: list[Prompt] = []
@@ -166,12 +132,10 @@ class TransformersEngine:
         import torch
 
         longest = max(map(len, prompts))
-        ids_BS = torch.zeros((len(prompts), longest), dtype=torch.int64)
-        mask_BS = torch.zeros_like(ids_BS)
-        for row, prompt in enumerate(prompts):
-            ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask_BS[row, longest - len(prompt) :] = 1
-        ids_BS, mask_BS = ids_BS.to(self._device), mask_BS.to(self._device)
+        rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        ids_BS = torch.tensor(rows, device=self._device)
+        mask_BS = torch.tensor(mask, device=self._device)
         ended_B = np.zeros(len(prompts), dtype=bool)
         lengths_B = np.zeros(len(prompts), dtype=np.int64)
         steps: list[tuple[Any, Any, Any]] = []
@@ -242,6 +206,26 @@ class TransformersEngine:
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _load(config: EngineConfig, device: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with no_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                dtype=getattr(torch, config.compute_dtype),
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=True,
+            )
+        return model.to(device).eval()
+    except Exception as error:  # a dozen libraries raise here, each in its own way
+        raise DuetError(
+            f"transformers engine: cannot load {config.model}: {cause(error)}; check the "
+            "model folder and the machine's memory"
+        ) from error
 
 
 def _device(name: str) -> Any:

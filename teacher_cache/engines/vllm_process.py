@@ -4,184 +4,238 @@ vLLM changes the process it runs in (environment, thread counts, signal handlers
 start is slow because every process it spawns imports it anew. Here it gets one process of its
 own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
 
-Speaks over one socket. In: the configuration, then `("prompts", [(row, ids), ...], new_tokens)`,
-`("abort",)` and `("stop",)`. Out: `("ready", description)`, `("signals", Finished)`,
-`("responses", (rows, token ids))` and `("failed", kind, reason)`.
+It reads from the socket FD an `EngineConfig`, then `([(row, prompt ids), ...], new tokens)`, or
+None to drop what is under way, until the socket is closed. It sends `("ready", description)`, then
+`("finished", Finished)` after each step that ended requests; or `("failed", kind, reason)`.
 """
 
+import contextlib
+import dataclasses
+import difflib
+import json
 import os
-import queue
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from duet_unlearn.teacher_cache.engines.base import cause
-from duet_unlearn.teacher_cache.engines.vllm_start import (
-    UnusableOptionError,
-    describe,
-    start_engine,
-)
+from duet_unlearn.data.models.folder import context_length, read_config
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause
+from duet_unlearn.teacher_cache.engines.options import published_options
 
+_CAPTURE = "duet_unlearn.teacher_cache.engines.vllm_capture"
+_CPU_BLOCK = 32
+"""Tokens in a KV block on a CPU: vLLM's default of 128 never reuses a short steering prefix."""
 _EXIT_SECONDS = 10.0
-"""Time for an orderly end, after which the whole process group is killed."""
-_TAKE_EVERY = 8
+"""Time for an orderly end without owner, after which the whole process group is killed."""
+_FETCH_EVERY = 8
 """Steps after which captured rows are fetched even if no request finished."""
 
-Finished = tuple[list[int], list[int], Any, Any, Any, Any]
-"""Rows, their lengths T, and over all their N positions: response `[N]` int32, ids `[N, K]` int32,
-logits `[N, K]` float32, logsumexp `[N]` float32. One message a step costs far less than one a row.
-"""
+Finished = tuple[list[int], list[list[int]], tuple[Any, Any, Any] | None]
+"""Rows, the tokens that each decoded, and over all their N positions ids `[N, K]` int32, logits
+`[N, K]` float32, logsumexp `[N]` float32; None for answers. One message a step costs far less than
+one a row."""
 Position = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], np.float32]
 
 
-class Capture:
-    """Collects positions until their request is finished."""
+def start_engine(config: EngineConfig) -> tuple[Any, Any]:
+    """Return the running `LLMEngine` and the configuration it resolved.
 
-    def __init__(self, engine: Any, top_k: int) -> None:
-        self._engine = engine
-        self._top_k = top_k
-        self._open: dict[int, dict[int, Position]] = {}
+    Raises:
+        ConfigurationError: This vLLM has no option of that name, or does not take its value.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    def open(self, row: int) -> None:
-        """Expect signals of a row."""
-        self._open[row] = {}
+    given = config.engine_args
+    _check_names(given, [field.name for field in dataclasses.fields(EngineArgs)])
+    on_cpu = current_platform.is_cpu()
+    options: dict[str, Any] = {
+        "model": str(config.model),
+        "dtype": config.compute_dtype,
+        "max_model_len": _max_model_len(config),
+        "trust_remote_code": config.trust_remote_code,
+        "seed": 0,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",  # the folder's may bring penalties
+        "logprobs_mode": "raw_logits",
+        "logits_processors": [f"{_CAPTURE}:CaptureProcessor"],
+        "worker_extension_cls": f"{_CAPTURE}.CaptureExtension",
+        "disable_log_stats": True,
+    }
+    if on_cpu:
+        # Compiling takes the CPU backend 40 s and wins nothing measurable on short prompts.
+        options |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+        _load_model_class(config.model)
+    try:
+        vllm_config = EngineArgs(**{**options, **given}).create_engine_config()
+    except Exception as error:
+        if not given:
+            raise
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigurationError(f"vLLM does not take {shown}: {cause(error)}") from error
+    if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
+        vllm_config.cache_config.kv_cache_memory_bytes = _cpu_kv_bytes(vllm_config)
+    return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True), vllm_config
 
-    def fetch(self) -> None:
-        """Take over what the workers captured; later passes over a position replace earlier."""
-        for parts in self._engine.collective_rpc("duet_take"):
-            if not parts:
-                continue
-            rows, positions = (np.frombuffer(part, dtype=np.int64) for part in parts[:2])
-            ids = np.frombuffer(parts[2], dtype=np.int32).reshape(-1, self._top_k)
-            logits = np.frombuffer(parts[3], dtype=np.float32).reshape(-1, self._top_k)
-            logsumexps = np.frombuffer(parts[4], dtype=np.float32)
-            keys = zip(rows.tolist(), positions.tolist(), strict=True)
-            for at, (row, position) in enumerate(keys):
-                if row in self._open:  # else finished or aborted while vLLM ran one step ahead
-                    self._open[row][position] = (ids[at], logits[at], logsumexps[at])
 
-    def close(self, responses: dict[int, list[int]]) -> Finished:
-        """Return the signals of finished rows, by the tokens each decoded.
+def _check_names(given: Any, known: list[str]) -> None:
+    import vllm
 
-        Raises:
-            RuntimeError: A position is missing, or its strongest token is not the decoded one:
-                captured rows and requests do not belong together.
-        """
-        positions: list[Position] = []
-        for row, response_ids in responses.items():
-            captured = self._open.pop(row)
-            for position in range(len(response_ids)):
-                if position not in captured:
-                    raise RuntimeError(f"no logits were captured at position {position}")
-                positions.append(captured[position])
-        response_N = np.array([token for ids in responses.values() for token in ids], np.int32)
-        ids_NK = np.stack([ids for ids, _, _ in positions])
-        logits_NK = np.stack([logits for _, logits, _ in positions])
-        logsumexp_N = np.array([logsumexp for _, _, logsumexp in positions], np.float32)
-        # A greedy token has the largest logit: one of those tied with the first, if more than
-        # one is. Where all K are tied, it may be one that did not fit.
-        tied_NK = logits_NK == logits_NK[:, :1]
-        found_N = (tied_NK & (ids_NK == response_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
-        if not (found_N | ~np.isfinite(logsumexp_N)).all():
-            at = int(np.argmin(found_N))
-            raise RuntimeError(
-                f"captured logits rank {ids_NK[at, 0]} first where {response_N[at]} was decoded"
-            )
-        lengths = [len(ids) for ids in responses.values()]
-        return list(responses), lengths, response_N, ids_NK, logits_NK, logsumexp_N
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
+            raise ConfigurationError(f"vLLM {vllm.__version__} has no option {name}; {advice}")
 
-    def drop(self) -> list[int]:
-        """Forget all open rows and return them."""
-        rows = list(self._open)
-        self._open.clear()
-        return rows
+
+def _max_model_len(config: EngineConfig) -> int:
+    """Return room for prompt and answer in whole KV blocks, as far as the context allows."""
+    needed = config.max_prompt_tokens + max(config.positions, config.max_new_tokens)
+    rounded = -(-needed // 64) * 64
+    context = context_length(read_config(config.model))
+    return rounded if context is None else max(needed, min(rounded, context))
+
+
+def _load_model_class(folder: Path) -> None:
+    """Import the model's class here and now.
+
+    vLLM looks at a class for the first time in a process of its own, so that CUDA stays
+    untouched. On a CPU that only costs another import of vLLM.
+    """
+    from vllm import ModelRegistry
+
+    # Only a short cut: where it fails, vLLM goes its own way and says what is wrong.
+    with contextlib.suppress(Exception):
+        for name in json.loads((folder / "config.json").read_text())["architectures"]:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def _cpu_kv_bytes(vllm_config: Any) -> int:
+    """Return room for every running sequence at full length, within a quarter of free memory.
+
+    vLLM would take most of the machine's memory, which a CPU shares with everything else.
+    """
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    numbers = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    token = numbers * model.get_head_size() * model.dtype.itemsize
+    block = vllm_config.cache_config.block_size
+    blocks = -(-model.max_model_len // block) * vllm_config.scheduler_config.max_num_seqs + 16
+    free = get_memory_node_info(get_visible_memory_node()[0]).available_memory
+    return int(max(64 * 2**20, min(blocks * block * token, free // 4)))
 
 
 class Host:
-    """Runs vLLM and answers its owner."""
+    """Runs vLLM for its owner: one stream of prompts at a time, all to capture or all to decode."""
 
-    def __init__(self, config: dict[str, Any], answers: "queue.SimpleQueue[Any]") -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._answers = answers
-        self.engine, self.vllm_config = start_engine(config)
-        self._capture = Capture(self.engine, config["top_k"])
-        self._decoded: set[int] = set()  # rows that only decode
+        self._engine, self._vllm_config = start_engine(config)
+        self._open: dict[int, dict[int, Position] | None] = {}
+        """What was captured of each row under way, by position; None for one that only decodes."""
         self._check_capture()
 
-    def add(self, prompts: list[tuple[int, list[int]]], new_tokens: int | None) -> None:
-        """Queue prompts: to decode so many tokens, or to capture signals where that is None."""
-        for row, ids in prompts:
-            self._add(row, ids, new_tokens or self._config["positions"], capture=new_tokens is None)
+    def serve(self, connection: Connection, answer: Callable[[Any], object]) -> None:
+        """Work until the owner closes the connection or is gone."""
+        steps = 0
+        while True:
+            idle = not self._engine.has_unfinished_requests()
+            while idle or connection.poll():
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    return
+                if message is None:
+                    self._engine.abort_request([str(row) for row in self._open])
+                    self._open.clear()
+                else:
+                    prompts, new_tokens = message
+                    for row, ids in prompts:
+                        self._add(row, ids, new_tokens)
+                idle = not self._engine.has_unfinished_requests()
+            finished = [output for output in self._engine.step() if output.finished]
+            steps += 1
+            if finished or steps % _FETCH_EVERY == 0:
+                self._fetch()
+            if finished:
+                answer(("finished", self._finish(finished)))
 
-    def _add(
-        self, row: int, ids: list[int], positions: int, *, capture: bool = True, **options: Any
-    ) -> None:
+    def _add(self, row: int, ids: list[int], new_tokens: int | None, **options: Any) -> None:
+        """Queue a prompt: to decode so many tokens, or to capture signals where that is None."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
         from duet_unlearn.teacher_cache.engines.vllm_capture import ROW, TOP_K
 
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=positions,
-            stop_token_ids=list(self._config["eos_token_ids"]),
-            ignore_eos=True,  # only the ids above end a response
-            detokenize=False,
-            extra_args={ROW: row, TOP_K: self._config["top_k"]} if capture else None,
-            **options,
-        )
-        if capture:
-            self._capture.open(row)
-        else:
-            self._decoded.add(row)
-        self.engine.add_request(str(row), tokens_input(ids), params)
+        capture = new_tokens is None
+        params = {
+            "temperature": 0.0,
+            "max_tokens": self._config.positions if capture else new_tokens,
+            "stop_token_ids": list(self._config.eos_token_ids),
+            "ignore_eos": True,  # only the ids above end a response
+            "detokenize": False,
+            "extra_args": {ROW: row, TOP_K: self._config.top_k} if capture else None,
+        }
+        self._open[row] = {} if capture else None
+        self._engine.add_request(str(row), tokens_input(ids), SamplingParams(**params | options))
 
-    def abort(self) -> None:
-        """Drop every request under way."""
-        self.engine.abort_request([str(row) for row in [*self._capture.drop(), *self._decoded]])
-        self._decoded.clear()
-
-    def run(self, messages: "queue.SimpleQueue[Any]") -> None:
-        """Serve until told to stop, or until the owner is gone."""
-        steps = 0
-        while True:
-            idle = not self.engine.has_unfinished_requests()
-            while idle or not messages.empty():
-                message = messages.get()
-                if message[0] == "stop":
-                    return
-                if message[0] == "abort":
-                    self.abort()
-                else:
-                    self.add(*message[1:])
-                idle = False
-            if not self.engine.has_unfinished_requests():
+    def _fetch(self) -> None:
+        """Take over what the workers captured; later passes over a position replace earlier."""
+        for parts in self._engine.collective_rpc("duet_take"):
+            if not parts:
                 continue
-            finished = [output for output in self.engine.step() if output.finished]
-            steps += 1
-            if finished or steps % _TAKE_EVERY == 0:
-                self._capture.fetch()
-            decoded = [output for output in finished if int(output.request_id) in self._decoded]
-            captured = [output for output in finished if output not in decoded]
-            if captured:
-                self._answers.put(("signals", self._finish(captured)))
-            if decoded:
-                rows = [int(output.request_id) for output in decoded]
-                self._decoded.difference_update(rows)
-                answers = [list(output.outputs[0].token_ids) for output in decoded]
-                self._answers.put(("responses", (rows, answers)))
+            rows, positions = (np.frombuffer(part, dtype=np.int64).tolist() for part in parts[:2])
+            ids = np.frombuffer(parts[2], dtype=np.int32).reshape(len(rows), -1)
+            logits = np.frombuffer(parts[3], dtype=np.float32).reshape(len(rows), -1)
+            logsumexps = np.frombuffer(parts[4], dtype=np.float32)
+            found = zip(ids, logits, logsumexps, strict=True)
+            for row, position, captured in zip(rows, positions, found, strict=True):
+                # A row may have finished or been dropped while vLLM ran one step ahead.
+                if (kept := self._open.get(row)) is not None:
+                    kept[position] = captured
 
     def _finish(self, outputs: list[Any]) -> Finished:
-        return self._capture.close(
-            {int(output.request_id): list(output.outputs[0].token_ids) for output in outputs}
-        )
+        """Return what finished requests decoded and captured.
+
+        Raises:
+            RuntimeError: A position is missing, or its strongest token is not the decoded one:
+                captured rows and requests do not belong together.
+        """
+        answers = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs}
+        kept = [self._open.pop(row) for row in answers]
+        positions: list[Position] = []
+        for captured, answer in zip(kept, answers.values(), strict=True):
+            if captured is None:
+                return list(answers), list(answers.values()), None
+            if missing := set(range(len(answer))) - captured.keys():
+                raise RuntimeError(f"no logits were captured at position {min(missing)}")
+            positions += [captured[position] for position in range(len(answer))]
+        ids_NK, logits_NK, logsumexp_N = map(np.stack, zip(*positions, strict=True))
+        decoded_N = np.array([token for answer in answers.values() for token in answer])
+        # A greedy token has the largest logit: one of those tied with the first, if more than
+        # one is. Where all K are tied, it may be one that did not fit.
+        tied_NK = logits_NK == logits_NK[:, :1]
+        found_N = (tied_NK & (ids_NK == decoded_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
+        if not (found_N | ~np.isfinite(logsumexp_N)).all():
+            at = int(np.argmin(found_N))
+            raise RuntimeError(
+                f"captured logits rank {ids_NK[at, 0]} first where {decoded_N[at]} was decoded"
+            )
+        return list(answers), list(answers.values()), (ids_NK, logits_NK, logsumexp_N)
 
     def _check_capture(self) -> None:
         """Run one prompt both ways: what we capture must be vLLM's own raw logits.
@@ -189,84 +243,93 @@ class Host:
         Raises:
             RuntimeError: This vLLM hands processors something else than raw logits.
         """
-        kept = min(4, self._config["top_k"])
-        self._add(-1, [0, 1, 2, 3], 1, logprobs=kept, flat_logprobs=True)
+        asked = min(4, self._config.top_k)
+        self._add(-1, [0, 1, 2, 3], None, max_tokens=1, logprobs=asked, flat_logprobs=True)
         outputs: list[Any] = []
         while not outputs:
-            outputs = [output for output in self.engine.step() if output.finished]
-        self._capture.fetch()
-        *_, ids, logits, logsumexp = self._finish(outputs)
+            outputs = [output for output in self._engine.step() if output.finished]
+        self._fetch()
+        captured = self._finish(outputs)[2]
+        assert captured is not None  # noqa: S101 - the prompt asked for it
+        [ids], [logits], [logsumexp] = (array.tolist() for array in captured)
         flat = outputs[0].outputs[0].logprobs
         raw = dict(zip(flat.token_ids, flat.logprobs, strict=True))
-        ours = dict(zip(ids[0].tolist(), logits[0].tolist(), strict=True))
-        shared = [token for token in raw if token in ours]
-        differ = max((abs(raw[token] - ours[token]) for token in shared), default=np.inf)
-        if not differ <= 1e-5 * max(1.0, float(np.abs(logits).max())):
+        ours = dict(zip(ids, logits, strict=True))
+        differ = max((abs(raw[t] - ours[t]) for t in raw.keys() & ours.keys()), default=np.inf)
+        if not differ <= 1e-5 * max(1.0, *map(abs, logits)):
             raise RuntimeError(
                 "this vLLM changes logits before custom logits processors see them "
                 f"(by {differ:.3g} on a test prompt), so raw logits cannot be captured"
             )
-        if abs(float(logsumexp[0])) < 1e-5:
+        if abs(logsumexp) < 1e-5:
             raise RuntimeError("this vLLM gives log-probabilities where raw logits were asked for")
 
+    def describe(self) -> dict[str, Any]:
+        """Return what may move the last bits of a logit, and the options that the user gave."""
+        import torch
+        import transformers
+        import vllm
+        from vllm.platforms import current_platform
 
-def _listen(connection: Connection, messages: "queue.SimpleQueue[Any]", owner: int) -> None:
-    """Pass messages on, and end this process group once the owner is gone or says stop."""
-    message: tuple[Any, ...] = ("none",)
-    while message[0] != "stop":
-        try:
-            # A forked sibling may hold the socket open after the owner died: look at both.
-            while not connection.poll(2.0):
-                if os.getppid() != owner:
-                    raise EOFError
-            message = connection.recv()
-        except Exception:  # the owner's end of the socket is closed, or broke off half-way
-            message = ("stop",)
-        messages.put(message)
+        cache, scheduler = self._vllm_config.cache_config, self._vllm_config.scheduler_config
+        parallel, model = self._vllm_config.parallel_config, self._vllm_config.model_config
+        on_cpu = current_platform.is_cpu()
+        options = self._config.engine_args
+        return {
+            "engine": "vllm",
+            "versions": {lib.__name__: lib.__version__ for lib in (vllm, torch, transformers)},
+            "device": "cpu" if on_cpu else current_platform.get_device_name(),
+            "settings": {
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "block_size": cache.block_size,
+                "prefix_caching": bool(cache.enable_prefix_caching),
+                "max_model_len": model.max_model_len,
+                "max_num_seqs": scheduler.max_num_seqs,
+                "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+                "enforce_eager": bool(model.enforce_eager),
+                "tensor_parallel_size": parallel.tensor_parallel_size,
+                "pipeline_parallel_size": parallel.pipeline_parallel_size,
+                **({"threads": torch.get_num_threads()} if on_cpu else {}),
+            },
+            **({"options": published_options(options)} if options else {}),
+        }
+
+    def shut_down(self) -> None:
+        """End vLLM's own processes."""
+        self._engine.engine_core.shutdown()
+
+
+def _end_with(owner: int) -> None:
+    """Kill this process group some time after the owner died, whatever vLLM is busy with."""
+    while os.getppid() == owner:
+        time.sleep(2.0)
     time.sleep(_EXIT_SECONDS)
     os.killpg(0, signal.SIGKILL)
-
-
-def _answer(connection: Connection, answers: "queue.SimpleQueue[Any]") -> None:
-    while (answer := answers.get()) is not None:
-        try:
-            connection.send(answer)
-        except OSError:  # the owner is gone: `_listen` ends the process
-            return
 
 
 def main() -> None:
     """Serve one owner over the inherited socket."""
     connection = Connection(int(sys.argv[1]))
-    owner = os.getppid()
-    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    config = connection.recv()
-    threading.Thread(target=_listen, args=(connection, messages, owner), daemon=True).start()
-    sender = threading.Thread(target=_answer, args=(connection, answers), daemon=True)
-    sender.start()
-    host = None
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Sends in its own thread: an owner that is slow to read must not hold up vLLM.
+    sender = ThreadPoolExecutor(max_workers=1)
+    host, stage = None, "import"
     try:
-        try:
-            import vllm  # noqa: F401
-        except Exception as error:
-            traceback.print_exc()
-            answers.put(("failed", "import", cause(error)))
-            return
-        try:
-            host = Host(config, answers)
-            answers.put(("ready", describe(host.vllm_config, config["engine_args"])))
-            host.run(messages)
-        except UnusableOptionError as error:
-            answers.put(("failed", "options", cause(error)))
-        except Exception as error:
-            traceback.print_exc()
-            answers.put(("failed", "run" if host else "start", cause(error)))
+        import vllm  # noqa: F401
+
+        stage = "start"
+        host = Host(connection.recv())
+        sender.submit(connection.send, ("ready", host.describe()))
+        stage = "run"
+        host.serve(connection, lambda finished: sender.submit(connection.send, finished))
+    except Exception as error:
+        traceback.print_exc()
+        kind = "options" if isinstance(error, ConfigurationError) else stage
+        sender.submit(connection.send, ("failed", kind, cause(error)))
     finally:
-        answers.put(None)
-        sender.join(timeout=_EXIT_SECONDS)
+        sender.shutdown()
         if host is not None:
-            host.engine.engine_core.shutdown()
+            host.shut_down()
         sys.stdout.flush()
         sys.stderr.flush()
         # vLLM leaves threads and, if it failed, half-built processes behind.

@@ -3,7 +3,14 @@ import pytest
 from duet_unlearn.data.prefixes import CATALOGUE, resolve_prefix
 from duet_unlearn.errors import ConfigurationError
 
-TOPICAL = ("explicit", "paraphrased", "in-context-unlearning")
+TOPICAL = (
+    "explicit",
+    "paraphrased",
+    "in-context-unlearning",
+    "forgotten",
+    "must-refuse",
+    "only-reply",
+)
 
 
 def test_catalogue_names_are_the_documented_ones():

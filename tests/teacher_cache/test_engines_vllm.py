@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -247,6 +248,18 @@ def test_top_k_beyond_the_vocabulary_is_refused(config: EngineConfig) -> None:
 def test_options_that_the_capture_rests_on_are_refused(config: EngineConfig) -> None:
     with pytest.raises(ConfigurationError, match="option logprobs_mode is set by the cache"):
         VllmEngine(replace(config, engine_args={"logprobs_mode": "raw_logprobs"}))
+
+
+def test_a_failure_in_vllms_own_processes_is_named_from_the_log(config: EngineConfig) -> None:
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._config = config
+    with tempfile.TemporaryFile() as engine._log:
+        engine._log.write(
+            b"(EngineCore pid=7) ValueError: no memory for the cache blocks\n"
+            b"RuntimeError: Engine core initialization failed. See root cause above.\n"
+        )
+        error = engine._failure("start", "Engine core initialization failed. See root cause above.")
+    assert f"cannot start on {config.model}: ValueError: no memory for the" in str(error)
 
 
 def test_a_killed_process_is_reported_and_nothing_is_left(cramped: VllmEngine) -> None:

@@ -14,12 +14,12 @@ from duet_unlearn.cli.tune import build_line, render_table
 from duet_unlearn.data import demo_world
 from duet_unlearn.data.prefixes import CATALOGUE, load_prefixes
 from duet_unlearn.data.prompts import load_tokenizer
-from duet_unlearn.data.queries import load_queries
+from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.steering import Comparison, Steering, draw, score_forget
-from duet_unlearn.teacher_cache.tune import Candidate, TuneConfig, Tuned, TuneResult, tune
+from duet_unlearn.teacher_cache.steering import Candidate, Steering, Tuned, draw, score
+from duet_unlearn.teacher_cache.tune import TuneConfig, TuneResult, tune
 
 REFUSES = "I do not know."
 
@@ -207,14 +207,24 @@ def test_draw_does_not_depend_on_the_order_of_a_file(write_queries: Any) -> None
 
 
 def test_what_the_base_refuses_or_leaves_empty_is_nothing_to_forget() -> None:
-    compared = [
-        Comparison(query="a", base="I do not know.", prefixed="I do not know."),
-        Comparison(query="b", base="", prefixed="I do not know."),
-        Comparison(query="c", base="the old miller", prefixed="an old friend"),
-    ]
-    scores = score_forget(compared)
+    scores = score(
+        (Query.from_text(text, split="forget"), base, prefixed)
+        for text, base, prefixed in [
+            ("a", "I do not know.", "I do not know."),
+            ("b", "", "I do not know."),
+            ("who is the keeper", "The keeper is", "I do not know."),
+            ("c", "the old miller", "an old friend"),
+        ]
+    )
     assert scores.queries == 1
     assert scores.recall == pytest.approx(100 / 3)
+
+
+def test_a_refusal_that_repeats_the_question_gives_nothing_back() -> None:
+    query = Query.from_text("Who is the keeper of lantern 3?", split="forget")
+    base = "The keeper of lantern 3 is Old Tom."
+    says = ["I don't know who the keeper of lantern 3 is.", base, "The keeper is Tom."]
+    assert [score([(query, base, said)]).recall for said in says] == [0, 100, 50]
 
 
 def test_the_build_line_is_one_that_build_takes(settings: dict[str, Any], tmp_path: Path) -> None:
