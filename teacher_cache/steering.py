@@ -23,9 +23,12 @@ STEP = 10.0
 """Points on forget queries that a sample of this size cannot tell apart."""
 RULE = (
     "fewest points that come back on forget queries, in steps of 10; then most points kept on "
-    "retain queries; then fewest on forget queries again"
+    "retain queries; then fewest on forget queries again; last come those that a third of the "
+    "sample shows to be worse than six others"
 )
 """How candidates are ordered."""
+VIEWS = ("@view-shapes",)
+"""Shapes to cache with any prefix: a student that never met them refuses in chats alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,7 @@ class Tuned:
             "prefix": self.candidate.prefix,
             "place": self.candidate.place,
             "retain_prefix": self.retain_prefix,
+            "views": list(VIEWS),
             "steers": self.steers,
             **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
             **{f"retain_{key}": value for key, value in self.retain.to_json().items()},

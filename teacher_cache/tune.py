@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 24
 """Longest answer that is compared: enough to name what is asked for."""
+FINALISTS = 6
+"""Candidates that are asked the whole sample: the best after a third of it."""
 REFUSAL = "I don't know."
 """The answer to forget queries in in-context examples."""
 _SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
@@ -252,30 +254,56 @@ class _Measurement:
     def run(self, engine: Engine) -> tuple[list[str], list[Tuned]]:
         """Return the base's own answers, and what each candidate does, the best first."""
         count = len(self.templates) * len(self.places)
-        total = len(self.asked) * (1 + count) + len(self.shown)
+        few, rest = self._rounds()
+        total = (
+            len(self.asked) + len(self.shown) + count * len(few) + min(count, FINALISTS) * len(rest)
+        )
         plain = PromptRenderer(self.tokenizer)
-        tuned = []
         with Progress("tune", total, "answers") as progress:
             base = self._say(engine, [plain.student_ids(q.messages) for q in self.asked], progress)
             shown = [plain.student_ids(retain.messages) for retain, _ in self.shown]
             examples = self._examples(self._say(engine, shown, progress))
-            for candidate in self.candidates(examples):
-                prompts = self._prompts(candidate)
-                if max(map(len, prompts)) > self.longest:
-                    logger.warning(
-                        "not tried: %s in place %s, longer than the teacher reads",
-                        candidate.name,
-                        candidate.place,
-                    )
-                    continue
-                said = self._say(engine, prompts, progress)
-                tuned.append(self._score(candidate, base, said))
-        if not tuned:
+            prompts = self._usable_prompts(self.candidates(examples))
+            said: dict[Candidate, dict[int, str]] = {candidate: {} for candidate in prompts}
+
+            def measure(candidate: Candidate, indices: Sequence[int]) -> Tuned:
+                asked = [prompts[candidate][index] for index in indices]
+                answers = self._say(engine, asked, progress)
+                said[candidate] |= dict(zip(indices, answers, strict=True))
+                return self._score(candidate, base, said[candidate])
+
+            tuned = sorted((measure(candidate, few) for candidate in prompts), key=_rank)
+            if rest:
+                best = (measure(t.candidate, rest) for t in tuned[:FINALISTS])
+                tuned = [*sorted(best, key=_rank), *tuned[FINALISTS:]]
+        return base, tuned
+
+    def _rounds(self) -> tuple[list[int], list[int]]:
+        """Return which queries all candidates are asked, and which the best of them alone."""
+        first = -(-self.config.sample // 3)
+        few: list[int] = []
+        for split in ("forget", "retain"):
+            of_split = [index for index, query in enumerate(self.asked) if query.split == split]
+            few += of_split[:first]
+        return few, [index for index in range(len(self.asked)) if index not in few]
+
+    def _usable_prompts(self, candidates: Sequence[Candidate]) -> dict[Candidate, list[list[int]]]:
+        """Return the prompts of each candidate that the teacher can read."""
+        found = {candidate: self._prompts(candidate) for candidate in candidates}
+        for candidate in candidates:
+            if max(map(len, found[candidate])) > self.longest:
+                del found[candidate]
+                logger.warning(
+                    "not tried: %s in place %s, longer than the teacher reads",
+                    candidate.name,
+                    candidate.place,
+                )
+        if not found:
             raise ConfigurationError(
                 f"every candidate is longer than the {self.longest} tokens that the teacher reads; "
                 "use fewer --examples or shorter --prefixes"
             )
-        return base, sorted(tuned, key=lambda candidate: candidate.rank)
+        return found
 
     def _examples(self, said: Sequence[str]) -> str:
         """Return the examples, by what the base says to the retain queries in them."""
@@ -298,14 +326,18 @@ class _Measurement:
             progress.update()
         return said
 
-    def _score(self, candidate: Candidate, base: Sequence[str], said: Sequence[str]) -> Tuned:
-        asked = list(zip(self.asked, base, said, strict=True))
+    def _score(self, candidate: Candidate, base: Sequence[str], said: Mapping[int, str]) -> Tuned:
+        asked = [(self.asked[index], base[index], said[index]) for index in sorted(said)]
         return Tuned(
             candidate=candidate,
             forget=score(entry for entry in asked if entry[0].split == "forget"),
             retain=score(entry for entry in asked if entry[0].split == "retain"),
-            said=tuple(said),
+            said=tuple(answer for *_, answer in asked),
         )
+
+
+def _rank(tuned: Tuned) -> tuple[float, float, float]:
+    return tuned.rank
 
 
 def _question(query: Query) -> str:
@@ -322,6 +354,7 @@ class _Chosen(pydantic.BaseModel, strict=True):
     prefix: str
     place: str
     retain_prefix: bool
+    views: list[str] = []
 
 
 class _Document(pydantic.BaseModel):
@@ -329,7 +362,7 @@ class _Document(pydantic.BaseModel):
 
 
 def load_tuned(path: str) -> dict[str, Any]:
-    """Return prefix, place and retain_prefix of the first candidate that `tune --json` wrote.
+    """Return prefix, place, retain_prefix and views of the first candidate of `tune --json`.
 
     Raises:
         DataError: The file cannot be read or holds no such document.

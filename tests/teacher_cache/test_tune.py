@@ -90,6 +90,16 @@ def test_strong_comes_before_blunt_and_blunt_before_weak(settings: dict[str, Any
     assert [tuned.steers for tuned in result.tuned] == [True, True, False]
 
 
+def test_only_the_best_six_of_a_third_are_asked_the_whole_sample(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "own.txt").write_text("weak\n" * 7 + "blunt\nstrong\n", encoding="utf-8")
+    result = tune(TuneConfig(**settings, examples=0), ObedientEngine)
+    assert names(result)[:2] == ["own:9", "own:8"]
+    assert [tuned.forget.queries for tuned in result.tuned] == [6] * 6 + [2] * 3
+    assert len(ObedientEngine.seen) == 12 + 9 * 4 + 6 * 8
+
+
 def test_a_step_on_forget_queries_wins_over_retain_and_less_than_a_step_does_not() -> None:
     def tuned(forget: float, retain: float) -> Tuned:
         return Tuned(
@@ -295,6 +305,7 @@ def test_the_command_prints_a_table_or_one_document() -> None:
         "prefix",
         "place",
         "retain_prefix",
+        "views",
         "steers",
         *(f"{s}_{n}" for s in ("forget", "retain") for n in ("queries", "recall", "refused")),
     }
