@@ -159,6 +159,15 @@ GROUPS: Mapping[str, tuple[Shape, ...]] = MappingProxyType(
 """What `@views`, `@attacks` and so on stand for; `@families` are all attacks of every family."""
 
 
+def shape_of(text: str) -> Shape:
+    """Return the shape of a text, under its built-in name where it has one."""
+    for table in (VIEWS, VIEW_SHAPES, ATTACKS, SHAPED_ATTACKS):
+        for shape in table.values():
+            if shape.text == text:
+                return shape
+    return Shape(name=text[:40], text=text)
+
+
 def families() -> dict[str, tuple[Shape, ...]]:
     """Return the built-in attacks by family."""
     found: dict[str, tuple[Shape, ...]] = {}

@@ -41,6 +41,8 @@ AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
 AUTO_LORA_TIMES = 10
 # Passes over the queries follow from the steps that were enough where it was measured.
 AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
+# With views a step has twice the sequences.
+AUTO_LORA_STEPS_IN_VIEWS = 50
 
 _LORA_SETTINGS = ("lora_alpha", "lora_dropout", "lora_target_modules", "merge")
 _EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
@@ -97,9 +99,9 @@ class RunConfig(Settings):
         flag="--view",
         metavar="FILE|@NAME[=WEIGHT]",
         decides=False,
-        help="Also train each query behind one of these wrappers, toward the same signal: a text "
-        "file, one wrapper a line with {query} in it, or built-in ones; =3 draws them three times "
-        "as often as others. Repeatable.",
+        help="Also train each query in one of these shapes: a text file, one a line with {query} "
+        "in it, or built-in ones; =3 draws them three times as often as others; none trains plain "
+        "queries alone. Repeatable.  [default: those that CACHE holds]",
     )
     loss: Literal[*LOSS_OPTIONS] = setting(  # type: ignore[valid-type]
         default="huber", help="Distance between the student's and the teacher's logits."
@@ -177,7 +179,7 @@ class RunConfig(Settings):
         default=AUTO,
         aliases=("num-train-epochs", "num-epochs"),
         help=f"Passes over the queries; auto makes about {AUTO_STEPS} steps of them, with LoRA "
-        f"{AUTO_LORA_STEPS}, in at most {AUTO_MOST_EPOCHS}.",
+        f"{AUTO_LORA_STEPS}, {AUTO_LORA_STEPS_IN_VIEWS} with views, in at most {AUTO_MOST_EPOCHS}.",
     )
     max_steps: Count | None = setting(
         default=None, help="Stop after this many optimizer steps, whatever --epochs says."
@@ -305,20 +307,24 @@ class RunConfig(Settings):
                 f"most batch_size ({self.batch_size}): a micro-batch needs at least one query"
             )
 
-    def resolved(self, *, hidden_size: int, stored_dtype: str, rows: int) -> "RunConfig":
+    def resolved(
+        self, *, hidden_size: int, stored_dtype: str, rows: int, in_views: bool = False
+    ) -> "RunConfig":
         """Return these settings with every `auto` that a machine does not decide replaced.
 
         Args:
             hidden_size: Width of the student.
             stored_dtype: How its weights are stored.
             rows: Queries of an epoch.
+            in_views: Whether each query is also trained in a view.
         """
         lora, rank = self.lora_rank is not None, self.lora_rank or 0
         rate, epochs = self.learning_rate, self.epochs
         if rate == AUTO:
             rate = (AUTO_LORA_TIMES if lora else 1) * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
         if epochs == AUTO:
-            wanted = (AUTO_LORA_STEPS if lora else AUTO_STEPS) / -(-rows // self.batch_size)
+            lora_steps = AUTO_LORA_STEPS_IN_VIEWS if in_views else AUTO_LORA_STEPS
+            wanted = (lora_steps if lora else AUTO_STEPS) / -(-rows // self.batch_size)
             epochs = min(max(round(wanted), 1), AUTO_MOST_EPOCHS)
         dtype = "bfloat16" if lora and stored_dtype == "bfloat16" else "float32"
         return self.replaced(

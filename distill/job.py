@@ -76,7 +76,10 @@ def resolve_job(config: RunConfig) -> Job:
     objective = open_objective(config, student)
     rows = sum(objective.order.counts.values())
     resolved = config.replaced(**objective.settings).resolved(
-        hidden_size=student.hidden_size, stored_dtype=student.stored_dtype, rows=rows
+        hidden_size=student.hidden_size,
+        stored_dtype=student.stored_dtype,
+        rows=rows,
+        in_views=bool(objective.order.num_views),
     )
     held_out = None
     if config.eval_steps:

@@ -22,11 +22,13 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from duet_unlearn.distill.losses import scores_of, single
+from duet_unlearn.distill.prompt_groups import may_share, passes
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,8 @@ def scored_logits(
         "attention_mask": inputs["attention_mask"],
         "position_ids": inputs["position_ids"],
         "logits_to_keep": positions,
-        "use_cache": False,
+        "past_key_values": inputs.get("past_key_values"),
+        "use_cache": "past_key_values" in inputs,
     }
     known = {name: value for name, value in arguments.items() if name in forward_names}
     logits: Tensor = model(**known).logits
@@ -163,6 +166,7 @@ class StudentScores:
 
     def __init__(self, model: nn.Module, *, tail: bool, lean: bool = True) -> None:
         self._tail = tail
+        self._student = model
         self._forward_names = _forward_names(model)
         self._head = _linear_head(model) if lean else None
         self._tried = False
@@ -184,10 +188,20 @@ class StudentScores:
                     "computed at the scored positions"
                 )
                 self._head = None
-        if self._head is None:
-            logits = scored_logits(model, inputs, self._forward_names)
-            return scores_of(logits, inputs["token_ids"], tail=self._tail)
-        return self._lean(self._head, model, inputs)[0]
+        if model is not self._student or not may_share(model):
+            return self._scores(model, inputs)
+        order: list[int] = []
+        scores: list[Tensor] = []
+        for rows, part in passes(model, inputs):
+            order += rows
+            scores.append(self._scores(model, part))
+        return torch.cat(scores)[torch.from_numpy(np.argsort(order))]
+
+    def _scores(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        if self._head is not None:
+            return self._lean(self._head, model, inputs)[0]
+        logits = scored_logits(model, inputs, self._forward_names)
+        return scores_of(logits, inputs["token_ids"], tail=self._tail)
 
     def _lean(
         self, head: nn.Linear, model: nn.Module, inputs: Mapping[str, Any]

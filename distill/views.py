@@ -11,19 +11,34 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from duet_unlearn.data.shape_catalogue import shape_of
 from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.errors import ConfigurationError
 
+NO_VIEWS = "none"
+"""In place of a source: plain queries alone, whatever the cache holds."""
 
-def load_views(sources: Sequence[str]) -> tuple[Shape, ...]:
+
+def load_views(sources: Sequence[str], cached: Sequence[str] = ()) -> tuple[Shape, ...]:
     """Return the views of all sources, each text once; named again, it takes the later weight.
+
+    Args:
+        sources: What `--view` took.
+        cached: Texts of the shapes in which the cache holds retain queries; without a source, they
+            are the views.
 
     Raises:
         ConfigurationError: A built-in name is unknown, or a weight is not above 0.
         DataError: A file is missing, unreadable or malformed.
     """
+    if NO_VIEWS in sources and len(sources) > 1:
+        raise ConfigurationError(f"view {NO_VIEWS} stands beside others; give it alone or leave it")
+    if not sources:
+        return tuple(shape_of(text) for text in cached)
     views: dict[str, Shape] = {}
     for source in sources:
+        if source == NO_VIEWS:
+            return ()
         name, weight = _split_weight(source)
         for view in load_shapes(name):
             weighted = dataclasses.replace(view, weight=view.weight * weight)

@@ -48,7 +48,7 @@ class Duet:
 
     def __init__(self, config: RunConfig, student: Student) -> None:
         self.reader = reader = CacheReader.open(str(config.cache))
-        self.views = load_views(config.views)
+        self.views = load_views(config.views, reader.manifest.views)
         self._config, self._student = config, student
         self._recipe = recipe = reader.manifest.recipe
         self.settings = {

@@ -34,7 +34,8 @@ DuetTrainer.compute_loss = compute_loss
 try:
     run(stopped)
 except StoppedError as error:
-    print("rank", os.environ["RANK"], error, flush=True)
+    # In one write: the two share this output.
+    os.write(1, f"rank {os.environ['RANK']} {error}\n".encode())
 DuetTrainer.compute_loss = plain
 run(stopped)
 """

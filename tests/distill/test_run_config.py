@@ -53,9 +53,11 @@ def test_a_bad_value_is_named_with_what_is_allowed(settings, message):
     assert str(caught.value) == message
 
 
-def resolved(*, hidden_size=256, stored_dtype="float32", rows=236, **settings) -> RunConfig:
+def resolved(
+    *, hidden_size=256, stored_dtype="float32", rows=236, in_views=False, **settings
+) -> RunConfig:
     return config_of(**settings).resolved(
-        hidden_size=hidden_size, stored_dtype=stored_dtype, rows=rows
+        in_views=in_views, hidden_size=hidden_size, stored_dtype=stored_dtype, rows=rows
     )
 
 
@@ -74,6 +76,9 @@ def test_the_automatic_learning_rate_falls_with_the_width():
         (10**6, {}, 1),
         (368, {"lora_rank": 16}, 3),  # 23 steps an epoch
         (236, {"lora_rank": 16}, 5),
+        (405, {"lora_rank": 16}, 3),  # 26 steps an epoch
+        (405, {"lora_rank": 16, "in_views": True}, 2),
+        (236, {"in_views": True}, 20),
         (10**6, {"epochs": 7}, 7),
     ],
 )

@@ -36,6 +36,15 @@ def test_an_equals_sign_may_stand_in_the_name_of_a_file(tmp_path, monkeypatch):
         load_views(["b=c"])
 
 
+def test_without_a_source_the_views_are_those_of_the_cache():
+    cached = ["[begun] As far as I recall, it is", "Now: {query}"]
+    assert [view.name for view in load_views((), cached)] == ["recollection", "Now: {query}"]
+    assert [view.name for view in load_views(["@remember"], cached)] == ["remember"]
+    assert load_views(["none"], cached) == ()
+    with pytest.raises(ConfigurationError, match="view none stands beside others"):
+        load_views(["none", "@remember"], cached)
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "two", ""])
 def test_a_weight_is_a_number_above_zero(weight):
     with pytest.raises(ConfigurationError) as caught:
