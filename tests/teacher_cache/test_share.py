@@ -17,8 +17,7 @@ from duet_unlearn.errors import (
     MismatchError,
 )
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
-from duet_unlearn.teacher_cache.share.listing import list_caches
-from duet_unlearn.teacher_cache.share.place import parse_location
+from duet_unlearn.teacher_cache.share.place import list_caches, parse_location
 from duet_unlearn.teacher_cache.share.transfer import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 
