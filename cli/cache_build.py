@@ -149,6 +149,12 @@ def _read_engine_args(
     "[default: local]",
     show_default=False,
 )
+@click.option(
+    "--check/--no-check",
+    default=True,
+    help="First ask a sample of the queries with the prefix and without it, record what comes back "
+    "of the base's answers, and warn of a teacher that does not forget or does not keep.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.pass_context
 def build_command(

@@ -24,6 +24,7 @@ from duet_unlearn.errors import CacheError
 from duet_unlearn.files import claim_folder, make_folder
 from duet_unlearn.progress import Progress
 from duet_unlearn.teacher_cache.build.assemble import Assembly, find_finished
+from duet_unlearn.teacher_cache.build.check import check_teacher
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
 from duet_unlearn.teacher_cache.build.lock import build_lock
@@ -36,6 +37,7 @@ from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cach
 from duet_unlearn.teacher_cache.format.samples import collect_samples
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.steering import ANSWER_TOKENS
 
 EngineFactory = Callable[[EngineConfig], Engine]
 
@@ -122,6 +124,7 @@ class _Build:
         self.recipe = assembly.plan.recipe
         self.shards = shards
         self.assembly = assembly
+        self.check: dict[str, Any] | None = None
         self.tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
 
     def run(self, engine_factory: EngineFactory | None) -> BuildResult:
@@ -129,7 +132,7 @@ class _Build:
         computed, reused = self.write_shards(engine_factory)
         samples = collect_samples(self.config.out, self.assembly.shards, self.tokenizer)
         return BuildResult(
-            manifest=self.assembly.finish(model_name(self.config.teacher), samples),
+            manifest=self.assembly.finish(model_name(self.config.teacher), samples, self.check),
             hit=False,
             computed_rows=computed,
             kept_rows=self.assembly.kept_rows,
@@ -157,15 +160,17 @@ class _Build:
             index: [n for n in range(len(self.shards[index])) if not reused.holds(index, n)]
             for index in self.assembly.unfinished
         }
-        prompts = RenderedPrompts(
-            self.shards,
-            numbers,
-            PromptRenderer(
-                self.tokenizer, prefix=self.config.prefix, place=self.config.prefix_place
-            ),
-            retain_prefix=self.recipe.retain_prefix,
+        renderer = PromptRenderer(
+            self.tokenizer, prefix=self.config.prefix, place=self.config.prefix_place
         )
-        prompts.check_length(context_length(read_config(self.model)), self.recipe.positions)
+        prompts = RenderedPrompts(
+            self.shards, numbers, renderer, retain_prefix=self.recipe.retain_prefix
+        )
+        context = context_length(read_config(self.model))
+        prompts.check_length(context, self.recipe.positions)
+        room = ANSWER_TOKENS if self.config.check else 0
+        if context is not None:
+            room = min(room, context - prompts.longest)
         engine_config = EngineConfig(
             model=self.model,
             top_k=self.recipe.top_k,
@@ -173,11 +178,21 @@ class _Build:
             eos_token_ids=self.recipe.eos_token_ids,
             compute_dtype=self.recipe.compute_dtype,
             max_prompt_tokens=prompts.longest,
+            max_new_tokens=room,
             trust_remote_code=self.config.trust_remote_code,
             engine_args=self.config.engine_args,
         )
         teacher = self._open_teacher(engine_config, engine_factory)
         try:
+            if room:
+                self.check = check_teacher(
+                    teacher,
+                    [query for shard in self.shards for query in shard],
+                    renderer,
+                    self.tokenizer,
+                    retain_prefix=self.recipe.retain_prefix,
+                    max_new_tokens=room,
+                )
             self._answer(teacher, numbers, prompts, reused)
         finally:
             teacher.close()

@@ -59,6 +59,8 @@ class BuildConfig:
     reuse: tuple[str, ...] = ()
     """Caches of the same recipe whose rows are taken over; they do not change what is built."""
 
+    check: bool = True
+    """Measure how well the prefix steers on a sample first, and record that in the manifest."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Options for the engine, by its own names; recorded with the rows, no part of the recipe."""
     part: Part | None = None
