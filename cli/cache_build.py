@@ -11,12 +11,12 @@ from duet_unlearn.cli.paths import FolderPath
 
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.build.build import BuildResult
-    from duet_unlearn.teacher_cache.build.parts import Part
+    from duet_unlearn.teacher_cache.build.plan import Part
 
 
 def _read_part(_ctx: click.Context, param: click.Parameter, value: str | None) -> "Part | None":
     from duet_unlearn.errors import ConfigurationError
-    from duet_unlearn.teacher_cache.build.parts import Part
+    from duet_unlearn.teacher_cache.build.plan import Part
 
     try:
         return None if value is None else Part.parse(value)

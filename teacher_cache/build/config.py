@@ -15,8 +15,7 @@ from duet_unlearn.data.models.fingerprint import (
 from duet_unlearn.data.models.folder import eos_token_ids, head_width, read_config, stored_dtype
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.teacher_cache.build.parts import Part
-from duet_unlearn.teacher_cache.build.plan import check_shard_rows
+from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
 from duet_unlearn.teacher_cache.engines import resolve_engine_name
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.format.recipe import COMPUTE_DTYPES, Recipe
