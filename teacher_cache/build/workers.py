@@ -155,20 +155,12 @@ class RayTeacher:
         """Yield every shard's signals; see `Teacher.answer`."""
         from ray.util import ActorPool
 
-        def finished() -> ShardSignals:
-            with self._explained():
-                answer: ShardSignals = pool.get_next_unordered()
-            progress(len(answer.signals))
-            return answer
-
         # An actor that is in the pool twice has its next shard at hand while its last is fetched.
         pool = ActorPool(self._actors * _SHARDS_A_WORKER)
-        for shard in work:
-            if not pool.has_free():
-                yield finished()
-            pool.submit(lambda actor, prompts: actor.answer.remote(prompts), shard)
-        while pool.has_next():
-            yield finished()
+        with self._explained():
+            for answer in pool.map_unordered(lambda actor, own: actor.answer.remote(own), work):
+                progress(len(answer.signals))
+                yield answer
         for actor in self._actors:  # in good time, which a kill does not give
             with contextlib.suppress(self._ray.exceptions.RayError):
                 self._ray.get(actor.close.remote(), timeout=_CLOSE_SECONDS)
