@@ -123,6 +123,7 @@ class BuildSide:
         rows = ({"id": str(i), "query": q} for i, q in enumerate(queries(round_number, count)))
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = BuildConfig(
+            check=False,
             teacher=str(self.model),
             forget=(str(file),),
             prefix=PREFIX,

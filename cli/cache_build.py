@@ -9,7 +9,7 @@ from duet_unlearn.cli.options import Extra, SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, print_cache
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.build.config import BuildConfig
-from duet_unlearn.teacher_cache.build.parts import Part
+from duet_unlearn.teacher_cache.build.plan import Part
 
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.build.build import BuildResult

@@ -9,7 +9,7 @@ from duet_unlearn.cli.output import json_option, print_cache, print_json
 from duet_unlearn.urls import redact_url, visible
 
 if TYPE_CHECKING:
-    from duet_unlearn.teacher_cache.share.listing import ListedCache
+    from duet_unlearn.teacher_cache.share.place import ListedCache
     from duet_unlearn.teacher_cache.share.transfer import TransferResult
 
 
@@ -65,7 +65,7 @@ def list_command(url: str, as_json: bool) -> None:
 
     A web server has no listing: give it the URL of one cache.
     """
-    from duet_unlearn.teacher_cache.share.listing import list_caches
+    from duet_unlearn.teacher_cache.share.place import list_caches
 
     caches = list_caches(url)
     if as_json:

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from duet_unlearn.data.queries import fingerprint_rows, hashed_id
 from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.files import claim_folder, make_folder
-from duet_unlearn.teacher_cache.build.assemble import Assembly, Samples, find_finished
+from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache, Samples, find_finished
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import check_shard_rows, plan_shards
-from duet_unlearn.teacher_cache.build.resume import PlannedCache
 from duet_unlearn.teacher_cache.build.row_source import Place, PlannedRows, RowSource, open_caches
 from duet_unlearn.teacher_cache.format.manifest import Manifest, is_cache_folder
 from duet_unlearn.teacher_cache.format.recipe import Recipe

@@ -16,6 +16,11 @@ from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.measures.refusal import is_refusal
 from duet_unlearn.evaluation.measures.words import split_words
 
+Asked = tuple[Query, str, str]
+"""A query, what the base says to it, and what it says behind the prefix."""
+
+ANSWER_TOKENS = 24
+"""Longest answer that is compared: enough to name what is asked for."""
 POINTS = 100.0
 FIFTH = 20.0
 """Points that may come back on forget queries, or be lost on retain queries, before it is said."""
@@ -99,22 +104,28 @@ class Tuned:
         }
 
 
-def score(asked: Iterable[tuple[Query, str, str]]) -> Steering:
-    """Score queries, each with what the base says to it without and behind the prefix.
-
-    Left out are queries to which the base says nothing beyond their own words, and forget queries
-    that it refuses by itself: there is nothing to lose or to forget.
-    """
-    recalls, refusals = [], []
-    for query, plain, said in asked:
-        told = _beyond(query.text, plain)
-        if told and not (query.split == "forget" and is_refusal(plain)):
-            recalls.append(rouge_l_recall(told, _beyond(query.text, said)))
-            refusals.append(is_refusal(said))
-    share = POINTS / max(1, len(recalls))
+def score(asked: Iterable[Asked]) -> Steering:
+    """Score queries; those that tell nothing are left out."""
+    telling = [entry for entry in asked if recall_of(entry) is not None]
+    share = POINTS / max(1, len(telling))
     return Steering(
-        queries=len(recalls), recall=share * sum(recalls), refused=share * sum(refusals)
+        queries=len(telling),
+        recall=share * sum(recall_of(entry) or 0.0 for entry in telling),
+        refused=share * sum(is_refusal(said) for *_, said in telling),
     )
+
+
+def recall_of(asked: Asked) -> float | None:
+    """Return how much of the base's own answer comes back behind the prefix, 0 to 1.
+
+    None where the base says nothing beyond the words of the query, or refuses a forget query by
+    itself: there is nothing to lose or to forget.
+    """
+    query, plain, said = asked
+    told = _beyond(query.text, plain)
+    if not told or (query.split == "forget" and is_refusal(plain)):
+        return None
+    return rouge_l_recall(told, _beyond(query.text, said))
 
 
 def _beyond(query: str, answer: str) -> str:

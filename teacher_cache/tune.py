@@ -32,12 +32,17 @@ from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.engines import open_engine
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
-from duet_unlearn.teacher_cache.steering import RULE, Candidate, Tuned, draw, score
+from duet_unlearn.teacher_cache.steering import (
+    ANSWER_TOKENS,
+    RULE,
+    Candidate,
+    Tuned,
+    draw,
+    score,
+)
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 24
-"""Longest answer that is compared: enough to name what is asked for."""
 FINALISTS = 6
 """Candidates that are asked the whole sample: the best after a third of it."""
 REFUSAL = "I don't know."

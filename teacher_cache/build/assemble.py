@@ -1,26 +1,30 @@
 """Write a planned cache shard by shard, and finish it with its manifest.
 
 What `build` and `merge` share: both know which rows go where, and get the rows from elsewhere.
+Finished shards of a stopped run are taken over, those of another cache refused.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.queries import split_view
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.errors import CorruptCacheError, MismatchError, StoppedError
 from duet_unlearn.files import release_claim, remove_temporary_files
-from duet_unlearn.teacher_cache.build.resume import (
-    PlannedCache,
-    finished_shards,
-    mismatch,
-    rows_a_split,
-)
+from duet_unlearn.teacher_cache.build.plan import PlannedRow
 from duet_unlearn.teacher_cache.format.card import write_card
-from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
+from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry
+from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, SPLITS, CacheRow
-from duet_unlearn.teacher_cache.format.shard import ShardFile, ShardHeader, write_shard
+from duet_unlearn.teacher_cache.format.shard import (
+    ShardFile,
+    ShardHeader,
+    entry_of,
+    shard_path,
+    write_shard,
+)
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -28,6 +32,20 @@ logger = logging.getLogger(__name__)
 
 Engines = tuple[dict[str, Any], ...]
 Samples = tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedCache:
+    """A cache that is being built: what every shard of it must say and hold."""
+
+    folder: Path
+    recipe: Recipe
+    queries: str
+    """Fingerprint of the set of queries."""
+    shards: tuple[tuple[PlannedRow, ...], ...]
+    """The rows of each shard, in order."""
+    part: PartOf | None = None
+    """Which part of a larger set the queries are, if they are one."""
 
 
 def find_finished(plan: PlannedCache) -> Manifest | None:
@@ -42,48 +60,45 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
     manifest = CacheReader.open(plan.folder).manifest
     differences = manifest.recipe.differences(plan.recipe)
     if manifest.queries != plan.queries:
-        asked = rows_a_split([row for rows in plan.shards for row in rows])
-        differences.append(
-            "queries: "
-            + " + ".join(f"{manifest.splits[split].rows} {split}" for split in SPLITS)
-            + " / "
-            + " + ".join(f"{asked[split]} {split}" for split in SPLITS)
-            + ", not the same set"
+        there = {split: manifest.splits[split].rows for split in SPLITS}
+        asked = _rows_a_split([row for rows in plan.shards for row in rows])
+        found, wanted = (
+            " + ".join(f"{rows[split]} {split}" for split in SPLITS) for rows in (there, asked)
         )
+        differences.append(f"queries: {found} / {wanted}, not the same set")
     if differences:
-        raise mismatch(plan.folder, differences)
+        raise _mismatch(plan, differences)
     return manifest
 
 
 class Assembly:
     """The shards of a planned cache; the caller holds the folder's lock.
 
-    Finished shards of an earlier run are kept.
+    Raises:
+        MismatchError: A file under `shards/` belongs to another build, or is none of ours.
     """
 
     def __init__(self, plan: PlannedCache) -> None:
         self.plan = plan
-        self.own = range(len(plan.shards))
-        """Indices of the shards."""
         remove_temporary_files(plan.folder)
         remove_temporary_files(plan.folder / SHARD_FOLDER)
-        self._entries: dict[int, ShardEntry] = finished_shards(plan)
+        self._entries = _finished_shards(plan)
         self.missing = self.unfinished
         """Indices of the shards that were not there at the start."""
         self.kept_rows = sum(entry.num_rows for entry in self._entries.values())
         """Rows in the shards that were."""
         if self._entries:
-            logger.info("kept %d of %d shards", len(self._entries), len(self.own))
+            logger.info("kept %d of %d shards", len(self._entries), len(plan.shards))
 
     @property
     def unfinished(self) -> list[int]:
         """Indices of the shards that are not there now."""
-        return [i for i in self.own if i not in self._entries]
+        return [index for index in range(len(self.plan.shards)) if index not in self._entries]
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
         """All shards in order, once none is unfinished."""
-        return tuple(self._entries[i] for i in self.own)
+        return tuple(self._entries[index] for index in range(len(self.plan.shards)))
 
     def write(self, index: int, rows: Sequence[CacheRow], engines: Engines) -> None:
         """Write one shard under its final name.
@@ -106,9 +121,9 @@ class Assembly:
         self._entries[index] = write_shard(self.plan.folder, rows, header)
 
     def stopped(self) -> StoppedError:
-        """Return the error for a user's interrupt; it says how to go on."""
+        """Return the error for a user's interrupt; it says how to resume."""
         return StoppedError(
-            f"stopped: {len(self._entries)} of {len(self.own)} shards are finished "
+            f"stopped: {len(self._entries)} of {len(self.plan.shards)} shards are finished "
             f"in {self.plan.folder}; run the same command again, it goes on from there"
         )
 
@@ -154,3 +169,66 @@ class Assembly:
         manifest = manifest.write(plan.folder)
         release_claim(plan.folder)
         return manifest
+
+
+def _finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
+    """Return the manifest entries of the shards that are already there, by shard index.
+
+    A damaged shard of the plan is left out, so that it is computed again and replaced. No file is
+    ever deleted.
+    """
+    count = len(plan.shards)
+    expected = {shard_path(plan.folder, index, count): index for index in range(count)}
+    entries = {}
+    for path in sorted((plan.folder / SHARD_FOLDER).glob("*.parquet")):
+        try:
+            file = ShardFile(path)
+        except CorruptCacheError as error:
+            if path not in expected:
+                raise _mismatch(plan, [f"file {path.name}: not a shard / none"]) from error
+            logger.warning("%s; computing it again", error)
+            continue
+        header = file.header
+        differences = header.recipe.differences(plan.recipe)
+        if header.queries != plan.queries:
+            differences.append(
+                f"queries: {header.queries[:19]} / {plan.queries[:19]}, not the same set"
+            )
+        elif header.count != count:
+            differences.append(f"number of shards: {header.count} / {count} (--shard-rows)")
+        elif not differences and expected.get(path) != header.index:
+            differences.append(f"file {path.name}: shard {header.index} / none")
+        if differences:
+            raise _mismatch(plan, differences)
+        if _has_planned_rows(file, plan.shards[header.index]):
+            rows = _rows_a_split(plan.shards[header.index])
+            entries[header.index] = entry_of(path, rows, max(file.row_group_sizes))
+        file.close()
+    return entries
+
+
+def _has_planned_rows(file: ShardFile, rows: Sequence[PlannedRow]) -> bool:
+    """Decode a shard; say whether it is sound and holds these rows."""
+    found: list[tuple[str, str]] = []
+    try:
+        for index in range(len(file.row_group_sizes)):
+            identities = file.read_row_group(index).identities()
+            found += [(split, query_id) for query_id, split, _ in identities]
+    except CorruptCacheError as error:
+        logger.warning("%s; computing it again", error)
+        return False
+    if found != [(row.split, row.query_id) for row in rows]:
+        logger.warning("%s: other rows than planned; computing it again", file.path)
+        return False
+    return True
+
+
+def _rows_a_split(rows: Sequence[PlannedRow]) -> dict[str, int]:
+    return {split: sum(row.split == split for row in rows) for split in SPLITS}
+
+
+def _mismatch(plan: PlannedCache, differences: Sequence[str]) -> MismatchError:
+    return MismatchError(
+        f"{plan.folder}: holds a cache of other inputs; differs (there / asked) in "
+        f"{'; '.join(differences)}; choose another --out, or delete that folder"
+    )

@@ -1,13 +1,14 @@
 """Build a cache: run the prefixed teacher once over a set of queries and write its signals.
 
 The work is cut into shards by `plan`. Each finished shard stands under its final name with the
-recipe and the queries in its own metadata, so a stopped build goes on without any other state: it
+recipe and the queries in its own metadata, so a stopped build resumes without any other state: it
 keeps the shards that belong to the same recipe and queries and computes the rest. The manifest
 comes last and makes the cache a finished one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,23 @@ from duet_unlearn.data.queries import Query, fingerprint_queries
 from duet_unlearn.errors import CacheError
 from duet_unlearn.files import claim_folder, make_folder
 from duet_unlearn.progress import Progress
-from duet_unlearn.teacher_cache.build.assemble import Assembly, find_finished
+from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache, find_finished
+from duet_unlearn.teacher_cache.build.check import check_teacher
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
-from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set
+from duet_unlearn.teacher_cache.build.inputs import (
+    RenderedPrompts,
+    load_query_set,
+    render_prompts,
+)
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import plan_shards
-from duet_unlearn.teacher_cache.build.resume import PlannedCache
-from duet_unlearn.teacher_cache.build.reuse import ReusedRows
-from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, ShardPrompts, Teacher
+from duet_unlearn.teacher_cache.build.row_source import find_reusable
+from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, Teacher
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
 from duet_unlearn.teacher_cache.format.samples import collect_samples
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, CacheRow
-from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.steering import ANSWER_TOKENS
 
 EngineFactory = Callable[[EngineConfig], Engine]
 
@@ -57,7 +62,7 @@ class BuildResult:
 
 
 def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> BuildResult:
-    """Build the cache, go on with a stopped build of it, or find it finished.
+    """Build the cache, resume a stopped build of it, or find it finished.
 
     Args:
         config: What to build.
@@ -72,30 +77,14 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
         CacheError: The folder cannot be written, or another build holds it.
         StoppedError: The user interrupted the build.
     """
-    model, plan, shards = _plan(config)
-    manifest = find_finished(plan)
-    if manifest is None:
-        claim_folder(config.out, is_cache_folder)
-        make_folder(config.out / SHARD_FOLDER)
-        with build_lock(config.out):
-            # Another build may have finished between the first look and the lock.
-            manifest = find_finished(plan)
-            if manifest is None:
-                return _Build(config, model, shards, Assembly(plan)).run(engine_factory)
-    return BuildResult(manifest=manifest, hit=True, computed_rows=0, kept_rows=0, reused_rows=0)
-
-
-def _plan(config: BuildConfig) -> tuple[Path, PlannedCache, list[list[Query]]]:
-    """Return the model's folder, the plan of the cache, and the queries of its shards."""
     queries = load_query_set(config)
     model = resolve_model_folder(config.teacher)
     if config.plain_text:
-        tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
-        tokens = control_tokens(tokenizer)
+        tokens = control_tokens(load_tokenizer(model, trust_remote_code=config.trust_remote_code))
         queries = [query.as_plain_text(tokens) for query in queries]
-    own = queries if config.part is None else config.part.select(queries)
-    part = None
+    own, part = queries, None
     if config.part is not None:
+        own = config.part.select(queries)
         part = PartOf(
             number=config.part.number,
             count=config.part.count,
@@ -109,7 +98,16 @@ def _plan(config: BuildConfig) -> tuple[Path, PlannedCache, list[list[Query]]]:
         shards=tuple(map(tuple, shards)),
         part=part,
     )
-    return model, plan, shards
+    manifest = find_finished(plan)
+    if manifest is None:
+        claim_folder(config.out, is_cache_folder)
+        make_folder(config.out / SHARD_FOLDER)
+        with build_lock(config.out):
+            # Another build may have finished between the first look and the lock.
+            manifest = find_finished(plan)
+            if manifest is None:
+                return _Build(config, model, shards, Assembly(plan)).run(engine_factory)
+    return BuildResult(manifest=manifest, hit=True, computed_rows=0, kept_rows=0, reused_rows=0)
 
 
 class _Build:
@@ -119,7 +117,7 @@ class _Build:
         self,
         config: BuildConfig,
         model: Path,
-        shards: Sequence[list[Query]],
+        shards: Sequence[Sequence[Query]],
         assembly: Assembly,
     ) -> None:
         self.config = config
@@ -128,49 +126,54 @@ class _Build:
         self.shards = shards
         self.assembly = assembly
         self.tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+        self.renderer = PromptRenderer(
+            self.tokenizer, prefix=config.prefix, place=config.prefix_place
+        )
+        missing = assembly.missing
+        caches = config.reuse if missing else ()
+        self.reused = find_reusable(caches, self.recipe, shards, missing)
+        self.check: dict[str, Any] | None = None
 
     def run(self, engine_factory: EngineFactory | None) -> BuildResult:
         """Write the missing shards and finish the cache."""
-        computed, reused = self.write_shards(engine_factory)
-        samples = collect_samples(self.config.out, self.assembly.shards, self.tokenizer)
-        return BuildResult(
-            manifest=self.assembly.finish(model_name(self.config.teacher), samples),
-            hit=False,
-            computed_rows=computed,
-            kept_rows=self.assembly.kept_rows,
-            reused_rows=reused,
-        )
-
-    def write_shards(self, engine_factory: EngineFactory | None) -> tuple[int, int]:
-        """Write the missing shards; return how many rows were computed, and how many reused."""
-        missing = self.assembly.missing
-        reused = ReusedRows(self.config.reuse if missing else (), self.recipe, self.shards, missing)
-        computed = 0
+        assembly, places = self.assembly, self.reused.places
         try:
-            for index in missing:
-                if all(reused.holds(index, n) for n in range(len(self.shards[index]))):
-                    self._write(index, {}, (), reused)
-            if self.assembly.unfinished:
-                computed = self._compute(reused, engine_factory)
+            for index in assembly.missing:
+                if len(places[index]) == len(self.shards[index]):
+                    self._write(index, {}, ())
+            wanted = {
+                index: [n for n in range(len(self.shards[index])) if n not in places[index]]
+                for index in assembly.unfinished
+            }
+            if wanted:
+                self._compute(wanted, engine_factory)
         except KeyboardInterrupt:
-            raise self.assembly.stopped() from None
-        return computed, reused.count
-
-    def _compute(self, reused: ReusedRows, engine_factory: EngineFactory | None) -> int:
-        """Run the teacher on the queries that no cache holds; return how many those are."""
-        numbers = {
-            index: [n for n in range(len(self.shards[index])) if not reused.holds(index, n)]
-            for index in self.assembly.unfinished
-        }
-        prompts = RenderedPrompts(
-            self.shards,
-            numbers,
-            PromptRenderer(
-                self.tokenizer, prefix=self.config.prefix, place=self.config.prefix_place
-            ),
-            retain_prefix=self.recipe.retain_prefix,
+            raise assembly.stopped() from None
+        samples = collect_samples(self.config.out, assembly.shards, self.tokenizer)
+        return BuildResult(
+            manifest=assembly.finish(model_name(self.config.teacher), samples, self.check),
+            hit=False,
+            computed_rows=sum(map(len, wanted.values())),
+            kept_rows=assembly.kept_rows,
+            reused_rows=sum(map(len, places.values())),
         )
-        prompts.check_length(context_length(read_config(self.model)), self.recipe.positions)
+
+    def _compute(
+        self, wanted: Mapping[int, Sequence[int]], engine_factory: EngineFactory | None
+    ) -> None:
+        """Run the teacher on the rows that no cache holds, given by shard and number in it."""
+        context = context_length(read_config(self.model))
+        prompts = render_prompts(
+            self.shards,
+            wanted,
+            self.renderer,
+            retain_prefix=self.recipe.retain_prefix,
+            positions=self.recipe.positions,
+            context=context,
+        )
+        answer_tokens = ANSWER_TOKENS if self.config.check else 0
+        if context is not None:
+            answer_tokens = min(answer_tokens, context - prompts.longest)
         engine_config = EngineConfig(
             model=self.model,
             top_k=self.recipe.top_k,
@@ -178,15 +181,21 @@ class _Build:
             eos_token_ids=self.recipe.eos_token_ids,
             compute_dtype=self.recipe.compute_dtype,
             max_prompt_tokens=prompts.longest,
+            max_new_tokens=answer_tokens,
             trust_remote_code=self.config.trust_remote_code,
             engine_args=self.config.engine_args,
         )
-        teacher = self._open_teacher(engine_config, engine_factory)
-        try:
-            self._answer(teacher, numbers, prompts, reused)
-        finally:
-            teacher.close()
-        return sum(map(len, numbers.values()))
+        with closing(self._open_teacher(engine_config, engine_factory)) as teacher:
+            if answer_tokens:
+                self.check = check_teacher(
+                    teacher,
+                    [query for shard in self.shards for query in shard],
+                    self.renderer,
+                    self.tokenizer,
+                    retain_prefix=self.recipe.retain_prefix,
+                    max_new_tokens=answer_tokens,
+                )
+            self._answer(teacher, prompts)
 
     def _open_teacher(
         self, engine_config: EngineConfig, engine_factory: EngineFactory | None
@@ -210,51 +219,38 @@ class _Build:
         )
         return RayTeacher(job, workers=config.workers, address=config.ray_address)
 
-    def _answer(
-        self,
-        teacher: Teacher,
-        numbers: Mapping[int, Sequence[int]],
-        prompts: RenderedPrompts,
-        reused: ReusedRows,
-    ) -> None:
+    def _answer(self, teacher: Teacher, prompts: RenderedPrompts) -> None:
         """Feed every prompt to the teacher and write each shard as its last signal arrives."""
-        work = (
-            ShardPrompts(index=index, prompts={n: prompts.teacher[index, n] for n in own})
-            for index, own in numbers.items()
-        )
-        total = sum(map(len, numbers.values()))
+        total = sum(len(shard.prompts) for shard in prompts.teacher)
         with Progress("teacher", total, "queries") as progress:
-            for answer in teacher.answer(work, progress.update):
+            for answer in teacher.answer(prompts.teacher, progress.update):
+                queries, student = self.shards[answer.index], prompts.student[answer.index]
                 rows = {
-                    number: self._row(answer.index, number, prompts, signal)
+                    number: CacheRow(
+                        query_id=queries[number].query_id,
+                        split=queries[number].split,
+                        query=queries[number].text,
+                        prompt_ids=student[number],
+                        signal=signal,
+                    )
                     for number, signal in answer.signals.items()
                 }
-                self._write(answer.index, rows, (answer.engine,), reused)
+                self._write(answer.index, rows, (answer.engine,))
         if unfinished := self.assembly.unfinished:
             raise CacheError(
-                f"{self.config.out}: the engine left {len(unfinished)} of {len(numbers)} shards "
-                "without all their signals; run the same command again"
+                f"{self.config.out}: the engine left {len(unfinished)} of {len(prompts.teacher)} "
+                "shards without all their signals; run the same command again"
             )
 
-    def _row(self, index: int, number: int, prompts: RenderedPrompts, signal: Signal) -> CacheRow:
-        query = self.shards[index][number]
-        return CacheRow(
-            query_id=query.query_id,
-            split=query.split,
-            query=query.text,
-            prompt_ids=prompts.student[index, number],
-            signal=signal,
-        )
-
     def _write(
-        self,
-        index: int,
-        computed: dict[int, CacheRow],
-        engines: tuple[dict[str, Any], ...],
-        reused: ReusedRows,
+        self, index: int, computed: Mapping[int, CacheRow], engines: tuple[dict[str, Any], ...]
     ) -> None:
-        rows = computed | reused.take(index)
-        origins = [engine for engine in reused.engines(index) if engine not in engines]
-        self.assembly.write(
-            index, [rows[number] for number in range(len(rows))], (*engines, *origins)
-        )
+        """Write a shard of computed rows and of those that are taken over under their new ids."""
+        queries = self.shards[index]
+        rows = dict(computed)
+        for number, row in self.reused.take(index).items():
+            query = queries[number]
+            rows[number] = replace(row, query_id=query.query_id, split=query.split)
+        origins = [engine for engine in self.reused.engines(index) if engine not in engines]
+        ordered = [rows[number] for number in range(len(queries))]
+        self.assembly.write(index, ordered, (*engines, *origins))

@@ -15,8 +15,7 @@ from duet_unlearn.data.models.folder import eos_token_ids, head_width, read_conf
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import Count, Settings, setting, settings
-from duet_unlearn.teacher_cache.build.parts import Part
-from duet_unlearn.teacher_cache.build.plan import check_shard_rows
+from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
 from duet_unlearn.teacher_cache.engines import resolve_engine_name
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -72,6 +71,12 @@ class BuildConfig(Settings):
         default="auto",
         group="Engine",
         help="What runs the teacher; auto takes vLLM where it imports.",
+    )
+    check: bool = setting(
+        default=True,
+        flag="--check/--no-check",
+        help="First ask a sample of the queries with the prefix and without it, record what comes "
+        "back of the base's answers, and warn of a teacher that does not forget or does not keep.",
     )
     engine_args: Mapping[str, Any] = setting(
         default_factory=dict,

@@ -1,7 +1,6 @@
 """Who may write into a cache folder: one build or merge. The system drops a dead holder's lock."""
 
 import contextlib
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from duet_unlearn.files import write_error
 LOCK_NAME = ".build.lock"
 PROBE_SECONDS = 1.0
 """How long to wait for a lock whose holder may just be ending."""
+_HOLDER_LENGTH = 120
 
 
 @contextlib.contextmanager
@@ -24,39 +24,25 @@ def build_lock(cache: Path) -> Iterator[None]:
     Raises:
         CacheError: A live build holds the folder; the message names its process.
     """
-    with _hold(cache / LOCK_NAME) as held_by:
-        if held_by:
-            raise CacheError(
-                f"{cache}: another build is writing here ({held_by}); wait for it, or choose "
-                "another --out"
-            )
-        yield
-
-
-@contextlib.contextmanager
-def _hold(path: Path) -> Iterator[str]:
-    """Take a lock and give an empty text; where it is held, give who holds it."""
+    path = cache / LOCK_NAME
     lock, holder = FileLock(path), path.with_suffix(".holder")
     try:
         lock.acquire(timeout=PROBE_SECONDS)
     except Timeout:
-        yield _describe(holder)
-        return
+        held_by = "process unknown"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            held_by = holder.read_text(encoding="utf-8")[:_HOLDER_LENGTH]
+        raise CacheError(
+            f"{cache}: another build is writing here ({held_by}); wait for it, or choose another "
+            "--out"
+        ) from None
     except OSError as error:
         raise write_error(path, error) from error
     try:
         with contextlib.suppress(OSError):  # only the message to others is lost without it
-            holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        yield ""
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
     finally:
         with contextlib.suppress(OSError):
             holder.unlink(missing_ok=True)
         lock.release()
-
-
-def _describe(holder: Path) -> str:
-    try:
-        value = json.loads(holder.read_text(encoding="utf-8"))
-        return f"process {int(value['pid'])} on {str(value['host'])[:80]}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "process unknown"

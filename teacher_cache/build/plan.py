@@ -4,13 +4,17 @@ The order of the query files does not matter, so the same set always gives the s
 stopped build finds its finished shards again.
 """
 
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 _MAX_LIST_ENTRIES = 2**31 - 1
+_MOST_PARTS = 99_999
 
 
 class PlannedRow(Protocol):
@@ -73,3 +77,53 @@ def check_shard_rows(shard_rows: int, top_k: int, positions: int) -> None:
             f"shard_rows is {shard_rows}, expected 1 to {most} with --top-k {top_k} and "
             f"--positions {positions}"
         )
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Part:
+    """Part `number` of `count` of a set of queries; numbers begin with 1.
+
+    N jobs build N small caches that `merge` joins. Nothing is shared while they run: a part is a
+    cache like any other, whose manifest also says which part of which set it is.
+    """
+
+    count: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read `I/N`.
+
+        Raises:
+            ConfigurationError: It is not that, or I is not 1 to N.
+        """
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+        if match is None:
+            raise ConfigurationError(
+                f"part {text!r}: expected I/N such as 1/8, the first of eight parts"
+            )
+        number, count = map(int, match.groups())
+        if not 1 <= number <= count <= _MOST_PARTS:
+            raise ConfigurationError(
+                f"part {text}: parts are numbered from 1 to N (at most {_MOST_PARTS}), so eight of "
+                "them are 1/8 to 8/8; for a Slurm array that is --array=1-8"
+            )
+        return cls(number=number, count=count)
+
+    def select(self, queries: Sequence[Query]) -> list[Query]:
+        """Return the queries of this part: a stretch of the plan's order, splits in proportion.
+
+        Raises:
+            ConfigurationError: There are fewer queries than parts.
+        """
+        ordered = order_queries(queries)
+        if len(ordered) < self.count:
+            raise ConfigurationError(
+                f"part {self}: {len(ordered)} queries cannot be cut into {self.count} parts; give "
+                "fewer parts"
+            )
+        start, stop = (len(ordered) * n // self.count for n in (self.number - 1, self.number))
+        return ordered[start:stop]

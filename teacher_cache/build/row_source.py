@@ -1,22 +1,26 @@
-"""Fetch rows of finished caches in bounded memory, wherever they are needed.
+"""Take over rows of finished caches: a row depends on recipe and query alone, not on its cache.
 
 A new cache puts rows into another order than the caches they come from. So the rows of a window of
 new shards are fetched together, in the order of the old ones: each row group is decoded once a
 window, and memory holds a window, not a cache.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.data.queries import Query
+from duet_unlearn.errors import MismatchError
 from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_problems
+from duet_unlearn.teacher_cache.format.row_group import Identity
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CacheReader
+
+logger = logging.getLogger(__name__)
 
 Place = tuple[int, int]
 """Which cache, and which of its rows."""
@@ -50,18 +54,16 @@ def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[Cac
 
 
 class RowSource:
-    """The rows of some caches of one recipe."""
+    """The rows of some caches of one recipe.
+
+    Methods that read raise CorruptCacheError where a row or its shard is damaged.
+    """
 
     def __init__(self, readers: Sequence[CacheReader]) -> None:
         self._readers = readers
-        self._sound: set[tuple[int, int]] = set()
 
     def scan(self) -> Iterator[tuple[Place, Identity]]:
-        """Yield place and identity of every row, in order; decodes no signals.
-
-        Raises:
-            CorruptCacheError: A shard is damaged.
-        """
+        """Yield place and identity of every row, in order; decodes no signals."""
         total = sum(reader.num_rows for reader in self._readers)
         with tqdm(total=total, desc="scan", unit=" rows", disable=None, leave=False) as progress:
             for number, reader in enumerate(self._readers):
@@ -70,17 +72,11 @@ class RowSource:
                     progress.update()
 
     def fetch(self, places: Iterable[Place]) -> dict[Place, CacheRow]:
-        """Return some rows; their arrays are copies that keep no row group alive.
-
-        Raises:
-            CorruptCacheError: A row breaks the format's rules, or its shard is damaged.
-        """
+        """Return some rows; their arrays are copies that keep no row group alive."""
         rows = {}
         for place in sorted(set(places)):
             number, row = place
-            reader = self._readers[number]
-            self._check(number, reader.group_of(row))
-            cached = reader.row(row)
+            cached = self._readers[number].row(row)
             rows[place] = CacheRow(
                 query_id=cached.query_id,
                 split=cached.split,
@@ -95,16 +91,6 @@ class RowSource:
             )
         return rows
 
-    def _check(self, number: int, group: int) -> None:
-        if (number, group) in self._sound:
-            return
-        reader = self._readers[number]
-        for problem in row_group_problems(reader.group(group), reader.manifest.recipe):
-            raise CorruptCacheError(
-                f"{reader.folder}: row group {group}: {problem}; get the cache again"
-            )
-        self._sound.add((number, group))
-
     def engines(self, places: Iterable[Place]) -> list[dict[str, Any]]:
         """Return what computed some rows, as their shards say, each engine once."""
         groups = {(number, self._readers[number].group_of(row)): row for number, row in places}
@@ -116,31 +102,26 @@ class RowSource:
 
 
 class PlannedRows:
-    """Rows of a source that go into planned shards, fetched a window of shards at a time."""
+    """Rows of a source that go into planned shards, fetched a window of shards at a time.
+
+    Args:
+        source: Where the rows are.
+        places: For each shard, the row that goes to each of its numbers.
+        recipe: Says how large a row may be.
+    """
 
     def __init__(
         self, source: RowSource, places: Mapping[int, Mapping[int, Place]], recipe: Recipe
     ) -> None:
-        """Say what is needed.
-
-        Args:
-            source: Where the rows are.
-            places: For each shard, the row that goes to each of its numbers.
-            recipe: Says how large a row may be.
-        """
         self._source = source
-        self._places = places
+        self.places = places
         self._row_bytes = recipe.top_k * recipe.positions * _BYTES_A_LOGIT + _BYTES_A_ROW
         self._order = sorted(places)
         self._held: list[dict[int, dict[int, CacheRow]]] = []
 
     def take(self, shard: int) -> dict[int, CacheRow]:
-        """Return the rows of a shard by their number in it; none where it takes none.
-
-        Raises:
-            CorruptCacheError: A row breaks the format's rules, or its shard is damaged.
-        """
-        if not self._places.get(shard):
+        """Return the rows of a shard by their number in it; none where it takes none."""
+        if not self.places.get(shard):
             return {}
         for window in self._held:
             if shard in window:
@@ -151,20 +132,62 @@ class PlannedRows:
 
     def engines(self, shard: int) -> list[dict[str, Any]]:
         """Return what computed the rows that a shard takes."""
-        return self._source.engines(self._places.get(shard, {}).values())
+        return self._source.engines(self.places.get(shard, {}).values())
 
     def _fetch_window(self, first: int) -> dict[int, dict[int, CacheRow]]:
         shards: list[int] = []
         size = 0
         for shard in self._order[bisect_left(self._order, first) :]:
-            size += len(self._places[shard]) * self._row_bytes
+            size += len(self.places[shard]) * self._row_bytes
             if shards and size > WINDOW_BYTES:
                 break
             shards.append(shard)
         rows = self._source.fetch(
-            place for shard in shards for place in self._places[shard].values()
+            place for shard in shards for place in self.places[shard].values()
         )
         return {
-            shard: {number: rows[place] for number, place in self._places[shard].items()}
+            shard: {number: rows[place] for number, place in self.places[shard].items()}
             for shard in shards
         }
+
+
+def find_reusable(
+    caches: Sequence[str],
+    recipe: Recipe,
+    shards: Sequence[Sequence[Query]],
+    missing: Sequence[int],
+) -> PlannedRows:
+    """Find the rows of missing shards that other caches hold; the first that has a query wins.
+
+    A query is known by its text, because teams number theirs differently. Its split counts only
+    where the recipe leaves the steering prefix out in front of retain queries.
+
+    Args:
+        caches: `PATH` or `PATH@sha256:DIGEST` each.
+        recipe: The recipe of the new cache.
+        shards: The queries of all its shards.
+        missing: The shards whose rows are needed.
+
+    Raises:
+        CacheError: One is no finished cache, or is damaged.
+        MismatchError: One has another recipe; the message lists what differs.
+    """
+
+    def key(split: str, text: str) -> tuple[bool, str]:
+        return recipe.retain_prefix or split == "forget", text
+
+    source = RowSource(open_caches(caches, recipe))
+    places: dict[int, dict[int, Place]] = {index: {} for index in missing}
+    if caches:
+        wanted: dict[tuple[bool, str], list[tuple[int, int]]] = {}
+        for index in missing:
+            for number, query in enumerate(shards[index]):
+                wanted.setdefault(key(query.split, query.text), []).append((index, number))
+        for place, (_, split, text) in source.scan():
+            for index, number in wanted.pop(key(split, text), ()):
+                places[index][number] = place
+            if not wanted:
+                break
+        found, total = sum(map(len, places.values())), sum(len(shards[index]) for index in missing)
+        logger.info("%d of %d queries are taken from other caches", found, total)
+    return PlannedRows(source, places, recipe)

@@ -3,7 +3,7 @@
 One engine in this process does it here; many in the processes of a Ray cluster do it in `workers`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,11 @@ import numpy.typing as npt
 
 from duet_unlearn.teacher_cache.engines.base import Engine
 from duet_unlearn.teacher_cache.format.signal import Signal
+
+Prompts = Sequence[tuple[int, Sequence[int]]]
+"""Token ids of a few prompts, each with its index."""
+Progress = Callable[[int], object]
+"""Called with the number of queries that were answered since the last call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +41,6 @@ class ShardSignals:
     """What computed them, see `Engine.describe`."""
 
 
-Progress = Callable[[int], object]
-"""Told how many more queries were answered."""
-
-
 class Teacher(Protocol):
     """Answers shards of prompts."""
 
@@ -49,6 +50,10 @@ class Teacher(Protocol):
         Raises:
             DuetError: An engine failed.
         """
+        ...
+
+    def responses(self, prompts: Prompts, max_new_tokens: int) -> Iterable[tuple[int, list[int]]]:
+        """Return greedy answers to a few prompts; see `Engine.responses`."""
         ...
 
     def close(self) -> None:
@@ -61,38 +66,36 @@ class LocalTeacher:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.responses = engine.responses
+        self.close = engine.close
 
     def answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
         """Yield every shard's signals; see `Teacher.answer`."""
-        if not self._engine.continuous:
-            # Batches end with their shard: no bit of a row depends on which other shards this
-            # process computes.
-            for shard in work:
-                yield from self._answer([shard], progress)
+        if self._engine.continuous:
+            yield from self._answer(work, progress)
             return
-        yield from self._answer(work, progress)
+        # Batches end with their shard: no bit of a row depends on which other shards this process
+        # computes.
+        for shard in work:
+            yield from self._answer([shard], progress)
 
     def _answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
         """Stream prompts through the engine, and give each shard with its last signal."""
         description = self._engine.describe()
-        places: list[tuple[int, int]] = []
-        due: dict[int, int] = {}
+        places: list[tuple[ShardPrompts, int]] = []
         pending: dict[int, dict[int, Signal]] = {}
 
         def prompts() -> Iterator[tuple[int, list[int]]]:
             for shard in work:
-                due[shard.index] = len(shard.prompts)
                 for number, ids in shard.prompts.items():
-                    places.append((shard.index, number))
+                    places.append((shard, number))
                     yield len(places) - 1, ids.tolist()
 
         for prompt, signal in self._engine.signals(prompts()):
-            index, number = places[prompt]
-            pending.setdefault(index, {})[number] = signal
+            shard, number = places[prompt]
+            signals = pending.setdefault(shard.index, {})
+            signals[number] = signal
             progress(1)
-            if len(pending[index]) == due[index]:
-                yield ShardSignals(index=index, signals=pending.pop(index), engine=description)
-
-    def close(self) -> None:
-        """End the engine."""
-        self._engine.close()
+            if len(signals) == len(shard.prompts):
+                del pending[shard.index]
+                yield ShardSignals(index=shard.index, signals=signals, engine=description)

@@ -3,7 +3,8 @@
 What was fetched is kept by digest in the user's cache folder (DUET_CACHE_HOME) and used by the
 next run; a pinned cache whose shards are all there needs no connection any more. Every shard is
 hashed before its first use, one that was kept too. Processes that share the folder (one a GPU)
-share the work through a lock a shard.
+share the work through a lock a shard. fsspec's own file cache knows no limit on sizes, no lock and
+no hash of the content, so a shard comes as one does in a pull.
 """
 
 import contextlib
@@ -33,18 +34,11 @@ _KEPT_MANIFEST = f".{MANIFEST_NAME}"
 
 
 class RemoteShards:
-    """Makes the shards of a cache at a URL local.
-
-    Args:
-        url: Of the cache; the connection is made when the first shard has to be fetched.
-        manifest: Its manifest.
-        folder: Where shards are kept, in the layout of a cache.
-    """
+    """Makes the shards of a cache at a URL local, in a folder with the layout of a cache."""
 
     def __init__(self, url: str, manifest: Manifest, folder: Path) -> None:
-        self.manifest = manifest
-        self.folder = folder
-        self._shards = manifest.shards
+        self.manifest, self.folder = manifest, folder
+        # The connection is made when the first shard has to be fetched.
         self.store = functools.cache(lambda: Store(url))
         self._there: set[int] = set()
         self._ahead: threading.Thread | None = None
@@ -58,10 +52,11 @@ class RemoteShards:
             CacheError: The store cannot be read.
             OutputError: The folder cannot be written.
         """
+        shards = self.manifest.shards
         if index not in self._there:
-            self.bring(index)
+            self._bring(index)
         if self._ahead is None or not self._ahead.is_alive():
-            order = [*range(index + 1, len(self._shards)), *range(index)]
+            order = [*range(index + 1, len(shards)), *range(index)]
             following = next((i for i in order if i not in self._there), None)
             if following is not None:
                 # A daemon: a run that ends does not wait for a shard that nobody reads.
@@ -69,11 +64,11 @@ class RemoteShards:
                     target=self._bring_quietly, args=(following,), name="duet-fetch", daemon=True
                 )
                 self._ahead.start()
-        return self.folder / SHARD_FOLDER / self._shards[index].name
+        return self.folder / SHARD_FOLDER / shards[index].name
 
-    def bring(self, index: int) -> None:
+    def _bring(self, index: int) -> None:
         """Fetch a shard unless a sound copy is kept; raises as `path` does."""
-        shard = self._shards[index]
+        shard = self.manifest.shards[index]
         path = self.folder / SHARD_FOLDER / shard.name
         try:
             with FileLock(path.with_name(f".{shard.name}.lock")):
@@ -89,10 +84,16 @@ class RemoteShards:
             raise write_error(path, error) from error
         self._there.add(index)
 
+    def _bring_quietly(self, index: int) -> None:
+        try:
+            self._bring(index)
+        except DuetError as error:  # tried again, and told, when it is needed
+            logger.debug("%s", error)
+
     @contextlib.contextmanager
     def for_a_while(self, shard: ShardEntry) -> Iterator[None]:
         """Have a shard in the folder and remove it again; raises as `path` does."""
-        self.bring(self._shards.index(shard))
+        self._bring(self.manifest.shards.index(shard))
         try:
             yield
         finally:
@@ -101,13 +102,7 @@ class RemoteShards:
     def unlisted(self) -> list[str]:
         """Return the names beside the shards at the URL that the manifest does not list."""
         there = {} if self.store().read_only else self.store().list(SHARD_FOLDER)
-        return sorted(set(there) - {shard.name for shard in self._shards})
-
-    def _bring_quietly(self, index: int) -> None:
-        try:
-            self.bring(index)
-        except DuetError as error:  # tried again, and told, when it is needed
-            logger.debug("%s", error)
+        return sorted(set(there) - {shard.name for shard in self.manifest.shards})
 
 
 def kept_folder(digest: str) -> Path:
@@ -150,9 +145,7 @@ def _kept_manifest(pin: str) -> Manifest | None:
 def open_afresh(cache: str) -> Iterator[RemoteShards]:
     """Open a URL to check what lies there now; what was kept is neither trusted nor changed.
 
-    Raises:
-        CacheError: There is no finished cache there, or it cannot be reached.
-        MismatchError: The cache has another digest than the one given.
+    Raises as `open_remote` does.
     """
     url, pin = parse_location(cache)
     manifest, _ = fetch_manifest(Store(url), pin)

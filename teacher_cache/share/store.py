@@ -1,18 +1,19 @@
 """Files below one URL: got with a limit, put whole, listed. Transfer is the libraries' job.
 
-A cache is a handful of names below one URL, so that is all a store knows. A file never takes more
-room than the caller allows, because whoever runs the server may lie about sizes.
+A file never takes more room than the caller allows, because whoever runs the server may lie about
+sizes. What goes wrong becomes one line that says what to do; see `store_errors`.
 """
 
 import contextlib
 import errno
 import posixpath
 import random
+import re
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,27 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from duet_unlearn.data.models.fingerprint import sha256_file
-from duet_unlearn.errors import ConfigurationError, CorruptCacheError, DuetError
+from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError, DuetError
 from duet_unlearn.files import TEMPORARY_SUFFIX, atomic_path, make_folder, write_error
-from duet_unlearn.teacher_cache.share.hub import HubFolder
 from duet_unlearn.teacher_cache.share.store_errors import explain, is_missing, is_passing
 from duet_unlearn.urls import protocol_of, redact_url
 
+_HUB_URL = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READ_ONLY = ("http", "https")
 # These show a file once it is whole; elsewhere a temporary name is renamed.
 _WHOLE_OBJECTS = ("s3", "s3a", "gs", "gcs", "abfs", "az", "memory")
 # fsspec's HTTP does not try again by itself, the other libraries do.
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
+
+
+def parse_hub_url(url: str) -> tuple[str, str | None, str | None]:
+    """Split `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` into repository, revision and folder."""
+    match = _HUB_URL.fullmatch(url)
+    if match is None:
+        raise CacheError(f"{url}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    repository, revision, folder = match.groups()
+    return repository, revision, folder
 
 
 class Store:
@@ -49,9 +58,9 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = redact_url(url)
         self.protocol = protocol_of(url)
-        self.hub = HubFolder.parse(url) if self.protocol == "hf" else None
+        self.read_only = self.protocol in ("http", "https")
+        self.hub = parse_hub_url(url) if self.protocol == "hf" else None
         self._fs, self._root = _open_filesystem(url, self.protocol)
-        self.read_only = self.protocol in _READ_ONLY
         self.folder = Path(self._root) if self.protocol == "file" else None
         """Of a place on this machine."""
 
@@ -71,15 +80,16 @@ class Store:
             CacheError: The store cannot be read.
             OutputError: The disk is full.
         """
+        attempts = _ATTEMPTS if self.read_only else 1
         with self._explained(name):
-            for attempt in range(_ATTEMPTS if self.read_only else 1):
+            for attempt in range(attempts):
                 try:
                     self._get(name, to, limit)
                     return
                 except Exception as error:
                     if isinstance(error, OSError) and error.errno in _DISK_FULL:
                         raise write_error(to, error) from error
-                    if attempt == _ATTEMPTS - 1 or not self.read_only or not is_passing(error):
+                    if attempt == attempts - 1 or not is_passing(error):
                         raise
                     # Apart by chance, so that clients do not all return at once.
                     time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.75, 1.25))
@@ -87,14 +97,15 @@ class Store:
     def _get(self, name: str, to: Path, limit: int) -> None:
         path = self._path(name)
         count = _Limit(self.where(name), limit)
-        if self.protocol == "file":
+        if self.folder is not None:
             if not Path(path).is_file():
                 raise FileNotFoundError(path)  # a pipe or a device would hang
             count.relative_update(Path(path).stat().st_size)
             shutil.copyfile(path, to)
         elif self.hub is not None:
-            self.hub.get(name, to)
-            count.relative_update(to.stat().st_size)
+            # Without a callback the hub's client resumes by itself and takes its fastest way.
+            count.relative_update(self._fs.info(path)["size"] or 0)
+            self._fs.get_file(path, str(to))
         else:
             options = {"headers": {"Accept-Encoding": "identity"}} if self.read_only else {}
             self._fs.get_file(path, str(to), callback=count, **options)
@@ -122,14 +133,11 @@ class Store:
             return sha256_file(path) if path else None
 
     def list(self, folder: str = "") -> dict[str, int | None]:
-        """Return name and size of what lies directly in a folder, None as size of a folder.
-
-        Raises:
-            CacheError: The store cannot be listed.
-        """
+        """Return name and size of what lies directly in a folder, None as size of a folder."""
+        path = self._path(folder)
         try:
             with self._explained(folder):
-                entries = self._fs.ls(self._path(folder), detail=True, refresh=True)
+                entries = self._fs.ls(path, detail=True, refresh=True)
         except FileNotFoundError:
             return {}
         return {
@@ -138,62 +146,74 @@ class Store:
             )
             for entry in entries
             # Some tools keep an empty object under the folder's own name.
-            if entry["name"].rstrip("/") != self._path(folder).rstrip("/")
+            if entry["name"].rstrip("/") != path.rstrip("/")
         }
 
     def put(self, path: Path, name: str) -> None:
-        """Send a file; it appears under its name only when it is whole.
-
-        Raises:
-            CacheError: The store cannot be written.
-            OutputError: It is a folder that cannot be written.
-        """
+        """Send a file; it appears under its name only when it is whole."""
         final = self._path(name)
-        if self.protocol == "file":
-            make_folder(Path(final).parent)
+        folder, base = posixpath.split(final)
+        if self.folder is not None:
+            make_folder(Path(folder))
             with atomic_path(Path(final)) as copy:
                 shutil.copyfile(path, copy)
             return
-        try:
-            with self._explained(name):
-                if self.protocol in _WHOLE_OBJECTS:
-                    self._fs.put_file(str(path), final)
-                    return
-                folder, base = posixpath.split(final)
-                # A name of its own: two may push to one place at the same time.
-                temporary = f"{folder}/.{base}.{secrets.token_hex(16)}{TEMPORARY_SUFFIX}"
-                self._fs.makedirs(folder, exist_ok=True)
-                self._fs.put_file(str(path), temporary)
-                self._fs.mv(temporary, final)
-        except FileNotFoundError as error:
-            raise explain(error.__cause__ or error, self.where(name)) from error
+        with self._explained(name, writing=True):
+            if self.protocol in _WHOLE_OBJECTS:
+                self._fs.put_file(str(path), final)
+                return
+            # A name of its own: two may push to one place at the same time.
+            temporary = f"{folder}/.{base}.{secrets.token_hex(16)}{TEMPORARY_SUFFIX}"
+            self._fs.makedirs(folder, exist_ok=True)
+            self._fs.put_file(str(path), temporary)
+            self._fs.mv(temporary, final)
 
-    def ask_hub(self, ask: Callable[[HubFolder], None]) -> None:
-        """Have something done to the folder where it is one of the hub.
+    def create(self) -> None:
+        """Create the repository of a place on the hub where there is none; a new one is private.
 
-        Raises:
-            CacheError: The hub refuses, or cannot be reached.
+        A cache holds the queries that are to be forgotten, so its owner decides who sees it.
         """
         if self.hub is None:
             return
-        try:
-            with self._explained(""):
-                ask(self.hub)
-        except FileNotFoundError as error:
-            raise explain(error.__cause__ or error, self.url) from error
+        from huggingface_hub import HfApi
+
+        with self._explained(writing=True):
+            HfApi().create_repo(self.hub[0], repo_type="dataset", private=True, exist_ok=True)
+
+    def commit(self, folder: Path, names: Sequence[str], message: str) -> None:
+        """Add files of a local folder to a place on the hub, all of them or none.
+
+        fsspec would make a commit a file, which the hub limits by the hour. The client sends large
+        files in parallel and skips those that the hub has.
+        """
+        if self.hub is None:
+            return
+        from huggingface_hub import HfApi
+
+        repository, revision, inside = self.hub
+        with self._explained(writing=True):
+            HfApi().upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                path_in_repo=inside,
+                allow_patterns=list(names),
+                commit_message=message,
+                repo_type="dataset",
+                revision=revision,
+            )
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """Turn what a library raises into FileNotFoundError or one line."""
+    def _explained(self, name: str = "", *, writing: bool = False) -> Iterator[None]:
+        """Turn what a library raises into one line, or FileNotFoundError where one reads."""
         try:
             yield
         except DuetError:
             raise
         except Exception as error:
             where = self.where(name)
-            raise (FileNotFoundError(where) if is_missing(error) else explain(error, where)) from (
-                error
-            )
+            if is_missing(error) and not writing:
+                raise FileNotFoundError(where) from error
+            raise explain(error, where) from error
 
 
 class _Limit(Callback):  # type: ignore[misc] # fsspec has no types
@@ -217,7 +237,11 @@ def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
         return fsspec.filesystem("file"), str(Path(path).expanduser().absolute())
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
-        if protocol in _READ_ONLY:
+        if protocol == "hf":
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+
+            disable_progress_bars()  # the bar over all files is ours
+        elif protocol in ("http", "https"):
             import aiohttp
 
             # No limit on the whole transfer: only a connection that stands still is given up.

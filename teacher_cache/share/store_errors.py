@@ -12,31 +12,24 @@ from duet_unlearn.urls import redact_url
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 # aiohttp, botocore, httpx and urllib3 in this order.
 _PASSING_CLASSES = {
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "HTTPClientError",
-    "EndpointConnectionError",
-    "IncompleteReadError",
-    "ResponseStreamingError",
-    "TransportError",
-    "ProtocolError",
+    *("ClientConnectionError", "ClientPayloadError"),
+    *("HTTPClientError", "EndpointConnectionError", "IncompleteReadError"),
+    *("ResponseStreamingError", "TransportError", "ProtocolError"),
 }
+_NO_CREDENTIALS = (
+    "no credentials that work; for s3:// set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY (a public bucket: FSSPEC_S3_ANON=true), for hf:// HF_TOKEN"
+)
 _ADVICE = {
     "NoSuchBucket": "no such bucket; create it first, or check the name and the endpoint",
     "RepositoryNotFoundError": "no such repository for this user; check the name and HF_TOKEN",
-    **dict.fromkeys(
-        (
-            "NoCredentialsError",
-            "PartialCredentialsError",
-            "CredentialRetrievalError",
-            "ProfileNotFound",
-            "TokenRetrievalError",
-            "UnauthorizedSSOTokenError",
-            "LocalTokenNotFoundError",
-        ),
-        "no credentials that work; for s3:// set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY (a public bucket: FSSPEC_S3_ANON=true), for hf:// HF_TOKEN",
-    ),
+    "NoCredentialsError": _NO_CREDENTIALS,
+    "PartialCredentialsError": _NO_CREDENTIALS,
+    "CredentialRetrievalError": _NO_CREDENTIALS,
+    "ProfileNotFound": _NO_CREDENTIALS,
+    "TokenRetrievalError": _NO_CREDENTIALS,
+    "UnauthorizedSSOTokenError": _NO_CREDENTIALS,
+    "LocalTokenNotFoundError": _NO_CREDENTIALS,
 }
 _REASON_LENGTH = 200
 
@@ -50,13 +43,11 @@ def is_missing(error: BaseException) -> bool:
 
 def is_passing(error: BaseException) -> bool:
     """Say whether the same request may succeed a little later."""
-    status = _status(error)
+    status, names = _status(error), _names(error)
     if status is not None:
         return status in _PASSING_STATUS
-    names = _names(error)
-    if names & {"OfflineModeIsEnabled", "InvalidURL"}:
-        return False
-    return isinstance(error, ConnectionError | TimeoutError) or bool(names & _PASSING_CLASSES)
+    passing = isinstance(error, ConnectionError | TimeoutError) or bool(names & _PASSING_CLASSES)
+    return passing and not names & {"OfflineModeIsEnabled", "InvalidURL"}
 
 
 def explain(error: BaseException, where: str) -> CacheError:
@@ -66,9 +57,8 @@ def explain(error: BaseException, where: str) -> CacheError:
 
 def _advice(error: BaseException) -> str:
     status = _status(error)
-    for name in _names(error):
-        if name in _ADVICE:
-            return _ADVICE[name]
+    for name in _names(error) & _ADVICE.keys():
+        return _ADVICE[name]
     if status in (401, 403) or isinstance(error, PermissionError):
         code = f" ({status})" if status else ""
         return f"no permission{code}; check the credentials and what they may do there"
@@ -101,13 +91,11 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     for _ in range(4):
-        if link is None:
-            return
-        yield link
-        link = link.__cause__
+        if error is not None:
+            yield error
+            error = error.__cause__
 
 
 def _names(error: BaseException) -> set[str]:

@@ -7,7 +7,6 @@ sees half of one. Both directions resume where they were stopped, file by file.
 import logging
 import shutil
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ from duet_unlearn.teacher_cache.format.manifest import (
     split_pin,
 )
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
-from duet_unlearn.teacher_cache.share.hub import HubFolder
 from duet_unlearn.teacher_cache.share.place import (
     fetch_manifest,
     holds_cache,
@@ -97,32 +95,38 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
         )
     if store.folder is not None:
         claim_folder(store.folder, is_cache_folder)
-    store.ask_hub(HubFolder.create_repository)
+    store.create()
     finished = holds_cache(store, manifest)
     missing = missing_shards(store, manifest, folder / CARD_NAME, finished=finished, check=check)
-    names = [f"{SHARD_FOLDER}/{shard.name}" for shard in missing]
-    for name, shard in zip(names, missing, strict=True):
-        check_shard(folder / name, shard, str(folder / name))
+    for shard in missing:
+        path = folder / SHARD_FOLDER / shard.name
+        check_shard(path, shard, str(path))
     last = [] if finished else [n for n in (CARD_NAME, MANIFEST_NAME) if (folder / n).is_file()]
-    if store.hub is None:
-        _each("push", missing, lambda shard: _put(store, folder, f"{SHARD_FOLDER}/{shard.name}"))
-        if last and not holds_cache(store, manifest):  # somebody else may have pushed meanwhile
-            _refuse_lost(store, manifest)
-            for name in last:
-                _put(store, folder, name)
-    elif names or last:
-        message = f"Add teacher cache {manifest.digest[:19]}"
-        store.ask_hub(lambda hub: hub.commit(folder, names + last, message))
+    _send(store, folder, manifest, missing, last)
     if store.folder is not None:
         release_claim(store.folder)
     return _result(store.url, manifest, missing)
 
 
-def _put(store: Store, folder: Path, name: str) -> None:
-    store.put(folder / name, name)
-
-
-def _refuse_lost(store: Store, manifest: Manifest) -> None:
+def _send(
+    store: Store,
+    folder: Path,
+    manifest: Manifest,
+    missing: Sequence[ShardEntry],
+    last: Sequence[str],
+) -> None:
+    """Send shards, and behind them the files that make the cache a finished one."""
+    if store.hub is not None:
+        if names := [*(f"{SHARD_FOLDER}/{shard.name}" for shard in missing), *last]:
+            store.commit(folder, names, f"Add teacher cache {manifest.digest[:19]}")
+        return
+    _each(
+        "push",
+        missing,
+        lambda shard: store.put(folder / SHARD_FOLDER / shard.name, f"{SHARD_FOLDER}/{shard.name}"),
+    )
+    if not last or holds_cache(store, manifest):  # somebody else may have pushed meanwhile
+        return
     there = store.list(SHARD_FOLDER)
     for shard in manifest.shards:
         if there.get(shard.name) != shard.bytes:
@@ -130,6 +134,8 @@ def _refuse_lost(store: Store, manifest: Manifest) -> None:
                 f"{store.where(f'{SHARD_FOLDER}/{shard.name}')}: was sent, but is not there with "
                 f"its {shard.bytes} bytes; run the same push again"
             )
+    for name in last:
+        store.put(folder / name, name)
 
 
 def pull(url: str, folder: str | Path) -> TransferResult:
@@ -176,10 +182,7 @@ def pull(url: str, folder: str | Path) -> TransferResult:
 def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
     """Bring a shard into a cache folder that nobody else writes: there whole or not at all.
 
-    Raises:
-        CorruptCacheError: Twice, what arrived was not what the manifest lists.
-        CacheError: The store cannot be read.
-        OutputError: The folder cannot be written.
+    Wrong bytes are fetched once more before they are an error.
     """
     name = f"{SHARD_FOLDER}/{shard.name}"
     for left_behind in (folder / SHARD_FOLDER).glob(f".{shard.name}.*{TEMPORARY_SUFFIX}"):
@@ -202,11 +205,7 @@ def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
 
 
 def check_shard(path: Path, shard: ShardEntry, where: str) -> None:
-    """Check that a local file has the bytes of a shard.
-
-    Raises:
-        CorruptCacheError: It has not; the message names the shard by `where`.
-    """
+    """Check that a local file has the bytes of a shard; `where` names it in the message."""
     size = path.stat().st_size if path.is_file() else None
     if size is None:
         problem = "the shard is missing"
@@ -227,22 +226,19 @@ def _each(what: str, shards: Sequence[ShardEntry], move: Callable[[ShardEntry], 
     An interrupt does not wait for the others: their threads are daemons, which a process that ends
     leaves behind even where the network stands still.
     """
-    waiting, errors, lock = deque(shards), deque[BaseException](), threading.Lock()
+    remaining, errors = iter(shards), list[BaseException]()
     total = sum(shard.bytes for shard in shards)
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
 
         def loop() -> None:
-            while not errors:
-                try:
-                    shard = waiting.popleft()
-                except IndexError:
-                    return
+            for shard in remaining:  # one iterator for all threads: each shard is taken once
                 try:
                     move(shard)
                 except BaseException as error:
                     errors.append(error)
-                with lock:
-                    bar.update(shard.bytes)
+                if errors:
+                    return
+                bar.update(shard.bytes)
 
         threads = [threading.Thread(target=loop, daemon=True) for _ in shards[:_JOBS]]
         for thread in threads:

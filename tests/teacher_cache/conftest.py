@@ -405,9 +405,8 @@ def cache_of_rows(tmp_path: Path) -> MakeCache:
     A signal is a function of the text, as a teacher's is, and moved by `shift`.
     """
     from duet_unlearn.data.queries import Query, fingerprint_queries
-    from duet_unlearn.teacher_cache.build.assemble import Assembly
+    from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache
     from duet_unlearn.teacher_cache.build.plan import plan_shards
-    from duet_unlearn.teacher_cache.build.resume import PlannedCache
     from duet_unlearn.teacher_cache.format.recipe import Recipe
     from duet_unlearn.teacher_cache.format.schema import CacheRow
     from duet_unlearn.teacher_cache.format.signal import Signal

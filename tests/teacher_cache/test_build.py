@@ -1,7 +1,9 @@
 """Building a cache with a real engine: resume, hits, refusals, and what never enters it."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,18 @@ def rows_of(cache: Path) -> list[tuple[Any, ...]]:
         (row.query_id, row.split, row.query, row.prompt_ids.tolist(), row.token_ids.tolist())
         for row in map(reader.row, range(reader.num_rows))
     ]
+
+
+def test_a_piped_build_says_how_far_it_is_query_by_query(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("duet_unlearn.progress.EVERY_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, logger="duet_unlearn"):
+        run(config)
+    said = [line for line in caplog.messages if line.startswith("teacher: ")]
+    # A line a query here, not a shard: with rate and time left.
+    assert len(said) == 30
+    assert re.fullmatch(r"teacher: 10 of 30 queries, [\d.e+]+/s, 0:00 left", said[9])
 
 
 def test_a_build_writes_every_query_once_and_verifies(config: BuildConfig) -> None:

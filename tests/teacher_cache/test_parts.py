@@ -14,7 +14,7 @@ from duet_unlearn.data.queries import Message, Query
 from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
-from duet_unlearn.teacher_cache.build.parts import Part
+from duet_unlearn.teacher_cache.build.plan import Part
 from duet_unlearn.teacher_cache.merge import merge
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.verify import verify

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from duet_unlearn import files as files_module
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
@@ -17,8 +18,7 @@ from duet_unlearn.errors import (
     MismatchError,
 )
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
-from duet_unlearn.teacher_cache.share.listing import list_caches
-from duet_unlearn.teacher_cache.share.place import parse_location
+from duet_unlearn.teacher_cache.share.place import list_caches, parse_location
 from duet_unlearn.teacher_cache.share.transfer import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -308,6 +308,23 @@ def test_two_may_push_one_cache_to_one_place_at_once(shared_cache: Path, tmp_pat
             list(pool.map(lambda _, to=there: push(shared_cache, str(to)), range(3)))
         assert files(there) == files(shared_cache)
         assert not [path for path in there.rglob(".*") if path.is_file()]
+
+
+def test_a_pushed_file_is_on_the_disk_before_it_has_its_name(
+    shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, synced, fsync = tmp_path / "there", {}, files_module.fsync
+
+    def watch(path: Path) -> None:
+        if path.suffix == ".tmp":
+            final = path.name[1:].rsplit(".", 2)[0]
+            synced[final] = (path.read_bytes(), (path.parent / final).exists())
+        fsync(path)
+
+    monkeypatch.setattr(files_module, "fsync", watch)
+    push(shared_cache, str(there))
+    sent = {name.rpartition("/")[2]: (data, False) for name, data in files(there).items()}
+    assert synced == sent
 
 
 def test_what_a_stopped_pull_and_others_left_in_shards_is_told_apart(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from duet_unlearn.cli.cache import main
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError, OutputError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
-from duet_unlearn.teacher_cache.share.listing import list_caches
+from duet_unlearn.teacher_cache.share.place import list_caches
 from duet_unlearn.teacher_cache.share.transfer import pull
 from duet_unlearn.teacher_cache.verify import verify
 

@@ -20,7 +20,7 @@ import pytest
 
 from duet_unlearn.errors import CacheError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
-from duet_unlearn.teacher_cache.share.hub import HubFolder
+from duet_unlearn.teacher_cache.share.store import parse_hub_url
 
 COMMAND = "from duet_unlearn.cli.cache import main; main()"
 SHA1 = "0123456789abcdef0123456789abcdef01234567"
@@ -207,10 +207,9 @@ def test_a_repository_that_is_not_there_gives_one_line(hub: Hub, tmp_path: Path)
 
 
 def test_hub_urls_are_taken_apart() -> None:
-    place = HubFolder.parse("hf://datasets/org/name@dev/caches/a")
-    assert (place.repository, place.revision, place.folder) == ("org/name", "dev", "caches/a")
-    place = HubFolder.parse("hf://datasets/org/name")
-    assert (place.repository, place.revision, place.folder) == ("org/name", None, "")
+    place = parse_hub_url("hf://datasets/org/name@dev/caches/a")
+    assert place == ("org/name", "dev", "caches/a")
+    assert parse_hub_url("hf://datasets/org/name") == ("org/name", None, None)
     for url in ("hf://org/name", "hf://datasets/name", "hf://models/org/name"):
         with pytest.raises(CacheError, match="expected hf://datasets/ORG/NAME"):
-            HubFolder.parse(url)
+            parse_hub_url(url)

@@ -6,7 +6,7 @@ import pytest
 
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
-from duet_unlearn.teacher_cache.share.listing import list_caches
+from duet_unlearn.teacher_cache.share.place import list_caches
 from duet_unlearn.teacher_cache.share.transfer import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 

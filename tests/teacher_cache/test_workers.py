@@ -19,9 +19,8 @@ from duet_unlearn.errors import ConfigurationError, DataError, DuetError, Mismat
 from duet_unlearn.teacher_cache.build import workers
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
-from duet_unlearn.teacher_cache.build.ray_cluster import worker_resources
 from duet_unlearn.teacher_cache.build.teacher import ShardPrompts
-from duet_unlearn.teacher_cache.build.workers import Worker, WorkerJob
+from duet_unlearn.teacher_cache.build.workers import Worker, WorkerJob, worker_resources
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.verify import verify
@@ -122,6 +121,8 @@ def test_a_killed_worker_is_replaced_and_the_rows_are_those_of_one_engine(
     assert len(list(seen.glob("died-*"))) == 1
     assert len(list(seen.glob("engine-*"))) == 3
     assert_same_rows(config.out, config.out.parent / "one")
+    assert result.manifest.check is not None
+    assert result.manifest.check.keys() == (expected.check or {}).keys() != set()
     # Workers compute with other numbers of threads, so floats are close and digests differ.
     assert (result.manifest.recipe_id, result.manifest.queries) == (
         expected.recipe_id,
@@ -289,7 +290,7 @@ def test_a_cluster_of_our_own_listens_on_loopback_and_wants_its_token(tmp_path: 
     pytest.importorskip("ray")
     inside = (
         "import os, subprocess, sys\n"
-        "from duet_unlearn.teacher_cache.build.ray_cluster import connected\n"
+        "from duet_unlearn.teacher_cache.build.workers import connected\n"
         "before = dict(os.environ)\n"
         "with connected('local') as ray:\n"
         "    address = ray.get_runtime_context().gcs_address\n"

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.data.queries import Query, fingerprint_queries
-from duet_unlearn.teacher_cache.build.assemble import Assembly
+from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache
 from duet_unlearn.teacher_cache.build.plan import plan_shards
-from duet_unlearn.teacher_cache.build.resume import PlannedCache
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal
