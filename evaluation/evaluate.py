@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from duet_unlearn.data.models.loading import no_bars
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.evaluation.answers import score_references, stream_answers
 from duet_unlearn.evaluation.config import EvalConfig
@@ -128,7 +129,8 @@ def _respond_merged(
         for path in subject.folder.iterdir():
             if path.is_file() and path.suffix != ".safetensors":
                 shutil.copy(path, scratch)
-        subject.load().save_pretrained(scratch)
+        with no_bars():
+            subject.load().save_pretrained(scratch)
         free_memory()
         yield from respond(Path(scratch), prompts, subject.ends)
 
