@@ -86,7 +86,7 @@ def write_cache(
 def _rows(
     rng: np.random.Generator, shard: int, positions: int, shard_positions: int, prompt_tokens: int
 ) -> list:
-    """Return the rows of a shard: distinct ids in random order, falling logits."""
+    """Return the rows of a shard: distinct ids in random order, descending logits."""
     from duet_unlearn.teacher_cache.format.schema import CacheRow
     from duet_unlearn.teacher_cache.format.signal import Signal
 

@@ -129,7 +129,7 @@ class PromptRenderer:
         return list(self._encode(text if self._has_template else SEPARATOR + text))
 
     def plain_ids(self, texts: Sequence[str], *, prefixed: bool = False) -> list[int]:
-        """Token ids of texts to go on with, joined by blank lines, without the chat template.
+        """Token ids of texts to continue, joined by blank lines, without the chat template.
 
         The special tokens that the tokenizer puts in front of any text stand there too, and the
         prefix, whatever its place, stands between them and the text.

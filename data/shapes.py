@@ -4,7 +4,7 @@ A shape is one line of text. Marks in front of it say what it shapes:
 
     Now, please: {query}                        a text around the last user turn
     [begun] The answer is                       the assistant's turn, begun for it
-    [raw] Question: {query}\nAnswer:             a text without chat template, to go on with
+    [raw] Question: {query}\nAnswer:             a text without chat template, to continue
     [turns] What is 2 + 2? || Four. || {query}  turns in front, user and assistant by turns
 
 `[weight 3]` and `[family NAME]` may stand before these. In a marked line `\n` is a line feed.

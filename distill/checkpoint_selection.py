@@ -68,7 +68,7 @@ class Rule:
     def may_stop(self, evaluations: Sequence[Evaluation]) -> bool:
         """Return whether `patience` evaluations in a row brought nothing.
 
-        Training goes on while no step has kept enough, and while none of those that did has
+        Training continues while no step has kept enough, and while none of those that did has
         forgotten anything: it has not begun then, and a wait says nothing.
         """
         if self.patience is None or not evaluations:

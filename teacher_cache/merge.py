@@ -1,7 +1,7 @@
 """Join caches of one recipe into one: each query once, no teacher needed.
 
 A query is known by split and text; where several caches hold it, the first one's signal is kept.
-Memory holds a few hundred bytes a row, never the signals. Like a build, a stopped merge goes on.
+Memory holds a few hundred bytes a row, never the signals. Like a build, a stopped merge resumes.
 """
 
 import hashlib

@@ -46,7 +46,7 @@ class CachedRow:
     response_ids: npt.NDArray[np.int32]
     """The teacher's greedy tokens, `[T]`."""
     token_ids: npt.NDArray[np.int32]
-    """Top-K ids by falling logit, `[T, K]`."""
+    """Top-K ids by descending logit, `[T, K]`."""
     logits: npt.NDArray[np.float32]
     """Raw logits, `[T, K]`."""
     logsumexp: npt.NDArray[np.float32]

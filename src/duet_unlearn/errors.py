@@ -42,7 +42,7 @@ class MismatchError(CacheError):
 
 
 class StoppedError(DuetError):
-    """The user stopped the work; what is finished is kept and the message says how to go on."""
+    """The user stopped the work; what is finished is kept and the message says how to resume."""
 
 
 class RequirementError(DuetError):

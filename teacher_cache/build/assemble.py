@@ -124,7 +124,7 @@ class Assembly:
         """Return the error for a user's interrupt; it says how to resume."""
         return StoppedError(
             f"stopped: {len(self._entries)} of {len(self.plan.shards)} shards are finished "
-            f"in {self.plan.folder}; run the same command again, it goes on from there"
+            f"in {self.plan.folder}; run the same command again to resume"
         )
 
     def finish(

@@ -48,7 +48,7 @@ def open_engine(name: str, config: EngineConfig) -> Engine:
         except VllmImportError as error:
             if name != "auto":
                 raise
-            logger.warning("%s; going on with transformers", error)
+            logger.warning("%s; taking transformers instead", error)
     from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 
     return TransformersEngine(config)

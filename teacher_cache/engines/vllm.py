@@ -171,7 +171,7 @@ class VllmEngine:
             )
         if kind == "options":
             return ConfigurationError(f"vllm engine: {reason}")
-        doing = f"start on {self._config.model}" if kind == "start" else "go on"
+        doing = f"start on {self._config.model}" if kind == "start" else "continue"
         # A failure inside vLLM's own processes arrives without its cause, which is in the log.
         if "above" in reason:
             reason = logged or reason

@@ -220,7 +220,7 @@ def _absent(cache: Path) -> CacheError:
         return CacheError(f"{cache}: a file, expected a cache folder with {MANIFEST_NAME} in it")
     if (cache / SHARD_FOLDER).is_dir():
         return CacheError(
-            f"{cache}: unfinished, no {MANIFEST_NAME}; run its duet-cache build again, it goes on"
+            f"{cache}: unfinished, no {MANIFEST_NAME}; run its duet-cache build again, it resumes"
         )
     return CacheError(f"{cache}: not a teacher cache, no {MANIFEST_NAME}; check the path")
 

@@ -17,7 +17,7 @@ class Signal:
     """Greedy tokens, `[T]`. Where T is smaller than the positions asked for, the last is an
     end-of-sequence token."""
     token_ids: npt.NDArray[np.int32]
-    """Top-K token ids by falling logit, ties by rising id, `[T, K]`."""
+    """Top-K token ids by descending logit, ties by ascending id, `[T, K]`."""
     logits: npt.NDArray[np.float32]
     """Raw logits of those tokens: before softmax, temperature and penalties, `[T, K]`."""
     logsumexp: npt.NDArray[np.float32]
