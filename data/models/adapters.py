@@ -74,7 +74,7 @@ def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         ) from error
     try:
         with warnings.catch_warnings():
-            # peft would continue without the weights that it does not find, which is the base alone.
+            # peft would continue without weights that it does not find: with the base alone.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted: Any = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
