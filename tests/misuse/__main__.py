@@ -37,7 +37,7 @@ from desk import lay_out
 
 SECRET = "s3cr3t"
 SECONDS = 60
-_NOTE = re.compile(r"(INFO|WARNING|Usage): |Try '|$")
+_NOTE = re.compile(r"(INFO|WARNING|Usage): |\[transformers\] |Try '|$")
 _NEW_NAMESPACE = 0x20000
 
 
