@@ -3,8 +3,11 @@
 # The Trainer fixes the signature of every event, used or not.
 # ruff: noqa: ARG002
 
+import itertools
 import json
 import signal
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +67,31 @@ class ShowProgress(TrainerCallback):
         if self._progress is not None:
             self._progress.close()
             self._progress = None
+
+
+class StepClock(TrainerCallback):
+    """Wall time from the end of one optimizer step to the end of the next, in seconds."""
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+
+    @property
+    def median(self) -> float:
+        """Of a step; the first, which also warms up, counts only where it is the only one."""
+        steps = [after - before for before, after in itertools.pairwise(self._ends)]
+        return statistics.median(steps[1:] or steps or [0.0])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._ends = [time.perf_counter()]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note when the step ended."""
+        self._ends.append(time.perf_counter())
 
 
 class LogFile(TrainerCallback):
