@@ -330,16 +330,15 @@ def _give_device(model: "PreTrainedModel") -> None:
 
     made: dict[int, Tensor] = {}  # tied weights stay one
     for module in model.modules():
-        places: Any = (module._parameters, module._buffers)
-        for name, old in [item for place in places for item in place.items()]:
-            if old is None:
-                continue
-            if id(old) not in made:
-                new = torch.empty(old.shape, dtype=old.dtype)
-                if isinstance(old, torch.nn.Parameter):
-                    new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-                made[id(old)] = new
-            (places[0] if name in places[0] else places[1])[name] = made[id(old)]
+        places: list[Any] = [module._parameters, module._buffers]
+        for place in places:
+            for name, old in list(place.items()):
+                if old is not None and id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[id(old)] = new
+                place[name] = made.get(id(old))
 
 
 def _head_bytes(model: "PreTrainedModel", config: RunConfig, lengths: _Lengths) -> int:

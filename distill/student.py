@@ -82,7 +82,7 @@ def describe_student(model: str, folder: Path, *, weights: str) -> Student:
     Args:
         model: As the user gave it.
         folder: Where it is; a config.json is enough.
-        weights: Fingerprint of its weights.
+        weights: Fingerprint of its weights; empty where nobody compares them.
 
     Raises:
         DataError: The configuration is not a language model's.
