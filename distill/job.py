@@ -47,7 +47,7 @@ class RunResult:
     seconds: float
     """Wall time of this process's training, start-up and saving left out."""
     step_seconds: float = 0.0
-    """Median wall time of an optimizer step, without the first where there are more."""
+    """Median wall time of an optimizer step, without the first two where there are more."""
     peak_memory_bytes: int = 0
     """Most memory that this process held: its GPU's allocator where there is one, else its own."""
     hit: bool = False

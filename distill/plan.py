@@ -62,7 +62,7 @@ class PlanConfig(RunConfig):
         group="What to measure",
         metavar="N",
         decides=False,
-        help="Training steps to try in a temporary folder; 0 tries none.",
+        help="Training steps to time in a temporary folder, after two to warm up; 0 tries none.",
     )
 
 
@@ -71,10 +71,11 @@ class Measured:
     """What a few real steps in a process of their own came to."""
 
     steps: int
+    """That were timed, after those that warm up."""
     step_seconds: float
     """Median of a step."""
     start_up_seconds: float
-    """Everything but the steps: imports, loading, warming up, writing the student."""
+    """Everything but steps at that pace: imports, loading, warming up, writing the student."""
     run_seconds: float
     """Start-up and all steps of the planned run; its evaluations and checkpoints are left out."""
     peak_memory_bytes: int
@@ -402,10 +403,10 @@ def _build(model: "PreTrainedModel", reader: CacheReader, lengths: _Lengths) -> 
 
 def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str]) -> Measured | None:
     """Train a few steps in a process of its own, and leave nothing behind."""
+    from duet_unlearn.distill.callbacks import WARM_UP_STEPS
     from duet_unlearn.distill.run import run
 
-    count = min(config.measure, steps)
-    if not count:
+    if not config.measure:
         return None
     if not weight_files(student.folder):
         notes.append("nothing is measured: the weights are not there")
@@ -413,7 +414,8 @@ def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str])
     if config.eval_steps:
         notes.append("the time of evaluations is not in that of the run")
     of_run = {name: getattr(config, name) for name in fields(RunConfig)}
-    logger.info("measuring %d steps", count)
+    count = min(config.measure + WARM_UP_STEPS, steps)
+    logger.info("measuring: %d steps", count)
     with tempfile.TemporaryDirectory(prefix="duet-plan-") as scratch:
         short = RunConfig(
             **{
@@ -437,7 +439,7 @@ def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str])
         seconds = time.perf_counter() - started
     start_up = max(seconds - count * result.step_seconds, 0.0)
     return Measured(
-        steps=count,
+        steps=max(count - WARM_UP_STEPS, 1),
         step_seconds=result.step_seconds,
         start_up_seconds=round(start_up, 3),
         run_seconds=round(start_up + steps * result.step_seconds, 3),
