@@ -9,6 +9,7 @@ from duet_unlearn.cli.ask import ask_command
 from duet_unlearn.cli.demo import demo_command
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
 from duet_unlearn.cli.evaluate import eval_command
+from duet_unlearn.cli.plan import plan_command
 from duet_unlearn.cli.report import report_command
 from duet_unlearn.cli.run import run_command
 
@@ -26,6 +27,7 @@ def main(verbose: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+main.add_command(plan_command)
 main.add_command(run_command)
 main.add_command(eval_command)
 main.add_command(ask_command)

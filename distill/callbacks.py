@@ -3,8 +3,11 @@
 # The Trainer fixes the signature of every event, used or not.
 # ruff: noqa: ARG002
 
+import itertools
 import json
 import signal
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,9 @@ from duet_unlearn.progress import Progress
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.trainer import DuetTrainer
+
+# The first steps allocate and plan: on the demo world they take half as long again.
+WARM_UP_STEPS = 2
 
 
 class ShowProgress(TrainerCallback):
@@ -64,6 +70,31 @@ class ShowProgress(TrainerCallback):
         if self._progress is not None:
             self._progress.close()
             self._progress = None
+
+
+class StepClock(TrainerCallback):
+    """Wall time from the end of one optimizer step to the end of the next, in seconds."""
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+
+    @property
+    def median(self) -> float:
+        """Of a step; those that warm up count only where there are no others."""
+        steps = [after - before for before, after in itertools.pairwise(self._ends)]
+        return statistics.median(steps[WARM_UP_STEPS:] or steps or [0.0])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._ends = [time.perf_counter()]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note when the step ended."""
+        self._ends.append(time.perf_counter())
 
 
 class LogFile(TrainerCallback):

@@ -1,6 +1,9 @@
 """What a run resolved to before any weight is loaded, and what it came to."""
 
 import os
+import re
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +47,26 @@ class RunResult:
     """First and last logged loss a split."""
     seconds: float
     """Wall time of this process's training, start-up and saving left out."""
+    step_seconds: float = 0.0
+    """Median wall time of an optimizer step, without the first two where there are more."""
+    peak_memory_bytes: int = 0
+    """Most memory that this process held: its GPU's allocator where there is one, else its own."""
     hit: bool = False
     """Whether the student was already there and nothing was done."""
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process held so far: on the GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # The peak of `getrusage` begins, on Linux, with that of the process that started this one.
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

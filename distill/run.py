@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from duet_unlearn.data.models.loading import load_model, no_bars
 from duet_unlearn.distill.checkpoint_selection import Rule, evaluations_of
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.job import Job, RunResult, resolve_job
+from duet_unlearn.distill.job import Job, RunResult, peak_memory, resolve_job
 from duet_unlearn.distill.objectives.base import SPLITS
 from duet_unlearn.distill.run_folder import LOG_FILE
 from duet_unlearn.distill.student_folder import publish, write_student
@@ -88,14 +88,15 @@ def _train(job: Job, args: "TrainingArguments") -> RunResult:
 
 
 def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) -> RunResult:
-    from duet_unlearn.distill.callbacks import StopOnSignal
+    from duet_unlearn.distill.callbacks import StepClock, StopOnSignal
     from duet_unlearn.distill.noise import perturb
 
     config, folder = job.config, job.folder
-    stop = StopOnSignal()
+    stop, clock = StopOnSignal(), StepClock()
     base = load_model(job.student.folder, dtype=config.dtype, trainable=True)
     model, trained = select_trained(base, config)
     trainer, schedule = _make_trainer(job, model, stop, args)
+    trainer.add_callback(clock)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     elif job.held_out is not None:
@@ -128,6 +129,8 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
         learning_rate=float(config.learning_rate),
         loss=_first_and_last(state.log_history),
         seconds=round(seconds, 3),
+        step_seconds=round(clock.median, 4),
+        peak_memory_bytes=peak_memory(),
     )
     _warn_of_loss(config, result)
     write_student(job, trainer)

@@ -73,6 +73,20 @@ def open_student(model: str) -> Student:
     """
     user_path(model, "student")  # `~nobody` is named as such
     folder = resolve_model_folder(model)
+    return describe_student(model, folder, weights=weights_fingerprint(folder))
+
+
+def describe_student(model: str, folder: Path, *, weights: str) -> Student:
+    """Describe a model by what its folder holds beside the weights.
+
+    Args:
+        model: As the user gave it.
+        folder: Where it is; a config.json is enough.
+        weights: Fingerprint of its weights; empty where nobody compares them.
+
+    Raises:
+        DataError: The configuration is not a language model's.
+    """
     config = read_config(folder)
     hidden_size = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
     if not isinstance(hidden_size, int) or hidden_size < 1:
@@ -84,7 +98,7 @@ def open_student(model: str) -> Student:
         head_width=head_width(config),
         max_length=context_length(config),
         stored_dtype=stored_dtype(config),
-        weights=weights_fingerprint(folder),
+        weights=weights,
         config=config_fingerprint(folder),
         chat_template=chat_template_fingerprint(folder),
         licence=read_licence(folder),
@@ -137,7 +151,7 @@ def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: Cache
             f"({difference}); build a cache with a teacher that shares the student's tokenizer"
         )
     _check_head(student, reader)
-    if student.weights != recipe.weights:
+    if student.weights not in ("", recipe.weights):
         logger.info("the student does not start from the teacher's weights")
 
 

@@ -1,0 +1,447 @@
+"""What a run takes before any of it runs: memory, disk and, from a few real steps, time.
+
+Counted from the configuration alone, on a model whose tensors have shapes and no numbers: what
+autograd keeps of a forward pass is found by running that pass on them. So a model is planned for
+without its weights; only the measured part needs them.
+"""
+
+import dataclasses
+import logging
+import math
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.job import peak_memory
+from duet_unlearn.distill.objectives.base import Objective, open_objective
+from duet_unlearn.distill.sampler import PLAIN, StepSampler
+from duet_unlearn.distill.student import Student, describe_student
+from duet_unlearn.distill.trainable import Trained, select_trained
+from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.settings import Whole, fields, setting, settings
+from duet_unlearn.teacher_cache.reader import CacheReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# Steps of the first epoch whose batches are looked at.
+_LOOKED_AT = 256
+# AdamW holds two numbers for each that is trained.
+_ADAM_STATES = 2
+_NO_EVALUATION: dict[str, Any] = {
+    "eval_steps": 0,
+    "eval_forget": (),
+    "eval_retain": (),
+    "eval_attacks": (),
+    "early_stopping_patience": None,
+}
+
+
+@settings
+class PlanConfig(RunConfig):
+    """Settings of `duet-distill plan`: those of the run, and how much of it to try."""
+
+    out: str = setting(
+        default="student",
+        metavar="DIR",
+        decides=False,
+        help="Taken so that a line of `run` can be asked as it is; nothing is written there.",
+    )
+    measure: Whole = setting(
+        default=3,
+        group="What to measure",
+        metavar="N",
+        decides=False,
+        help="Training steps to time in a temporary folder, after two to warm up; 0 tries none.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a few real steps in a process of their own came to."""
+
+    steps: int
+    """That were timed, after those that warm up."""
+    step_seconds: float
+    """Median of a step."""
+    start_up_seconds: float
+    """Everything but steps at that pace: imports, loading, warming up, writing the student."""
+    run_seconds: float
+    """Start-up and all steps of the planned run; its evaluations and checkpoints are left out."""
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run is expected to take; sizes in bytes."""
+
+    student: str
+    cache: str | None
+    trained: str
+    """What of the student is trained."""
+    trained_parameters: int
+    parameters: int
+    dtype: str
+    """How weights are held."""
+    precision: str
+    """Arithmetic of the forward pass on this machine."""
+    device: str
+    queries: dict[str, int]
+    sequences_per_epoch: int
+    """Sequences that pass the student; with views two a query."""
+    epochs: int
+    steps_per_epoch: int
+    steps: int
+    longest_batch: tuple[int, int]
+    """Sequences and tokens each of the largest forward pass, padding included."""
+    memory: dict[str, int]
+    """Estimated, one process: weights, gradients, optimizer, activations, process and their sum."""
+    disk: dict[str, int]
+    """Estimated: student, checkpoints, and the most that both take at one time."""
+    build: dict[str, int]
+    """Estimated, of a cache's build with a teacher of this architecture; empty without a cache."""
+    measured: Measured | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Lengths:
+    """What the batches of the first epoch's first steps look like."""
+
+    rows: int
+    tokens: int
+    scored: int
+    """Positions whose logits are compared, in the batch that has most."""
+    longest_prompt: int
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Say what a run with these settings takes on this machine.
+
+    Raises:
+        ConfigurationError: A setting does not fit the inputs, or the memory does not hold a step.
+        DataError: The student is missing or not a model that transformers knows.
+        CacheError: The cache is unfinished or damaged.
+        MismatchError: The cache's tokens are not the student's.
+    """
+    from duet_unlearn.distill.arguments import training_arguments
+
+    student = _find_student(config.student)
+    objective = open_objective(config, student)
+    rows = sum(objective.order.counts.values())
+    job = config.replaced(**objective.settings).resolved(
+        hidden_size=student.hidden_size, stored_dtype=student.stored_dtype, rows=rows
+    )
+    notes = _prepare(objective, student, job)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = training_arguments(job, Path(scratch))
+    sampler = _sampler(objective, job)
+    if sampler.steps_per_epoch > _LOOKED_AT:
+        notes.append(f"lengths are those of the first {_LOOKED_AT} steps")
+    lengths = _look(objective, sampler)
+    model, trained = _without_numbers(student, job)
+    reader: CacheReader | None = getattr(objective, "reader", None)
+    epochs = int(job.epochs)
+    steps = job.max_steps or epochs * sampler.steps_per_epoch
+    return Plan(
+        student=student.name,
+        cache=config.cache,
+        trained=trained.what,
+        trained_parameters=trained.parameters,
+        parameters=trained.of,
+        dtype=job.dtype,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else job.dtype,
+        device=str(args.device),
+        queries=objective.order.counts,
+        sequences_per_epoch=rows * (2 if objective.order.num_views else 1),
+        epochs=epochs,
+        steps_per_epoch=sampler.steps_per_epoch,
+        steps=steps,
+        longest_batch=(lengths.rows, lengths.tokens),
+        memory=_memory(model, job, args, lengths, notes),
+        disk=_disk(model, job, args, steps),
+        build={} if reader is None else _build(model, reader, lengths),
+        measured=_measure(config, student, steps, notes),
+        notes=tuple(notes),
+    )
+
+
+def _find_student(model: str) -> Student:
+    """Describe the student by its configuration; a folder may have nothing else."""
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        folder = resolve_model_folder(model, need_weights=False)
+    return describe_student(model, folder.resolve(), weights="")
+
+
+def _prepare(objective: Objective, student: Student, config: RunConfig) -> list[str]:
+    """Check the inputs against the student as a run does; return what could not be checked."""
+    try:
+        resolve_model_folder(student.folder, need_weights=False)
+    except DataError:
+        if config.views or config.objective != "duet":
+            raise  # its queries are tokenised by the student
+        return ["the student has no tokenizer there: whether the cache fits it is not checked"]
+    from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+
+    objective.prepare(PromptRenderer(load_tokenizer(student.folder)))
+    return []
+
+
+def _sampler(objective: Objective, config: RunConfig) -> StepSampler:
+    order = objective.order
+    return StepSampler(
+        order.splits,
+        order.row_groups,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        num_views=order.num_views,
+        view_weights=order.view_weights,
+    )
+
+
+def _look(objective: Objective, sampler: StepSampler) -> _Lengths:
+    dataset, shapes, scored, longest = objective.dataset, [(0, 0)], 0, 0
+    for _, draws in zip(range(_LOOKED_AT * sampler.accumulation), sampler, strict=False):
+        examples = [dataset[draw] for draw in draws]
+        batch = objective.collate(examples)
+        shapes.append(tuple(batch["input_ids"].shape))
+        scored = max(scored, int(batch["position_mask"].sum()))
+        longest = max(
+            longest,
+            *(
+                len(example.prompt_ids)
+                for example, draw in zip(examples, draws, strict=True)
+                if draw.view == PLAIN
+            ),
+        )
+    rows, tokens = max(shapes, key=math.prod)
+    return _Lengths(rows=rows, tokens=tokens, scored=scored, longest_prompt=longest)
+
+
+def _without_numbers(student: Student, config: RunConfig) -> "tuple[PreTrainedModel, Trained]":
+    """Return the model to train with tensors that take no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                AutoConfig.from_pretrained(student.folder), dtype=getattr(torch, config.dtype)
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"model {student.folder}: transformers cannot make it of its config.json ({reason}); "
+            "expected a causal language model it knows"
+        ) from error
+    with torch.device("meta"):
+        return select_trained(model, config)
+
+
+def _memory(
+    model: "PreTrainedModel",
+    config: RunConfig,
+    args: "TrainingArguments",
+    lengths: _Lengths,
+    notes: list[str],
+) -> dict[str, int]:
+    """Return the bytes that one process holds at its peak."""
+    gradients = _bytes(model, trained_only=True)
+    memory = {"weights": _bytes(model), "gradients": gradients}
+    memory["optimizer"] = _ADAM_STATES * gradients
+    if not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"):
+        notes.append(f"optimizer {args.optim}: counted as AdamW")
+    try:
+        memory["activations"] = _activations(model, config, args, lengths)
+    except Exception as error:  # a model's own code, run on tensors that it may not expect
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        notes.append(f"activations are missing: they cannot be followed in this model ({reason})")
+    if args.device.type == "cpu":  # the interpreter and its libraries, which this process has too
+        memory["process"] = peak_memory()
+    return {**memory, "sum": sum(memory.values())}
+
+
+def _bytes(model: "PreTrainedModel", *, trained_only: bool = False) -> int:
+    counted = (p for p in model.parameters() if p.requires_grad or not trained_only)
+    return sum(p.nbytes for p in counted)
+
+
+def _activations(
+    model: "PreTrainedModel", config: RunConfig, args: "TrainingArguments", lengths: _Lengths
+) -> int:
+    """Return the bytes that the largest forward pass leaves for the backward pass.
+
+    With bf16 arithmetic the weights' casts are among them.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    adapted: Any = model
+    body = adapted.get_base_model() if hasattr(model, "peft_config") else adapted
+    precision = torch.float16 if args.fp16 else torch.bfloat16
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: "Tensor") -> "Tensor":
+        if not isinstance(tensor, torch.nn.Parameter):
+            # Two views of one storage are one.
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with FakeTensorMode():
+        _give_device(model)
+        model.train()
+        ids = torch.zeros(lengths.rows, lengths.tokens, dtype=torch.int64)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=precision, enabled=args.bf16 or args.fp16),
+        ):
+            # The result holds the graph, and with it what was kept.
+            result = body.base_model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            )
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        of_body = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+        del result
+    if config.gradient_checkpointing:
+        layers = model.config.get_text_config().num_hidden_layers
+        inputs = ids.numel() * model.config.get_text_config().hidden_size * 4
+        of_body = of_body // layers + layers * inputs
+    return of_body + _head_bytes(model, config, lengths)
+
+
+def _give_device(model: "PreTrainedModel") -> None:
+    """Put tensors of the CPU, without numbers by the mode that is on, in place of meta tensors."""
+    import torch
+
+    made: dict[int, Tensor] = {}  # tied weights stay one
+    for module in model.modules():
+        places: list[Any] = [module._parameters, module._buffers]
+        for place in places:
+            for name, old in list(place.items()):
+                if old is not None and id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[id(old)] = new
+                place[name] = made.get(id(old))
+
+
+def _head_bytes(model: "PreTrainedModel", config: RunConfig, lengths: _Lengths) -> int:
+    """Return what one piece of the head's logits takes, with its gradient, in float32."""
+    from duet_unlearn.distill.losses import Loss
+    from duet_unlearn.distill.sparse_head import PIECE_NUMBERS
+
+    text = model.config.get_text_config()
+    tail = config.objective != "duet" or Loss(name=config.loss).tail
+    width = text.vocab_size if tail else int(config.top_k or 1) * text.hidden_size
+    return 8 * min(PIECE_NUMBERS, lengths.scored * int(width))
+
+
+def _disk(
+    model: "PreTrainedModel", config: RunConfig, args: "TrainingArguments", steps: int
+) -> dict[str, int]:
+    import torch
+
+    trained, whole = _bytes(model, trained_only=True), _bytes(model)
+    adapter = config.lora_rank is not None
+    student = trained
+    if not adapter or config.merge:
+        numbers = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+        student = numbers * getattr(torch, config.save_dtype).itemsize
+    checkpoint = (trained if adapter else whole) + _ADAM_STATES * trained
+    keeps_best = bool(config.eval_steps) and config.checkpoint_selection == "best"
+    saves = 0
+    if args.save_strategy != "no":  # the last step is saved too
+        saves = math.ceil(steps / args.save_steps)
+        saves += math.ceil(steps / config.eval_steps) if keeps_best else 0
+    # A new one is complete before the oldest goes.
+    at_once = min(saves, int(args.save_total_limit or 0) + 1)
+    checkpoints = at_once * checkpoint
+    return {
+        "student": student,
+        "checkpoint": checkpoint,
+        "checkpoints_at_once": checkpoints,
+        "sum": student + checkpoints,
+    }
+
+
+def _build(model: "PreTrainedModel", reader: CacheReader, lengths: _Lengths) -> dict[str, int]:
+    """Return what building this cache takes with a teacher like the student."""
+    import torch
+
+    manifest, text = reader.manifest, model.config.get_text_config()
+    recipe = manifest.recipe
+    size = getattr(torch, recipe.compute_dtype).itemsize
+    numbers = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # No token is shorter than a byte.
+    tokens = lengths.longest_prompt + recipe.positions + len(recipe.prefix.encode())
+    return {
+        "weights": numbers * size,
+        "kv_cache_per_query": 2 * text.num_hidden_layers * heads * width * size * tokens,
+        "cache": manifest.num_bytes,
+        "cache_per_query": -(-manifest.num_bytes // manifest.num_rows),
+    }
+
+
+def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str]) -> Measured | None:
+    """Train a few steps in a process of its own, and leave nothing behind."""
+    from duet_unlearn.distill.callbacks import WARM_UP_STEPS
+    from duet_unlearn.distill.run import run
+
+    if not config.measure:
+        return None
+    if not weight_files(student.folder):
+        notes.append("nothing is measured: the weights are not there")
+        return None
+    if config.eval_steps:
+        notes.append("the time of evaluations is not in that of the run")
+    of_run = {name: getattr(config, name) for name in fields(RunConfig)}
+    count = min(config.measure + WARM_UP_STEPS, steps)
+    logger.info("measuring: %d steps", count)
+    with tempfile.TemporaryDirectory(prefix="duet-plan-") as scratch:
+        short = RunConfig(
+            **{
+                **of_run,
+                **_NO_EVALUATION,
+                "out": str(Path(scratch) / "student"),
+                "max_steps": count,
+                "save_steps": 0,
+                "report_to": "none",
+            }
+        )
+        started = time.perf_counter()
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                result = pool.submit(run, short).result()
+        except BrokenProcessPool as error:
+            raise ConfigurationError(
+                "the process that tried a step was killed, as it is when memory runs out; give "
+                "--measure 0 for the estimates alone"
+            ) from error
+        seconds = time.perf_counter() - started
+    start_up = max(seconds - count * result.step_seconds, 0.0)
+    return Measured(
+        steps=max(count - WARM_UP_STEPS, 1),
+        step_seconds=result.step_seconds,
+        start_up_seconds=round(start_up, 3),
+        run_seconds=round(start_up + steps * result.step_seconds, 3),
+        peak_memory_bytes=result.peak_memory_bytes,
+    )
