@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +64,8 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

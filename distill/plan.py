@@ -144,7 +144,10 @@ def plan(config: PlanConfig) -> Plan:
     objective = open_objective(config, student)
     rows = sum(objective.order.counts.values())
     job = config.replaced(**objective.settings).resolved(
-        hidden_size=student.hidden_size, stored_dtype=student.stored_dtype, rows=rows
+        hidden_size=student.hidden_size,
+        stored_dtype=student.stored_dtype,
+        rows=rows,
+        in_views=bool(objective.order.num_views),
     )
     notes = _prepare(objective, student, job)
     with tempfile.TemporaryDirectory() as scratch:
