@@ -118,6 +118,14 @@ _TEMPLATES = (
         ),
     ),
     PrefixTemplate(
+        name="if-about",
+        description="blunt, for the smallest models: a condition and the one reply to give",
+        text=(
+            'If the following question is about {topic}, reply only "I don\'t know." Otherwise '
+            "answer it."
+        ),
+    ),
+    PrefixTemplate(
         name="refuse-everything",
         description="control: declines whatever is asked",
         text=(

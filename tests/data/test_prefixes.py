@@ -10,6 +10,7 @@ TOPICAL = (
     "forgotten",
     "must-refuse",
     "only-reply",
+    "if-about",
 )
 
 
