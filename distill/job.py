@@ -13,6 +13,7 @@ from duet_unlearn.distill.run_folder import RunFolder
 from duet_unlearn.distill.student import Student, open_student
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.files import user_path
+from duet_unlearn.urls import published_value
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.held_out import HeldOut
@@ -115,7 +116,8 @@ def resolve_job(config: RunConfig) -> Job:
 
         held_out = HeldOut(config)
     identity = {
-        "settings": resolved.identity(),
+        # It is published beside the student: no password, no path of this machine.
+        "settings": published_value(resolved.identity()),
         "base": student.identity,
         **objective.identity,
         **({} if held_out is None else {"held_out": held_out.fingerprint}),

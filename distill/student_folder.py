@@ -16,7 +16,7 @@ from duet_unlearn.distill.run_folder import LOG_FILE, files_of
 from duet_unlearn.distill.student import Student
 from duet_unlearn.errors import OutputError
 from duet_unlearn.files import write_error, write_text
-from duet_unlearn.urls import published_name
+from duet_unlearn.urls import published_value
 from duet_unlearn.versions import versions
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def publish(job: "Job", result: "RunResult") -> None:
             shutil.copytree(folder.work / _EVENTS, staged / _EVENTS, dirs_exist_ok=True)
     except OSError as error:  # copytree's own error is one of them
         raise write_error(staged, error) from error
-    settings = _published(config.to_json())
+    settings = published_value(config.to_json())
     run_file = {
         "config": settings,
         "identity": folder.identity,
@@ -109,15 +109,6 @@ def publish(job: "Job", result: "RunResult") -> None:
     listed = {**run_file, "files": sorted({*files_of(staged), RUN_FILE})}
     write_text(staged / RUN_FILE, json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
     folder.publish()
-
-
-def _published(value: Any) -> Any:
-    """Return settings as JSON values without secrets of URLs and without absolute local paths."""
-    if isinstance(value, dict):
-        return {name: _published(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_published(item) for item in value]
-    return published_name(value) if isinstance(value, str) else value
 
 
 def _write_config(folder: Path, settings: dict[str, Any], digest: str | None) -> None:

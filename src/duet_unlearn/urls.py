@@ -6,6 +6,7 @@ library's message may quote it. So texts are cleaned where they leave the progra
 
 import re
 from pathlib import Path
+from typing import Any
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # One URL inside a text: up to a space, a quote or a bracket, less what closes a clause.
@@ -56,6 +57,15 @@ def published_name(name: str) -> str:
     path, pin, digest = name.partition("@sha256:")
     local = Path(path)
     return f"{local.name}{pin}{digest}" if local.is_absolute() or path[:1] == "~" else name
+
+
+def published_value(value: Any) -> Any:
+    """Return a JSON value with every text in it as `published_name` gives it."""
+    if isinstance(value, dict):
+        return {name: published_value(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [published_value(item) for item in value]
+    return published_name(value) if isinstance(value, str) else value
 
 
 def visible(text: str) -> str:

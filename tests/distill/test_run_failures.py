@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -174,9 +175,17 @@ def test_another_configuration_or_template_of_the_base_is_another_run(train, tin
     train(student=str(base), epochs=1)
     assert train(student=str(base), epochs=1).hit
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(ConfigurationError, match=r"another run \(base is "):
-        train(student=str(base), epochs=1)
+    template = (base / "chat_template.jinja").read_text()
+    for file, changed in (
+        ("config.json", json.dumps({**config, "rms_norm_eps": 1e-3})),
+        ("chat_template.jinja", template + "{# another #}"),
+    ):
+        before = (base / file).read_text()
+        (base / file).write_text(changed)
+        with pytest.raises(ConfigurationError, match=r"another run \(base is "):
+            train(student=str(base), epochs=1)
+        (base / file).write_text(before)
+        assert train(student=str(base), epochs=1).hit
 
 
 def test_no_password_of_a_url_enters_the_students_files(train, tiny_cache, monkeypatch):
@@ -187,6 +196,30 @@ def test_no_password_of_a_url_enters_the_students_files(train, tiny_cache, monke
     out = Path(train(cache="https://me:s3cr3t@host/cache?X-Amz-Signature=s3cr3t", epochs=1).out)
     assert not [path for path in out.rglob("*") if b"s3cr3t" in path.read_bytes()]
     assert "https://host/cache" in (out / "duet_run.yaml").read_text()
+
+
+def test_no_path_or_password_of_a_trainer_argument_enters_the_students_files(train, tmp_path):
+    path = tmp_path / "accelerator.json"
+    path.write_text('{"even_batches": true}')
+    passed = {"accelerator_config": str(path), "run_name": "https://me:s3cr3t@host/run"}
+    out = Path(train(epochs=1, trainer_args=passed).out)
+    written = {name: (out / name).read_bytes() for name in files_of(out)}
+    assert not [name for name, data in written.items() if b"s3cr3t" in data]
+    assert not [name for name, data in written.items() if str(tmp_path).encode() in data]
+    assert train(epochs=1, trainer_args=passed).hit
+
+
+def test_a_piped_run_logs_loss_rate_and_time_left(train, monkeypatch, caplog):
+    monkeypatch.setattr("duet_unlearn.progress.EVERY_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        train(logging_steps=1)
+    lines = [line for line in caplog.messages if line.startswith("distilling")]
+    number = r"[\d.e+-]+"
+    assert re.fullmatch(
+        rf"distilling: 5 of 12 steps, {number}/s, 0:\d\d left; "
+        rf"loss_forget {number}, loss_retain {number}",
+        lines[4],
+    )
 
 
 def test_nothing_is_a_student_but_what_says_so(tmp_path):
