@@ -209,7 +209,6 @@ load-best-model-at-end checkpoint-selection best
 patience early-stopping-patience 3
 learning_rat learning-rate 1e-4
 batchsize batch-size 4
-optimizer_lr learning-rate 1e-4
 """
 
 CONTRADICTIONS = [
@@ -258,7 +257,6 @@ CONTRADICTIONS = [
     BUILD.replace("--prefix Forget.", "--prefix-from {notes}"),
     BUILD.replace("--prefix Forget.", "--prefix ''"),
     f"{BUILD} --prefix-from {{forget}}",
-    f"{BUILD} --shards 1/2 --workers 2",
     f"{BUILD} --ray local",
     f"{BUILD} --engine-arg a=1 --engine-arg a=2",
     f"{BUILD} --reuse {{other_cache}}",
