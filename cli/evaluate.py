@@ -51,7 +51,7 @@ def eval_command(
     """
     config = read_settings(ctx, EvalConfig, config_file, models=parse_models(words))
     if out is not None:
-        check_target(out)
+        check_target(out, '"duet-unlearn": "')  # among the versions
     try:
         from duet_unlearn.evaluation.evaluate import evaluate
         from duet_unlearn.evaluation.requirements import check_requirements

@@ -1,6 +1,7 @@
 """What commands print: text for people, or with --json one JSON document in its place."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,17 +64,27 @@ def print_cache(
     click.echo(f"pin it as {cache}@{manifest.digest}")
 
 
-def check_target(target: Path) -> None:
-    """Refuse a file that cannot be written before the work, not after it.
+def check_target(target: Path, mark: str) -> None:
+    """Refuse a file that cannot or must not be written before the work, not after it.
+
+    Args:
+        target: The file.
+        mark: A text that an earlier file of ours holds; any other file is somebody's.
 
     Raises:
-        ConfigurationError: It lies inside a cache, is a folder, or its folder is missing.
+        ConfigurationError: It lies inside a cache, is a folder or another's, or its folder is
+            missing.
     """
     refuse_inside_cache(target)
     if target.is_dir():
         raise ConfigurationError(f"{target}: a folder, expected the name of a file")
     if not target.parent.is_dir():
         raise ConfigurationError(f"{target}: no folder {target.parent}; make it first")
+    if os.path.lexists(target) and not (target.is_file() and mark.encode() in target.read_bytes()):
+        raise ConfigurationError(
+            f"{target}: is there, and nothing in it shows that duet-unlearn wrote it; choose "
+            "another name"
+        )
 
 
 def write_target(target: Path, text: str) -> None:

@@ -7,7 +7,6 @@ import click
 from duet_unlearn.cli.errors import harmless
 from duet_unlearn.cli.options import FolderPath
 from duet_unlearn.cli.output import check_target, json_option, print_json, write_target
-from duet_unlearn.errors import ConfigurationError
 
 
 @click.command("report")
@@ -53,12 +52,9 @@ def report_command(
     from duet_unlearn.evaluation.report.sources import find_sources
     from duet_unlearn.teacher_cache.inspect import summarize
 
-    for target in (out, markdown):
-        if target is not None:
-            check_target(target)
-    # Never write over a page that somebody else wrote.
-    if out.exists() and f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:2000]:
-        raise ConfigurationError(f"{out}: is another page; choose another --out")
+    check_target(out, f'content="{GENERATOR}"')
+    if markdown is not None:
+        check_target(markdown, "\nduet-unlearn ")  # its last line
     sources = find_sources(paths, summarize)
     compared = compare_first_tokens(sources, first_tokens) if first_tokens else []
     content = make_content(sources, compared, title=title)

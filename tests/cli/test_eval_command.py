@@ -86,8 +86,11 @@ def test_vllm_gives_the_same_answers(tiny_model: Path, files: list[object]) -> N
 
 
 def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: Path) -> None:
+    mine = tmp_path / "notes.json"
+    mine.write_text('{"mine": 1}')
     cases = [
         ([tmp_path / "gone", *files], "no such folder"),
+        ([tiny_model, *files, "--out", mine], "nothing in it shows that duet-unlearn wrote it"),
         ([tiny_model, *files, "--max-new-tokens", 250], "lower --max-new-tokens"),
         ([tiny_model, *files, "--prefix", "@explicit"], "--topic"),
         ([tiny_model, *files, "--attacks", "@gone"], "no such built-in shape"),
@@ -106,6 +109,7 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
         assert expected in result.stderr
+    assert mine.read_text() == '{"mine": 1}'
 
 
 def test_a_requirement_that_does_not_hold_exits_1_with_its_number(

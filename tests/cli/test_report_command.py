@@ -38,7 +38,8 @@ def test_failures_are_one_line_and_write_nothing(folder: Path) -> None:
     foreign = folder / "index.html"
     foreign.write_text("<p>mine</p>")
     cases = [
-        ([folder, "--out", foreign], "is another page"),
+        ([folder, "--out", foreign], "nothing in it shows that duet-unlearn wrote it"),
+        ([folder, "--out", folder / "x.html", "--markdown", foreign], "nothing in it shows"),
         ([folder, "--out", folder], "a folder"),
         ([folder, "--out", folder / "no" / "x.html"], "make it first"),
         ([folder / "gone", "--out", folder / "x.html"], "cannot be read"),
