@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What to compute in; `auto` is what `fastest_dtype` says."""
 
+_CANNOT_LOAD = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError)
+
 
 def load_model(
     folder: Path, *, dtype: str = "auto", adapter: Path | None = None, trainable: bool = False
@@ -40,6 +42,7 @@ def load_model(
             the adapter does not fit.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available() and not trainable
@@ -54,7 +57,7 @@ def load_model(
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+    except (*_CANNOT_LOAD, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # The CPU's allocator has no error type of its own.
         if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in reason:

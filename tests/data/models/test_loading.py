@@ -1,6 +1,7 @@
 """Loading a model folder, for answering and for training."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(DataError, match="transformers cannot load it") as caught:
         load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_end_early_are_named(copy: Path) -> None:
+    os.truncate(copy / "model.safetensors", 1000)
+    with pytest.raises(DataError, match="transformers cannot load it") as caught:
+        load_model(copy)
     assert "\n" not in str(caught.value)
 
 
