@@ -397,7 +397,7 @@ class RunConfig(Settings):
                         f"{name} is {getattr(self, name)!r} without LoRA; give lora_rank as well"
                     )
             return
-        if not any(self.lora_target_modules):
+        if not any(name.strip(" ,") for name in self.lora_target_modules):
             raise ConfigurationError("lora_target_modules is empty, expected at least one name")
         if self.parameters is not None:
             raise ConfigurationError(

@@ -1,6 +1,8 @@
 """What a run resolved to before any weight is loaded, and what it came to."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet_unlearn.distill.config import RunConfig
@@ -67,7 +69,11 @@ def resolve_job(config: RunConfig) -> Job:
         CacheError: The cache is unfinished or damaged.
         MismatchError: The cache has no forget queries.
     """
-    out = user_path(config.out, "out").resolve()
+    out = Path(os.path.realpath(user_path(config.out, "out")))  # a loop of links stays one
+    if not out.name or out.is_symlink():
+        raise ConfigurationError(
+            f"out is {config.out}, where no folder can be; choose another --out"
+        )
     student = open_student(config.student)
     if out == student.folder:
         raise ConfigurationError(

@@ -159,6 +159,7 @@ def test_identity_leaves_out_what_does_not_change_the_student():
             "lora_dropout is 1.0, expected a number, 0 or more and below 1",
         ),
         ({"lora_rank": 4, "lora_target_modules": ()}, "lora_target_modules is empty, expected"),
+        ({"lora_rank": 4, "lora_target_modules": (",",)}, "lora_target_modules is empty, expected"),
         ({"lora_alpha": 8.0}, "lora_alpha is 8.0 without LoRA; give lora_rank as well"),
         ({"merge": True}, "merge is True without LoRA; give lora_rank as well"),
         ({"lora_rank": 4, "parameters": "mlp"}, "parameters is 'mlp' beside lora_rank: an adapter"),

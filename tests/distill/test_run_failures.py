@@ -63,8 +63,12 @@ def test_what_appears_at_out_during_a_run_is_kept(train, stop_at_pass, tmp_path)
 
 
 def test_places_that_no_student_can_have_are_refused_before_training(
-    train, tiny_cache, monkeypatch
+    train, tiny_cache, monkeypatch, tmp_path
 ):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in ("/", str(tmp_path / "loop")):
+        with pytest.raises(ConfigurationError, match="where no folder can be"):
+            train(out=place)
     with pytest.raises(ConfigurationError, match="lies inside the cache"):
         train(out=str(tiny_cache / "shards" / "student"))
     with pytest.raises(ConfigurationError, match="there is no user 'nobodyhere'"):
