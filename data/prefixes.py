@@ -11,10 +11,10 @@ Which of them steers a model is a matter of that model: `teacher_cache.tune` mea
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.files import user_path
 
 TOPIC_SLOT = "{topic}"
 """Where the topic goes in a prefix."""
@@ -182,7 +182,7 @@ def load_prefixes(source: str) -> tuple[PrefixTemplate, ...]:
     Raises:
         DataError: The file is missing, unreadable, or holds no prefix.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         # A byte order mark would become part of the first prefix.
         lines = path.read_text(encoding="utf-8-sig").split("\n")

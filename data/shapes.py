@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from duet_unlearn.data.messages import Message
 from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.files import user_path
 
 if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
@@ -223,7 +224,7 @@ def load_shapes(source: str) -> tuple[Shape, ...]:
         from duet_unlearn.data.shape_catalogue import built_in_shapes
 
         return built_in_shapes(source[1:])
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         # A byte order mark would become part of the first shape.
         lines = path.read_text(encoding="utf-8-sig").split("\n")

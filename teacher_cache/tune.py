@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -28,6 +27,7 @@ from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples,
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.files import user_path
 from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.engines import open_engine
@@ -373,7 +373,7 @@ def load_tuned(path: str) -> dict[str, Any]:
         DataError: The file cannot be read or holds no such document.
     """
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        text = user_path(path).read_bytes().decode("utf-8-sig")
         return _Document.model_validate_json(text).candidates[0].model_dump()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; write one with duet-cache tune --json") from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from duet_unlearn.data.models.fingerprint import weights_fingerprint
 from duet_unlearn.data.models.folder import is_adapter, read_json, resolve_model_folder
 from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
+from duet_unlearn.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ def resolve_with_adapter(model: str) -> tuple[Path, Path | None]:
         DataError: The folder, hub model or the adapter's base is missing or malformed.
         MismatchError: The base is not the one that the adapter was trained on.
     """
-    adapter = Path(model).expanduser()
+    adapter = user_path(model, "model")
     if not is_adapter(adapter):
         return resolve_model_folder(model), None
     base = read_json(adapter / ADAPTER_FILE).get("base_model_name_or_path")

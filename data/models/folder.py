@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.errors import DataError
+from duet_unlearn.files import user_path
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -25,7 +26,7 @@ def resolve_model_folder(model: str | Path, *, need_weights: bool = True) -> Pat
         DataError: There is no such folder or hub model, or it lacks its configuration,
             tokenizer or weights.
     """
-    folder = Path(model).expanduser()
+    folder = user_path(model, "model")
     if folder.is_dir():
         folder = folder.resolve()
     elif folder.exists():
@@ -176,5 +177,5 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
 
 def model_name(model: str) -> str:
     """Return a hub id as it is, or a folder's own name: what is shared tells no one's paths."""
-    path = Path(model).expanduser()
+    path = user_path(model, "model")
     return path.resolve().name if path.exists() else model

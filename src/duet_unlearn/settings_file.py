@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from duet_unlearn.errors import ConfigurationError, MissingSettingError
+from duet_unlearn.files import user_path
 from duet_unlearn.settings import Field, Settings, fields, json_or_text, suggest
 
 T = TypeVar("T", bound=Settings)
@@ -34,7 +35,7 @@ def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
             contradict each other.
         MissingSettingError: A setting without default is in neither.
     """
-    entries = {} if path is None else read_file(of, Path(path).expanduser(), passed_over=given)
+    entries = {} if path is None else read_file(of, user_path(path), passed_over=given)
     try:
         return of(**{name: value for name, (value, _) in entries.items()}, **given)
     except MissingSettingError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import CacheError, CorruptCacheError
-from duet_unlearn.files import write_text
+from duet_unlearn.files import user_path, write_text
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
     FORMAT_NAME,
@@ -419,8 +419,12 @@ def split_pin(cache: str | Path) -> tuple[Path, str | None]:
     text = str(cache)
     path, separator, digest = text.rpartition("@sha256:")
     if not separator:
-        return Path(text).expanduser(), None
+        return _local(text), None
     pin = f"sha256:{digest.lower()}"
     if not _SHA256.fullmatch(pin):
         raise CacheError(f"{text}: the digest after @sha256: has to be 64 hex digits")
-    return Path(path).expanduser(), pin
+    return _local(path), pin
+
+
+def _local(name: str) -> Path:
+    return user_path(name, "cache") if name else Path()

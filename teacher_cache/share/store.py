@@ -22,7 +22,13 @@ from fsspec.callbacks import Callback
 
 from duet_unlearn.data.models.fingerprint import sha256_file
 from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError, DuetError
-from duet_unlearn.files import TEMPORARY_SUFFIX, atomic_path, make_folder, write_error
+from duet_unlearn.files import (
+    TEMPORARY_SUFFIX,
+    atomic_path,
+    make_folder,
+    user_path,
+    write_error,
+)
 from duet_unlearn.teacher_cache.share.store_errors import explain, is_missing, is_passing
 from duet_unlearn.urls import protocol_of, redact_url
 
@@ -234,7 +240,7 @@ class _Limit(Callback):  # type: ignore[misc] # fsspec has no types
 def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
     if protocol == "file":
         path = url.partition("://")[2] or url
-        return fsspec.filesystem("file"), str(Path(path).expanduser().absolute())
+        return fsspec.filesystem("file"), str(user_path(path, "the place").absolute())
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         if protocol == "hf":

@@ -98,6 +98,7 @@ def test_failures_are_one_line_with_their_exit_code(
     [
         ({"--teacher": "./no-model"}, "no such folder; give a model folder or a hub id"),
         ({"--forget": "./no-file.jsonl"}, "no-file.jsonl"),
+        ({"--teacher": "~nobodyhere/x"}, "there is no user 'nobodyhere'"),
         ({"--prefix": "@explicit"}, "--topic"),
         ({"--prefix": "@nothing"}, "@nothing"),
         ({"--top-k": "999"}, "the teacher's vocabulary has 384 tokens"),
