@@ -18,7 +18,7 @@ FITS = -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
 CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.14 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu fuzz lint bench docs pins clean clean-all
+.PHONY: help setup demo test gpu fuzz misuse lint bench docs pins clean clean-all
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -43,6 +43,9 @@ gpu: setup ## the tests and measurements that need an NVIDIA GPU
 
 fuzz: setup ## try mutated caches on everything that reads one
 	@$(BIN)/python tests/teacher_cache/fuzz --inputs $(INPUTS)
+
+misuse: setup ## try what a tired user types and does on every command
+	@$(BIN)/python tests/misuse
 
 lint: setup ## ruff (lint and format) and mypy strict
 	@$(BIN)/ruff check .

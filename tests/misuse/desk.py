@@ -27,14 +27,13 @@ def lay_out(desk: Path, call) -> dict[str, str]:
         desk: The folder, which is the current one of every command.
         call: Runs a command that has to succeed.
     """
-    names = (
-        "notes home tmp queries yaml unfinished/shards own_student fake_student cut_cache closed"
-    )
+    names = "notes home tmp queries yaml unfinished/shards own_student fake_student cut_cache"
     for name in (*names.split(), "results"):
         (desk / name).mkdir(parents=True)
     places = {path.name: str(path) for path in desk.iterdir()}
     texts = {
         "notes/thesis.txt": "mine\n",
+        "home/.profile": "mine\n",
         "notes/README.md": "# mine\n",
         "notes/.notes.tmp": "mine\n",
         "own_student/duet_run.json": "{}",
@@ -55,7 +54,7 @@ def lay_out(desk: Path, call) -> dict[str, str]:
     (desk / "loop").symlink_to(desk / "loop")
     places |= {name: str(desk / name) for name in ("dangling", "loop")}
     places |= {"long": "x" * 300, "escapes": ESCAPES, "other": str(desk / "other")}
-    places |= {"model": str(desk / "model"), "mount": str(desk / "tmp")}
+    places |= {"model": str(desk / "model")}
     call(lambda: _models(desk))
     for name in _BAD_MODELS:
         places[name] = str(desk / name)
@@ -65,7 +64,6 @@ def lay_out(desk: Path, call) -> dict[str, str]:
     call(f"{EVAL} --out {desk}/results/eval.json", places)
     places["pinned_wrongly"] = f"{places['cache']}@sha256:{'0' * 64}"
     _bad_caches(desk)
-    (desk / "closed").chmod(0o500)
     return places
 
 
