@@ -13,7 +13,7 @@ def test_a_sample_of_wrong_uses_ends_in_one_line_and_touches_nothing() -> None:
     sample, seed = (
         os.environ.get(f"DUET_MISUSE_{n}", d) for n, d in (("SAMPLE", "38"), ("SEED", "0"))
     )
-    command = [sys.executable, str(Path(__file__).with_name("misuse"))]
+    command = [sys.executable, str(Path(__file__).with_name("misuse")), "--jobs", "1"]
     result = subprocess.run(
         [*command, "--sample", sample, "--seed", seed], capture_output=True, text=True, check=False
     )

@@ -21,6 +21,7 @@ from duet_unlearn.files import (
     claim_folder,
     make_folder,
     release_claim,
+    remove_temporary_files,
     user_path,
 )
 from duet_unlearn.teacher_cache.build.lock import build_lock
@@ -160,6 +161,7 @@ def pull(url: str, folder: str | Path) -> TransferResult:
     finished = holds_cache(here, manifest)
     claim_folder(folder, is_cache_folder)
     with build_lock(folder):
+        remove_temporary_files(folder)
         missing = missing_shards(here, manifest, folder / CARD_NAME, finished=finished, check=True)
         needed, free = sum(shard.bytes for shard in missing), shutil.disk_usage(folder).free
         if needed > free:

@@ -337,7 +337,10 @@ def test_what_a_stopped_pull_and_others_left_in_shards_is_told_apart(
     ours, theirs = (here / "shards" / f".{name}.tmp" for name in (f"{SHARD[7:]}.12", "notes"))
     ours.write_bytes(b"half")
     theirs.write_bytes(b"mine")
+    manifest = here / f".manifest.json.{'a' * 32}.tmp"
+    manifest.write_bytes(b"half")
     assert pull(str(shared_cache), here).moved_shards == 1
+    assert not manifest.exists()
     assert (ours.exists(), theirs.exists()) == (False, True)
 
 
