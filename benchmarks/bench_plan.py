@@ -1,6 +1,6 @@
 """Hold `duet-distill plan` against the run that it plans: predicted by measured.
 
-    python benchmarks/bench_plan.py [MODEL CACHE] [--lora-rank 16] [--steps N]
+    python benchmarks/bench_plan.py [MODEL CACHE] [--measure 3] [--steps N]
 
 Without a MODEL and its CACHE: the demo world's, everything trained and then LoRA of rank 16. The
 run is a process of its own, timed from its start to its end.
@@ -21,9 +21,9 @@ from duet_unlearn.distill.plan import PlanConfig, plan
 from duet_unlearn.distill.run import run
 
 
-def compare(scratch: Path, what: str, **settings: Any) -> None:
+def compare(scratch: Path, what: str, measure: int, **settings: Any) -> None:
     """Plan a run, do it, and print a row for each figure."""
-    planned = plan(PlanConfig(**settings))
+    planned = plan(PlanConfig(**settings, measure=measure))
     measured = planned.measured
     assert measured is not None
     started = time.perf_counter()
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("cache", nargs="?")
     parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--measure", type=int, default=3, help="Steps that plan times.")
     parser.add_argument("--steps", type=int, help="Stop after these many.  [default: the run's]")
     arguments = parser.parse_args()
     if arguments.model and not arguments.cache:
@@ -72,9 +73,9 @@ def main() -> None:
 
             model, cache = str(world.MODEL), str(build_cache(scratch / "cache"))
         settings = {"student": model, "cache": cache, "max_steps": arguments.steps}
-        compare(scratch, "everything", **settings)
+        compare(scratch, "everything", arguments.measure, **settings)
         rank = arguments.lora_rank
-        compare(scratch, f"LoRA of rank {rank}", **settings, lora_rank=rank)
+        compare(scratch, f"LoRA of rank {rank}", arguments.measure, **settings, lora_rank=rank)
 
 
 if __name__ == "__main__":

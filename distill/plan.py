@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
+from duet_unlearn.distill.activations import Lengths, activations
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import peak_memory
 from duet_unlearn.distill.objectives.base import Objective, open_objective
@@ -29,7 +30,6 @@ from duet_unlearn.settings import Whole, fields, setting, settings
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -116,17 +116,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Lengths:
-    """What the batches of the first epoch's first steps look like."""
-
-    rows: int
-    tokens: int
-    scored: int
-    """Positions whose logits are compared, in the batch that has most."""
-    longest_prompt: int
 
 
 def plan(config: PlanConfig) -> Plan:
@@ -218,7 +207,7 @@ def _sampler(objective: Objective, config: RunConfig) -> StepSampler:
     )
 
 
-def _look(objective: Objective, sampler: StepSampler) -> _Lengths:
+def _look(objective: Objective, sampler: StepSampler) -> Lengths:
     dataset, shapes, scored, longest = objective.dataset, [(0, 0)], 0, 0
     for _, draws in zip(range(_LOOKED_AT * sampler.accumulation), sampler, strict=False):
         examples = [dataset[draw] for draw in draws]
@@ -234,7 +223,7 @@ def _look(objective: Objective, sampler: StepSampler) -> _Lengths:
             ),
         )
     rows, tokens = max(shapes, key=math.prod)
-    return _Lengths(rows=rows, tokens=tokens, scored=scored, longest_prompt=longest)
+    return Lengths(rows=rows, tokens=tokens, scored=scored, longest_prompt=longest)
 
 
 def _without_numbers(student: Student, config: RunConfig) -> "tuple[PreTrainedModel, Trained]":
@@ -261,7 +250,7 @@ def _memory(
     model: "PreTrainedModel",
     config: RunConfig,
     args: "TrainingArguments",
-    lengths: _Lengths,
+    lengths: Lengths,
     notes: list[str],
 ) -> dict[str, int]:
     """Return the bytes that one process holds at its peak."""
@@ -271,7 +260,7 @@ def _memory(
     if not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"):
         notes.append(f"optimizer {args.optim}: counted as AdamW")
     try:
-        memory["activations"] = _activations(model, config, args, lengths)
+        memory["activations"] = activations(model, config, args, lengths)
     except Exception as error:  # a model's own code, run on tensors that it may not expect
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         notes.append(f"activations are missing: they cannot be followed in this model ({reason})")
@@ -283,77 +272,6 @@ def _memory(
 def _bytes(model: "PreTrainedModel", *, trained_only: bool = False) -> int:
     counted = (p for p in model.parameters() if p.requires_grad or not trained_only)
     return sum(p.nbytes for p in counted)
-
-
-def _activations(
-    model: "PreTrainedModel", config: RunConfig, args: "TrainingArguments", lengths: _Lengths
-) -> int:
-    """Return the bytes that the largest forward pass leaves for the backward pass.
-
-    With bf16 arithmetic the weights' casts are among them.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    adapted: Any = model
-    body = adapted.get_base_model() if hasattr(model, "peft_config") else adapted
-    precision = torch.float16 if args.fp16 else torch.bfloat16
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: "Tensor") -> "Tensor":
-        if not isinstance(tensor, torch.nn.Parameter):
-            # Two views of one storage are one.
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
-    with FakeTensorMode():
-        _give_device(model)
-        model.train()
-        ids = torch.zeros(lengths.rows, lengths.tokens, dtype=torch.int64)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=precision, enabled=args.bf16 or args.fp16),
-        ):
-            # The result holds the graph, and with it what was kept.
-            result = body.base_model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            )
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        of_body = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
-        del result
-    if config.gradient_checkpointing:
-        layers = model.config.get_text_config().num_hidden_layers
-        inputs = ids.numel() * model.config.get_text_config().hidden_size * 4
-        of_body = of_body // layers + layers * inputs
-    return of_body + _head_bytes(model, config, lengths)
-
-
-def _give_device(model: "PreTrainedModel") -> None:
-    """Put tensors of the CPU, without numbers by the mode that is on, in place of meta tensors."""
-    import torch
-
-    made: dict[int, Tensor] = {}  # tied weights stay one
-    for module in model.modules():
-        places: list[Any] = [module._parameters, module._buffers]
-        for place in places:
-            for name, old in list(place.items()):
-                if old is not None and id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype)
-                    if isinstance(old, torch.nn.Parameter):
-                        new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = new
-                place[name] = made.get(id(old))
-
-
-def _head_bytes(model: "PreTrainedModel", config: RunConfig, lengths: _Lengths) -> int:
-    """Return what one piece of the head's logits takes, with its gradient, in float32."""
-    from duet_unlearn.distill.losses import Loss
-    from duet_unlearn.distill.sparse_head import PIECE_NUMBERS
-
-    text = model.config.get_text_config()
-    tail = config.objective != "duet" or Loss(name=config.loss).tail
-    width = text.vocab_size if tail else int(config.top_k or 1) * text.hidden_size
-    return 8 * min(PIECE_NUMBERS, lengths.scored * int(width))
 
 
 def _disk(
@@ -384,7 +302,7 @@ def _disk(
     }
 
 
-def _build(model: "PreTrainedModel", reader: CacheReader, lengths: _Lengths) -> dict[str, int]:
+def _build(model: "PreTrainedModel", reader: CacheReader, lengths: Lengths) -> dict[str, int]:
     """Return what building this cache takes with a teacher like the student."""
     import torch
 
