@@ -26,6 +26,7 @@ from duet_unlearn.distill.sampler import PLAIN, StepSampler
 from duet_unlearn.distill.student import Student, describe_student
 from duet_unlearn.distill.trainable import Trained, select_trained
 from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.files import user_path
 from duet_unlearn.settings import Whole, fields, setting, settings
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -174,7 +175,7 @@ def plan(config: PlanConfig) -> Plan:
 
 def _find_student(model: str) -> Student:
     """Describe the student by its configuration; a folder may have nothing else."""
-    folder = Path(model).expanduser()
+    folder = user_path(model, "student")
     if not (folder / "config.json").is_file():
         folder = resolve_model_folder(model, need_weights=False)
     return describe_student(model, folder.resolve(), weights="")

@@ -200,6 +200,7 @@ def test_failures_are_one_line(tiny_cache, tiny_model, config_only, tmp_path):
             1,
         ),
         ((str(tiny_cache), "--student", str(tiny_model), "--layers", "7"), "layers 0-1", 1),
+        ((str(tiny_cache), "--student", "~nobody-here/model"), "student", 1),
         ((str(tiny_cache),), "Missing option '--student'", 2),
     )
     for arguments, words, code in cases:
