@@ -78,6 +78,7 @@ def test_an_open_cache_is_a_sequence_of_rows(tiny_cache: Path) -> None:
             cache[index]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # with one core
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_cache_as_a_torch_dataset(tiny_cache: Path, processes: int) -> None:
     from torch.utils.data import DataLoader
