@@ -35,7 +35,7 @@ try:
     run(stopped)
 except StoppedError as error:
     # In one write: the two share this output.
-    os.write(1, f"rank {os.environ['RANK']} {error}\n".encode())
+    os.write(1, f"rank {os.environ['RANK']} {error}\\n".encode())
 DuetTrainer.compute_loss = plain
 run(stopped)
 """

@@ -108,7 +108,8 @@ def test_the_queries_of_readme_and_card_run(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Read a cache from other code")[1].split("\n## ")[0]
+    headings = ("## From Python", "## Read a cache from other code")
+    section = "".join(readme.split(name)[1].split("\n## ")[0] for name in headings)
     card = (cache / "README.md").read_text(encoding="utf-8")
     blocks = [("readme", *block) for block in _fenced(section)]
     blocks += [("card", *block) for block in _fenced(card)]
