@@ -19,6 +19,7 @@ from duet_unlearn.teacher_cache.build.resume import (
 )
 from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
+from duet_unlearn.teacher_cache.format.quarantine import remember
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, SPLITS, CacheRow
 from duet_unlearn.teacher_cache.format.shard import ShardFile, ShardHeader, write_shard
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics
@@ -152,5 +153,6 @@ class Assembly:
         manifest = replace(manifest, digest=manifest.to_json()["digest"])
         write_card(plan.folder, manifest)
         manifest = manifest.write(plan.folder)
+        remember(manifest.digest)  # its rows were checked as they were written
         release_claim(plan.folder)
         return manifest

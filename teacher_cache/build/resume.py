@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.errors import MismatchError
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
 from duet_unlearn.teacher_cache.format.manifest import PartOf, ShardEntry
+from duet_unlearn.teacher_cache.format.quarantine import find_problems
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile, ShardHeader, entry_of, shard_path
@@ -44,18 +45,18 @@ def finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
     """
     expected = {plan.shard_path(index): index for index in range(len(plan.shards))}
     entries = {}
-    for path in sorted((plan.folder / SHARD_FOLDER).glob("*.parquet")):
-        try:
-            file = ShardFile(path)
-        except CorruptCacheError as error:
+    paths = sorted((plan.folder / SHARD_FOLDER).glob("*.parquet"))
+    for path, problem in zip(paths, find_problems(paths, plan.recipe), strict=True):
+        if problem is not None:
             if path not in expected:
-                raise mismatch(plan.folder, [f"file {path.name}: not a shard / none"]) from error
-            logger.warning("%s; computing it again", error)
+                raise mismatch(plan.folder, [f"file {path.name}: not a shard / none"])
+            logger.warning("%s; computing it again", problem)
             continue
+        file = ShardFile(path)
         _refuse_other_inputs(plan, file.header)
         if expected.get(path) != file.header.index:
             raise mismatch(plan.folder, [f"file {path.name}: shard {file.header.index} / none"])
-        entry = _checked_entry(plan, file)
+        entry = _planned_entry(plan, file)
         file.close()
         if entry is not None:
             entries[file.header.index] = entry
@@ -74,18 +75,14 @@ def _refuse_other_inputs(plan: PlannedCache, header: ShardHeader) -> None:
         raise mismatch(plan.folder, differences)
 
 
-def _checked_entry(plan: PlannedCache, file: ShardFile) -> ShardEntry | None:
-    """Return the manifest's entry of a shard, or None where its rows are damaged."""
+def _planned_entry(plan: PlannedCache, file: ShardFile) -> ShardEntry | None:
+    """Return the manifest's entry of a shard, or None where it holds other rows."""
     rows = plan.shards[file.header.index]
-    try:
-        found = [
-            pair
-            for group in map(file.read_row_group, range(len(file.row_group_sizes)))
-            for pair in ((split, query_id) for query_id, split, _ in group.identities())
-        ]
-    except CorruptCacheError as error:
-        logger.warning("%s; computing it again", error)
-        return None
+    found = [
+        (split, query_id)
+        for index in range(len(file.row_group_sizes))
+        for query_id, split, _ in file.read_identities(index)
+    ]
     if found != [(query.split, query.query_id) for query in rows]:
         logger.warning("%s: other rows than planned; computing it again", file.path)
         return None

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.errors import MismatchError
 from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_problems
+from duet_unlearn.teacher_cache.format.row_group import Identity
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -54,7 +54,6 @@ class RowSource:
 
     def __init__(self, readers: Sequence[CacheReader]) -> None:
         self._readers = readers
-        self._sound: set[tuple[int, int]] = set()
 
     def scan(self) -> Iterator[tuple[Place, Identity]]:
         """Yield place and identity of every row, in order; decodes no signals.
@@ -79,7 +78,6 @@ class RowSource:
         for place in sorted(set(places)):
             number, row = place
             reader = self._readers[number]
-            self._check(number, reader.group_of(row))
             cached = reader.row(row)
             rows[place] = CacheRow(
                 query_id=cached.query_id,
@@ -94,16 +92,6 @@ class RowSource:
                 ),
             )
         return rows
-
-    def _check(self, number: int, group: int) -> None:
-        if (number, group) in self._sound:
-            return
-        reader = self._readers[number]
-        for problem in row_group_problems(reader.group(group), reader.manifest.recipe):
-            raise CorruptCacheError(
-                f"{reader.folder}: row group {group}: {problem}; get the cache again"
-            )
-        self._sound.add((number, group))
 
     def engines(self, places: Iterable[Place]) -> list[dict[str, Any]]:
         """Return what computed some rows, as their shards say, each engine once."""

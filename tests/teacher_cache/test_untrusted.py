@@ -100,7 +100,7 @@ def test_pages_larger_than_the_footer_says_are_refused(cache: Path, claim: int) 
     assert pq.ParquetFile(shard(cache)).metadata.row_group(0).column(3).num_values == claim
     sign(cache)
     before = peak_kilobytes()
-    with pytest.raises(CorruptCacheError, match=f"where the footer says {claim}"):
+    with pytest.raises(CorruptCacheError, match="damaged shard .* expected length 4"):
         read_all(cache)
     assert peak_kilobytes() - before < 20_000
     assert any(shard(cache).name in problem for problem in verify(cache).problems)
