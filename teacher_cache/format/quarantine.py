@@ -99,7 +99,8 @@ def find_problems(
     Raises:
         CacheError: No process for the check can be started.
     """
-    waiting = list(zip(paths, hashes or [None] * len(paths), strict=True))
+    expected: Sequence[str | None] = hashes or [None] * len(paths)
+    waiting = list(zip(paths, expected, strict=True))
     while waiting:
         done = 0
         for problem in _in_child(waiting, recipe):

@@ -73,7 +73,7 @@ LIES: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
     "columns swapped": (lambda t: at(t, 4, 0, 1)[1].reverse(), ""),
     "negative size": (lambda t: put(t, *COLUMN, 6, wire=I64, value=-1), "column of -1 bytes"),
     "behind the end": (lambda t: put(t, *COLUMN, 7, wire=I64, value=1 << 50), ""),
-    "another name": (lambda t: put(t, 2, 3, 4, wire=BINARY, value=b"answer"), "other columns than"),
+    "another name": (lambda t: put(t, 2, 3, 4, wire=BINARY, value=b"answer"), "damaged shard"),
     "another type": (lambda t: put(t, 2, 6, 1, wire=I32, value=2), "of another type|damaged"),
     "no list": (lambda t: put(t, 2, 5, 3, wire=I32, value=1), "of another type|damaged"),
 }
