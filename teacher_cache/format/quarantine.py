@@ -139,7 +139,7 @@ def _in_child(shards: Sequence[tuple[Path, str | None]], recipe: Recipe) -> Iter
         raise CacheError(f"{shards[0][0]}: no process for checking it can be started (exit {code})")
     if answered < len(shards):
         why = f"reading it ends the process with {_ending(code)}"
-        if -code in (signal.SIGKILL, getattr(signal, "SIGXCPU", None)):
+        if _ending(code) in ("SIGKILL", "SIGXCPU"):
             why = f"reading it takes more than {seconds} s of processor time or is killed"
         yield f"{shards[answered][0]}: damaged shard ({why}); get the cache again"
 
