@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.queries import split_view
-from duet_unlearn.errors import CorruptCacheError, MismatchError, StoppedError
+from duet_unlearn.errors import MismatchError, StoppedError
 from duet_unlearn.files import release_claim, remove_temporary_files
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
 from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry
+from duet_unlearn.teacher_cache.format.quarantine import find_problems, remember
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, SPLITS, CacheRow
 from duet_unlearn.teacher_cache.format.shard import (
@@ -167,6 +168,7 @@ class Assembly:
         manifest = replace(manifest, digest=manifest.to_json()["digest"])
         write_card(plan.folder, manifest)
         manifest = manifest.write(plan.folder)
+        remember(manifest.digest)  # its rows were checked as they were written
         release_claim(plan.folder)
         return manifest
 
@@ -180,14 +182,14 @@ def _finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
     count = len(plan.shards)
     expected = {shard_path(plan.folder, index, count): index for index in range(count)}
     entries = {}
-    for path in sorted((plan.folder / SHARD_FOLDER).glob("*.parquet")):
-        try:
-            file = ShardFile(path)
-        except CorruptCacheError as error:
+    paths = sorted((plan.folder / SHARD_FOLDER).glob("*.parquet"))
+    for path, problem in zip(paths, find_problems(paths, plan.recipe), strict=True):
+        if problem is not None:
             if path not in expected:
-                raise _mismatch(plan, [f"file {path.name}: not a shard / none"]) from error
-            logger.warning("%s; computing it again", error)
+                raise _mismatch(plan, [f"file {path.name}: not a shard / none"])
+            logger.warning("%s; computing it again", problem)
             continue
+        file = ShardFile(path)
         header = file.header
         differences = header.recipe.differences(plan.recipe)
         if header.queries != plan.queries:
@@ -208,15 +210,12 @@ def _finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
 
 
 def _has_planned_rows(file: ShardFile, rows: Sequence[PlannedRow]) -> bool:
-    """Decode a shard; say whether it is sound and holds these rows."""
-    found: list[tuple[str, str]] = []
-    try:
-        for index in range(len(file.row_group_sizes)):
-            identities = file.read_row_group(index).identities()
-            found += [(split, query_id) for query_id, split, _ in identities]
-    except CorruptCacheError as error:
-        logger.warning("%s; computing it again", error)
-        return False
+    """Say whether a shard holds these rows."""
+    found = [
+        (split, query_id)
+        for index in range(len(file.row_group_sizes))
+        for query_id, split, _ in file.read_identities(index)
+    ]
     if found != [(row.split, row.query_id) for row in rows]:
         logger.warning("%s: other rows than planned; computing it again", file.path)
         return False

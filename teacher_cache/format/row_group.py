@@ -1,21 +1,20 @@
-"""Decoded rows of a shard: bounded before they are decoded, checked after.
+"""Decoded rows of a shard and the format's rules for them.
 
-`check_row_group` looks at a row group's description and page headers, `RowGroup` at the shape of
-what came out, and `row_group_problems` at the values.
+`check_claims` looks at what a row group says of itself, `RowGroup` at the shape of what came out,
+and `row_group_problems` at the values.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from duet_unlearn.errors import CorruptCacheError
-from duet_unlearn.teacher_cache.format.footer import GroupPlace
-from duet_unlearn.teacher_cache.format.pages import ColumnLimits, check_pages
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
     IDENTITY_COLUMNS,
@@ -41,34 +40,39 @@ Identity = tuple[str, str, str]
 """Query id, split and text of a row."""
 
 
-def check_row_group(
-    file: BinaryIO, group: GroupPlace, columns: Sequence[int], recipe: Recipe
-) -> None:
-    """Check that some columns of a row group decode to no more than the format allows.
+def check_claims(group: pq.RowGroupMetaData, recipe: Recipe) -> None:
+    """Check that a row group says of itself that it keeps to the format's limits.
 
     Raises:
-        ValueError: They would, or their pages are not what the footer says.
-        OSError: The file cannot be read.
+        ValueError: It does not, or uses an encoding that the format excludes.
     """
+    rows = group.num_rows
     most = rows_per_group(recipe.top_k, recipe.positions)
-    if group.rows > most:
-        raise ValueError(f"a row group of {group.rows} rows, expected at most {most}")
-    for column in columns:
-        limits = _limits(SHARD_COLUMNS[column], group.rows, recipe)
-        check_pages(file, group.columns[column], limits)
+    if not 0 < rows <= most:
+        raise ValueError(f"a row group of {rows} rows, expected at most {most}")
+    for index, name in enumerate(SHARD_COLUMNS):
+        column = group.column(index)
+        values, size = _limits(name, rows, recipe)
+        if not 0 <= column.num_values <= values:
+            raise ValueError(f"{column.num_values} values in a column, expected at most {values}")
+        if not 0 <= column.total_uncompressed_size <= size:
+            raise ValueError(
+                f"a column of {column.total_uncompressed_size} bytes, expected at most {size}"
+            )
+        if "DELTA_BYTE_ARRAY" in column.encodings:
+            raise ValueError("a page in the encoding DELTA_BYTE_ARRAY, which the format excludes")
 
 
-def _limits(column: str, rows: int, recipe: Recipe) -> ColumnLimits:
+def _limits(column: str, rows: int, recipe: Recipe) -> tuple[int, int]:
+    """Return the most values and uncompressed bytes of a column."""
     if column in IDENTITY_COLUMNS:
-        return ColumnLimits(
-            values=rows, bytes=ROW_GROUP_TEXT_BYTES + _BYTES_A_VALUE * rows + _SLACK_BYTES
-        )
+        return rows, ROW_GROUP_TEXT_BYTES + _BYTES_A_VALUE * rows + _SLACK_BYTES
     values = {
         "prompt_ids": ROW_GROUP_PROMPT_TOKENS,
         "response_ids": rows * recipe.positions,
         "logsumexp": rows * recipe.positions,
     }.get(column, rows * recipe.positions * recipe.top_k)
-    return ColumnLimits(values=values, bytes=_BYTES_A_VALUE * values + _SLACK_BYTES)
+    return values, _BYTES_A_VALUE * values + _SLACK_BYTES
 
 
 class Identities:
@@ -142,6 +146,11 @@ class RowGroup(Identities):
         if (prompts < 1).any() or (prompts > MAX_PROMPT_TOKENS).any():
             raise CorruptCacheError(
                 f"{where}: a prompt that is empty or has more than {MAX_PROMPT_TOKENS} tokens"
+            )
+        if len(self.prompt_ids) > ROW_GROUP_PROMPT_TOKENS:
+            raise CorruptCacheError(
+                f"{where}: prompts of {len(self.prompt_ids)} tokens together, expected at most "
+                f"{ROW_GROUP_PROMPT_TOKENS}"
             )
         lengths = np.diff(self.response_offsets)
         scaled = self.response_offsets * recipe.top_k

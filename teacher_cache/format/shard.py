@@ -13,22 +13,22 @@ import pyarrow.parquet as pq
 from duet_unlearn.data.models.fingerprint import sha256_file
 from duet_unlearn.errors import CacheError, CorruptCacheError
 from duet_unlearn.files import atomic_path
-from duet_unlearn.teacher_cache.format.footer import read_footer
-from duet_unlearn.teacher_cache.format.footer_writer import parquet_without_pages
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry, shard_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.row_group import (
     Identities,
     Identity,
     RowGroup,
-    check_row_group,
+    check_claims,
 )
 from duet_unlearn.teacher_cache.format.schema import (
     FORMAT_VERSION,
     IDENTITY_COLUMNS,
+    MAX_FOOTER_BYTES,
     MAX_PROMPT_TOKENS,
     MAX_QUERY_BYTES,
     MAX_QUERY_ID_BYTES,
+    MAX_ROW_GROUPS,
     META_COUNT,
     META_ENGINES,
     META_INDEX,
@@ -41,6 +41,7 @@ from duet_unlearn.teacher_cache.format.schema import (
     SHARD_FOLDER,
     SPLITS,
     CacheRow,
+    logit_type,
     row_group_rows,
     rows_to_table,
 )
@@ -168,12 +169,38 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
 def _check_readable(path: Path, written: Path) -> None:
     """Refuse to keep a shard whose footer no reader would take."""
     try:
-        with written.open("rb") as file:
-            read_footer(file, written.stat().st_size)
+        _check_footer(pq.read_metadata(written))
     except ValueError as error:
         raise CacheError(
             f"{path}: cannot be written ({error}); give a smaller --shard-rows"
         ) from None
+
+
+def _check_footer(footer: pq.FileMetaData) -> None:
+    if footer.serialized_size > MAX_FOOTER_BYTES:
+        raise ValueError(
+            f"a footer of {footer.serialized_size} bytes, expected at most {MAX_FOOTER_BYTES}"
+        )
+    if not 0 < footer.num_row_groups <= MAX_ROW_GROUPS:
+        raise ValueError(f"{footer.num_row_groups} row groups, expected 1 to {MAX_ROW_GROUPS}")
+
+
+def _check_schema(schema: pq.ParquetSchema) -> None:
+    """Check that the columns are those of the format, whichever way a writer describes them."""
+    columns = [schema.column(index) for index in range(len(schema))]
+    if [column.path.split(".")[0] for column in columns] != list(SHARD_COLUMNS):
+        raise ValueError(f"a schema of other columns than {', '.join(SHARD_COLUMNS)}")
+    for name, column in zip(SHARD_COLUMNS, columns, strict=True):
+        kind, logical = column.physical_type, column.logical_type.type
+        if name in IDENTITY_COLUMNS:
+            fits = (kind, logical, column.max_repetition_level) == ("BYTE_ARRAY", "STRING", 0)
+        elif name in ("logits", "logsumexp"):
+            half = name == "logits" and (logical, column.length) == ("FLOAT16", 2)
+            fits = column.max_repetition_level == 1 and (kind == "FLOAT" or half)
+        else:
+            fits = (kind, column.max_repetition_level) == ("INT32", 1)
+        if not fits:
+            raise ValueError(f"column {name!r} is of another type than the format's")
 
 
 def entry_of(path: Path, rows: dict[str, int], row_group_rows: int) -> ShardEntry:
@@ -206,7 +233,8 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
 class ShardFile:
     """An open shard: its header, the sums over its rows a split, and its row groups.
 
-    Nothing is decoded before its size is known to keep to the format's limits.
+    A shard from elsewhere has to pass `quarantine` first: what is wrong with it may show only when
+    it has taken all memory.
 
     Raises:
         CorruptCacheError: The file is not a shard of format version 1.
@@ -214,38 +242,53 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():
+            raise CorruptCacheError(f"{path}: the shard is missing; get the cache again")
         try:
-            if not path.is_file():
-                raise CorruptCacheError(f"{path}: the shard is missing; get the cache again")
-            self._bytes = pa.OSFile(str(path))
-            self._footer = read_footer(self._bytes, self._bytes.size())
-            description = pa.BufferReader(parquet_without_pages(self._footer))
             self._file = pq.ParquetFile(
-                self._bytes,
-                metadata=pq.read_metadata(description),
+                path,
                 # Texts stay as they are packed: unpacking may multiply their size.
-                read_dictionary=["query_id", "split", "query"],
+                read_dictionary=list(IDENTITY_COLUMNS),
                 page_checksum_verification=True,
                 pre_buffer=False,
             )
+            self._footer = self._file.metadata
+            _check_footer(self._footer)
+            _check_schema(self._footer.schema)
         except _LIBRARY_ERRORS as error:
             raise _unreadable(path, error) from error
-        self.header, self.statistics = _read_metadata(path, self._footer.metadata)
-        if self._footer.logit_dtype != self.header.recipe.logit_dtype:
+        self.header, self.statistics = _read_metadata(path, self._footer.metadata or {})
+        logits = self._footer.schema.column(SHARD_COLUMNS.index("logits"))
+        stored = "float32" if logits.physical_type == "FLOAT" else "float16"
+        if stored != self.header.recipe.logit_dtype:
             raise CorruptCacheError(
-                f"{path}: logits in {self._footer.logit_dtype}, its recipe says "
+                f"{path}: logits in {stored}, its recipe says "
                 f"{self.header.recipe.logit_dtype}; get the cache again"
             )
 
     @property
     def num_rows(self) -> int:
         """Rows in the file, as its footer says."""
-        return self._footer.num_rows
+        return int(self._footer.num_rows)
 
     @property
     def row_group_sizes(self) -> list[int]:
         """Rows of each row group, as the footer says."""
-        return [group.rows for group in self._footer.groups]
+        return [
+            self._footer.row_group(index).num_rows for index in range(self._footer.num_row_groups)
+        ]
+
+    def check_claims(self) -> None:
+        """Check that no row group is described as larger than the format allows.
+
+        Raises:
+            CorruptCacheError: One is.
+        """
+        try:
+            for index in range(self._footer.num_row_groups):
+                check_claims(self._footer.row_group(index), self.header.recipe)
+        except _LIBRARY_ERRORS as error:
+            raise _unreadable(self.path, error) from error
 
     def read_row_group(self, index: int) -> RowGroup:
         """Decode one row group.
@@ -254,7 +297,7 @@ class ShardFile:
             CorruptCacheError: Its bytes are damaged, it is larger than the format allows, or its
                 rows are not T*K long.
         """
-        table = self._read(index, list(range(len(SHARD_COLUMNS))))
+        table = self._read(index, SHARD_COLUMNS)
         return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
 
     def read_identities(self, index: int) -> list[Identity]:
@@ -263,19 +306,16 @@ class ShardFile:
         Raises:
             CorruptCacheError: As in `read_row_group`.
         """
-        table = self._read(index, list(range(len(IDENTITY_COLUMNS))))
+        table = self._read(index, IDENTITY_COLUMNS)
         return Identities(table, f"{self.path}: row group {index}").identities()
 
-    def _read(self, index: int, columns: list[int]) -> pa.Table:
+    def _read(self, index: int, columns: Sequence[str]) -> pa.Table:
         try:
-            group = self._footer.groups[index]
-            check_row_group(self._bytes, group, columns, self.header.recipe)
-            table = self._file.read_row_group(
-                index, columns=[SHARD_COLUMNS[i] for i in columns], use_threads=False
-            ).combine_chunks()
+            table = self._file.read_row_group(index, columns=list(columns), use_threads=False)
+            table = _as_stored(table, self.header.recipe.logit_dtype).combine_chunks()
             # Texts that are not UTF-8, offsets and dictionary indices that point nowhere.
             table.validate(full=True)
-            if table.num_rows != group.rows:
+            if table.num_rows != self._footer.row_group(index).num_rows:
                 raise ValueError(f"{table.num_rows} rows where the footer says otherwise")
         except _LIBRARY_ERRORS as error:
             raise _unreadable(self.path, error) from error
@@ -284,10 +324,30 @@ class ShardFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-        self._bytes.close()
+
+
+def _as_stored(table: pa.Table, logit_dtype: str) -> pa.Table:
+    """Undo the wider types that other writers ask for, as `large_list`."""
+    texts, items = pa.dictionary(pa.int32(), pa.string()), {"logits": logit_type(logit_dtype)}
+    items["logsumexp"] = pa.float32()
+    for place, name in enumerate(table.column_names):
+        is_text = name in IDENTITY_COLUMNS
+        kind = texts if is_text else pa.list_(items.get(name, pa.int32()))
+        column = table[name]
+        if is_text and column.type != kind:
+            column = column.cast(pa.string()).dictionary_encode()
+        elif not is_text and (column.type.id, column.type.value_type) != (
+            kind.id,
+            kind.value_type,
+        ):
+            column = column.cast(kind)
+        table = table.set_column(place, name, column)
+    return table
 
 
 def _unreadable(path: Path, error: Exception) -> CorruptCacheError:
+    if isinstance(error, MemoryError):
+        raise error
     reason = ((str(error) or type(error).__name__).splitlines() or ["unknown"])[0][:160]
     return CorruptCacheError(f"{path}: damaged shard ({reason}); get the cache again")
 

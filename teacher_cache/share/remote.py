@@ -21,6 +21,7 @@ from duet_unlearn.data.models.fingerprint import user_folder
 from duet_unlearn.errors import CacheError, CorruptCacheError, DuetError
 from duet_unlearn.files import atomic_path, make_folder, write_error
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry, decode_manifest
+from duet_unlearn.teacher_cache.format.quarantine import ensure_shard_sound
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
 from duet_unlearn.teacher_cache.share.place import fetch_manifest, parse_location
 from duet_unlearn.teacher_cache.share.store import Store
@@ -80,6 +81,7 @@ class RemoteShards:
                         path.unlink()
                 if not path.exists():
                     fetch_shard(self.store(), shard, self.folder)
+                ensure_shard_sound(self.folder, self.manifest, shard)
         except OSError as error:
             raise write_error(path, error) from error
         self._there.add(index)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError
-from duet_unlearn.teacher_cache.format import schema
+from duet_unlearn.teacher_cache.format import quarantine, schema
 from duet_unlearn.teacher_cache.format.manifest import (
     MAX_MANIFEST_BYTES,
     decode_manifest,
@@ -26,6 +27,7 @@ from duet_unlearn.teacher_cache.format.schema import row_group_rows
 from duet_unlearn.teacher_cache.format.shard import check_storable
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.format.strict_json import parse_json
+from duet_unlearn.teacher_cache.merge import merge
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -100,10 +102,58 @@ def test_pages_larger_than_the_footer_says_are_refused(cache: Path, claim: int) 
     assert pq.ParquetFile(shard(cache)).metadata.row_group(0).column(3).num_values == claim
     sign(cache)
     before = peak_kilobytes()
-    with pytest.raises(CorruptCacheError, match=f"where the footer says {claim}"):
+    with pytest.raises(CorruptCacheError, match="damaged shard .* expected length 4"):
         read_all(cache)
     assert peak_kilobytes() - before < 20_000
     assert any(shard(cache).name in problem for problem in verify(cache).problems)
+
+
+def test_a_shard_that_hides_what_it_decodes_to_ends_the_childs_memory_only(cache: Path) -> None:
+    put_column(cache, "query", pa.array(["z" * (100 << 20)] * 4), use_dictionary=False)
+    data = shard(cache).read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    size = pq.ParquetFile(shard(cache)).metadata.row_group(0).column(2).total_uncompressed_size
+    old = varint(2 * size)
+    assert old in data[start:]
+    forged = data[:start] + data[start:].replace(old, varint(80, pad=len(old)))
+    shard(cache).write_bytes(forged)
+    assert len(forged) < 50_000
+    sign(cache)
+    with pytest.raises(CorruptCacheError, match="decodes to more than the format allows"):
+        CacheReader.open(cache)
+
+
+def test_a_cache_is_tried_once_and_only_a_sound_one_is_remembered(
+    cache: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **settings: Any) -> Any:
+        started.append(arguments)
+        return popen(*arguments, **settings)
+
+    monkeypatch.setattr(quarantine.subprocess, "Popen", start)
+    for _ in range(2):
+        read_all(cache)
+    assert verify(cache).problems == ()
+    assert len(started) == 1
+    assert len(list(cache_home.rglob("verified/*/*"))) == 1
+    put_column(cache, "query_id", pa.array(["a" * 4097, "b", "c", "d"]))
+    for _ in range(2):
+        with pytest.raises(CorruptCacheError, match="a query_id of 4097 bytes"):
+            CacheReader.open(cache)
+    assert len(started) == 3
+    assert len(list(cache_home.rglob("verified/*/*"))) == 1
+
+
+def test_what_was_written_here_is_not_tried(
+    tmp_path: Path, cache_home: Path, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_cache(tmp_path / "made", shards=1)
+    merge([str(made)], tmp_path / "merged")
+    monkeypatch.setattr(quarantine.subprocess, "Popen", None)
+    assert len(CacheReader.open(tmp_path / "merged")) == 40
 
 
 def varint(number: int, pad: int = 0) -> bytes:
