@@ -7,7 +7,7 @@ import click
 
 from duet_unlearn.cli.options import Extra, SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, print_json
-from duet_unlearn.distill.plan import PlanConfig
+from duet_unlearn.distill.config import PlanConfig
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.plan import Plan

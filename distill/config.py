@@ -411,6 +411,25 @@ class RunConfig(Settings):
             )
 
 
+@settings
+class PlanConfig(RunConfig):
+    """Settings of `duet-distill plan`: those of the run, and how much of it to try."""
+
+    out: str = setting(
+        default="student",
+        metavar="DIR",
+        decides=False,
+        help="Taken so that a line of `run` can be asked as it is; nothing is written there.",
+    )
+    measure: Whole = setting(
+        default=3,
+        group="What to measure",
+        metavar="N",
+        decides=False,
+        help="Training steps to time in a temporary folder, after two to warm up; 0 tries none.",
+    )
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Return the numbers of layers as a user writes them (`5-7`, `0,3,5-7`), sorted, each once.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
 from duet_unlearn.distill.activations import Lengths, activations
-from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.config import PlanConfig, RunConfig
 from duet_unlearn.distill.job import peak_memory
 from duet_unlearn.distill.objectives.base import Objective, open_objective
 from duet_unlearn.distill.sampler import PLAIN, StepSampler
@@ -27,7 +27,7 @@ from duet_unlearn.distill.student import Student, describe_student
 from duet_unlearn.distill.trainable import Trained, select_trained
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.files import user_path
-from duet_unlearn.settings import Whole, fields, setting, settings
+from duet_unlearn.settings import fields
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
@@ -46,25 +46,6 @@ _NO_EVALUATION: dict[str, Any] = {
     "eval_attacks": (),
     "early_stopping_patience": None,
 }
-
-
-@settings
-class PlanConfig(RunConfig):
-    """Settings of `duet-distill plan`: those of the run, and how much of it to try."""
-
-    out: str = setting(
-        default="student",
-        metavar="DIR",
-        decides=False,
-        help="Taken so that a line of `run` can be asked as it is; nothing is written there.",
-    )
-    measure: Whole = setting(
-        default=3,
-        group="What to measure",
-        metavar="N",
-        decides=False,
-        help="Training steps to time in a temporary folder, after two to warm up; 0 tries none.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

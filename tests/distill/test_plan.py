@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from duet_unlearn.cli.errors import DuetGroup
 from duet_unlearn.cli.plan import plan_command
 from duet_unlearn.data.models.loading import load_model
-from duet_unlearn.distill.plan import Plan, PlanConfig, plan
+from duet_unlearn.distill.config import PlanConfig
+from duet_unlearn.distill.plan import Plan, plan
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 # 384 tokens and 64 wide; each of two layers has 4 x 64 x 64 in its attention, 3 x 64 x 128 behind
