@@ -1,7 +1,7 @@
 """A command whose flags, help page and suggestions come from a class of settings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +15,18 @@ from duet_unlearn.settings_file import load
 
 T = TypeVar("T", bound=Settings)
 OTHERS = "Other options"
+
+
+def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command `--config FILE`."""
+    return click.option(
+        "--config",
+        "config_file",
+        cls=Extra,
+        group="Where from, where to",
+        metavar="FILE",
+        help="Read settings from this YAML file; flags win over it.",
+    )(command)
 
 
 class SettingsCommand(click.Command):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from duet_unlearn.cli.options import Extra, SettingsCommand, read_settings
+from duet_unlearn.cli.options import SettingsCommand, config_option, read_settings
 from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.distill.config import PlanConfig
 
@@ -16,14 +16,7 @@ _COUNTED, _ESTIMATED, _MEASURED = "counted", "estimated", "measured"
 
 
 @click.command("plan", cls=SettingsCommand, settings=PlanConfig)
-@click.option(
-    "--config",
-    "config_file",
-    cls=Extra,
-    group="Where from, where to",
-    metavar="FILE",
-    help="Read settings from this YAML file; flags win over it.",
-)
+@config_option
 @json_option
 @click.pass_context
 def plan_command(ctx: click.Context, /, config_file: str | None, as_json: bool, **_: Any) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from duet_unlearn.cli.options import Extra, SettingsCommand, read_settings
+from duet_unlearn.cli.options import SettingsCommand, config_option, read_settings
 from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.distill.config import RunConfig
 
@@ -14,14 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command("run", cls=SettingsCommand, settings=RunConfig)
-@click.option(
-    "--config",
-    "config_file",
-    cls=Extra,
-    group="Where from, where to",
-    metavar="FILE",
-    help="Read settings from this YAML file; flags win over it.",
-)
+@config_option
 @json_option
 @click.pass_context
 def run_command(ctx: click.Context, /, config_file: str | None, as_json: bool, **_: Any) -> None:

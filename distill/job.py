@@ -83,6 +83,16 @@ class Job:
     folder: RunFolder
 
 
+def resolve_config(config: RunConfig, student: Student, objective: Objective) -> RunConfig:
+    """Return the settings with all replaced that student and inputs decide."""
+    return config.replaced(**objective.settings).resolved(
+        hidden_size=student.hidden_size,
+        stored_dtype=student.stored_dtype,
+        rows=sum(objective.order.counts.values()),
+        in_views=bool(objective.order.num_views),
+    )
+
+
 def resolve_job(config: RunConfig) -> Job:
     """Open the inputs and replace what the configuration left open.
 
@@ -103,13 +113,7 @@ def resolve_job(config: RunConfig) -> Job:
             f"out is {config.out}, the student's own folder; choose another --out"
         )
     objective = open_objective(config, student)
-    rows = sum(objective.order.counts.values())
-    resolved = config.replaced(**objective.settings).resolved(
-        hidden_size=student.hidden_size,
-        stored_dtype=student.stored_dtype,
-        rows=rows,
-        in_views=bool(objective.order.num_views),
-    )
+    resolved = resolve_config(config, student, objective)
     held_out = None
     if config.eval_steps:
         from duet_unlearn.distill.held_out import HeldOut

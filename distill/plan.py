@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
 from duet_unlearn.distill.activations import Lengths, activations
 from duet_unlearn.distill.config import PlanConfig, RunConfig
-from duet_unlearn.distill.job import peak_memory
+from duet_unlearn.distill.job import peak_memory, resolve_config
 from duet_unlearn.distill.objectives.base import Objective, open_objective
-from duet_unlearn.distill.sampler import PLAIN, StepSampler
+from duet_unlearn.distill.sampler import PLAIN, StepSampler, sampler_of
 from duet_unlearn.distill.student import Student, describe_student
 from duet_unlearn.distill.trainable import Trained, select_trained
 from duet_unlearn.errors import ConfigurationError, DataError
@@ -114,16 +114,11 @@ def plan(config: PlanConfig) -> Plan:
     student = _find_student(config.student)
     objective = open_objective(config, student)
     rows = sum(objective.order.counts.values())
-    job = config.replaced(**objective.settings).resolved(
-        hidden_size=student.hidden_size,
-        stored_dtype=student.stored_dtype,
-        rows=rows,
-        in_views=bool(objective.order.num_views),
-    )
+    job = resolve_config(config, student, objective)
     notes = _prepare(objective, student, job)
     with tempfile.TemporaryDirectory() as scratch:
         args = training_arguments(job, Path(scratch))
-    sampler = _sampler(objective, job)
+    sampler = sampler_of(objective.order, job)
     if sampler.steps_per_epoch > _LOOKED_AT:
         notes.append(f"lengths are those of the first {_LOOKED_AT} steps")
     lengths = _look(objective, sampler)
@@ -167,26 +162,13 @@ def _prepare(objective: Objective, student: Student, config: RunConfig) -> list[
     try:
         resolve_model_folder(student.folder, need_weights=False)
     except DataError:
-        if config.views or config.objective != "duet":
+        if objective.order.num_views or config.objective != "duet":
             raise  # its queries are tokenised by the student
         return ["the student has no tokenizer there: whether the cache fits it is not checked"]
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 
     objective.prepare(PromptRenderer(load_tokenizer(student.folder)))
     return []
-
-
-def _sampler(objective: Objective, config: RunConfig) -> StepSampler:
-    order = objective.order
-    return StepSampler(
-        order.splits,
-        order.row_groups,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        num_views=order.num_views,
-        view_weights=order.view_weights,
-    )
 
 
 def _look(objective: Objective, sampler: StepSampler) -> Lengths:

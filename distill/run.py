@@ -188,23 +188,13 @@ def _make_trainer(
     job: Job, model: "PreTrainedModel", stop: "StopOnSignal", args: "TrainingArguments"
 ) -> "tuple[DuetTrainer, Schedule]":
     from duet_unlearn.distill.callbacks import LogFile, Schedule, ShowProgress
-    from duet_unlearn.distill.sampler import StepSampler
+    from duet_unlearn.distill.sampler import sampler_of
     from duet_unlearn.distill.trainer import DuetTrainer
 
     config, order = job.config, job.objective.order
 
     def make_sampler(index: int, num_processes: int) -> "StepSampler":
-        return StepSampler(
-            order.splits,
-            order.row_groups,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            num_views=order.num_views,
-            view_weights=order.view_weights,
-            process=index,
-            num_processes=num_processes,
-        )
+        return sampler_of(order, config, process=index, num_processes=num_processes)
 
     rule = Rule(drop=config.eval_retain_drop, patience=config.early_stopping_patience)
     schedule = Schedule(config.eval_steps, rule if job.held_out else None)

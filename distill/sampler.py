@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from duet_unlearn.distill.objectives.base import IN_VIEW
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.objectives.base import IN_VIEW, Order
 
 FORGET, RETAIN = 0, 1
 
@@ -94,6 +95,23 @@ def merge_in_proportion(forget: RowIndices, retain: RowIndices) -> RowIndices:
     merged[is_forget] = forget
     merged[~is_forget] = retain
     return merged
+
+
+def sampler_of(
+    order: Order, config: RunConfig, *, process: int = 0, num_processes: int = 1
+) -> "StepSampler":
+    """Return the sampler of a run's rows for one of its processes."""
+    return StepSampler(
+        order.splits,
+        order.row_groups,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        num_views=order.num_views,
+        view_weights=order.view_weights,
+        process=process,
+        num_processes=num_processes,
+    )
 
 
 def split_evenly(draws: Sequence[Draw], parts: int) -> list[list[Draw]]:

@@ -14,6 +14,7 @@ from duet_unlearn.cli.plan import plan_command
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.distill.config import PlanConfig
 from duet_unlearn.distill.plan import Plan, plan
+from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 # 384 tokens and 64 wide; each of two layers has 4 x 64 x 64 in its attention, 3 x 64 x 128 behind
@@ -154,6 +155,16 @@ def test_config_alone_gives_all_but_what_is_measured(planned, config_only):
     assert alone.measured is None
     assert any("weights are not there" in note for note in alone.notes)
     assert any("no tokenizer" in note for note in alone.notes)
+
+
+def test_views_that_the_cache_holds_need_a_tokenizer_and_count_twice(
+    planned, build_tiny_cache, config_only, tmp_path
+):
+    cache = str(build_tiny_cache(tmp_path / "in-views", views=("@recollection",)))
+    assert planned(cache=cache).sequences_per_epoch == 2 * 30
+    assert planned(cache=cache, lora_rank=4, batch_size=1).epochs == 2  # of 30 steps, about 50
+    with pytest.raises(DataError, match="no tokenizer"):
+        planned(cache=cache, student=str(config_only))
 
 
 def test_measured_steps_leave_nothing_behind(planned, tmp_path, monkeypatch):
