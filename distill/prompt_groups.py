@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 # What a further pass costs, in tokens: on a GPU, starting the kernels of every layer.
-_PASS_TOKENS = {"cpu": 32}
-_PASS_TOKENS_ELSEWHERE = 1024
+PASS_TOKENS = {"cpu": 32}
+PASS_TOKENS_ELSEWHERE = 1024
 # Looking further back than this for the start of a group would take longer than it saves.
 _MOST_ROWS = 64
 
@@ -107,19 +107,25 @@ def passes(
         model: The student itself: around it, several processes would have to agree on passes.
         inputs: A batch from `collate`: `[B, L]`, prompts padded in front.
     """
-    ids_BL, mask_BL = inputs["input_ids"], inputs["attention_mask"]
-    starts = mask_BL.argmax(dim=1)
+    groups, starts_B = group_batch(inputs)
+    for group in groups:
+        yield group.rows, _batch_of(model, inputs, group, starts_B)
+
+
+def group_batch(inputs: Mapping[str, Any]) -> tuple[list[PromptGroup], Tensor]:
+    """Return the groups of a batch, and of each row the column of its first token, `[B]`."""
+    ids_BL = inputs["input_ids"]
+    starts_B = inputs["attention_mask"].argmax(dim=1)
     scored = ids_BL.shape[1] - inputs["position_mask"].shape[1]
     prompts = [
-        row[start:scored] for row, start in zip(ids_BL.tolist(), starts.tolist(), strict=True)
+        row[start:scored] for row, start in zip(ids_BL.tolist(), starts_B.tolist(), strict=True)
     ]
     groups = group_prompts(
         prompts,
-        (ids_BL.shape[1] - starts).tolist(),
-        pass_tokens=_PASS_TOKENS.get(ids_BL.device.type, _PASS_TOKENS_ELSEWHERE),
+        (ids_BL.shape[1] - starts_B).tolist(),
+        pass_tokens=PASS_TOKENS.get(ids_BL.device.type, PASS_TOKENS_ELSEWHERE),
     )
-    for group in groups:
-        yield group.rows, _batch_of(model, inputs, group, starts)
+    return groups, starts_B
 
 
 def _batch_of(

@@ -168,6 +168,7 @@ class StudentScores:
         self._tail = tail
         self._student = model
         self._forward_names = _forward_names(model)
+        self._takes_cache = self._forward_names >= {"past_key_values", "logits_to_keep"}
         self._head = _linear_head(model) if lean else None
         self._tried = False
 
@@ -188,7 +189,8 @@ class StudentScores:
                     "computed at the scored positions"
                 )
                 self._head = None
-        if model is not self._student or not may_share(model):
+        # Wrapped for several processes, these would have to agree on the number of passes.
+        if model is not self._student or not self._takes_cache or not may_share(model):
             return self._scores(model, inputs)
         order: list[int] = []
         scores: list[Tensor] = []

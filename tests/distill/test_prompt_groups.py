@@ -121,9 +121,9 @@ def test_groups_give_the_scores_and_gradients_of_the_padded_batch(
 ):
     torch.manual_seed(0)
     model = make().double()
-    monkeypatch.setattr(prompt_groups, "_PASS_TOKENS", {"cpu": 2})
+    monkeypatch.setattr(prompt_groups, "PASS_TOKENS", {"cpu": 2})
     scores, gradient, tokens = scores_and_gradient(model, batch)
-    monkeypatch.setattr(prompt_groups, "_PASS_TOKENS", {"cpu": 10**6})
+    monkeypatch.setattr(prompt_groups, "PASS_TOKENS", {"cpu": 10**6})
     padded, expected, all_tokens = scores_and_gradient(model, batch)
     assert all_tokens == batch["input_ids"].numel()
     assert tokens < all_tokens / 2
@@ -133,7 +133,7 @@ def test_groups_give_the_scores_and_gradients_of_the_padded_batch(
 
 
 def test_a_sliding_window_and_recomputed_activations_share_nothing(batch, monkeypatch):
-    monkeypatch.setattr(prompt_groups, "_PASS_TOKENS", {"cpu": 2})
+    monkeypatch.setattr(prompt_groups, "PASS_TOKENS", {"cpu": 2})
     recomputing = llama()
     recomputing.gradient_checkpointing_enable()
     for model in (sliding(), recomputing):

@@ -1,0 +1,51 @@
+"""Tokens of training steps: padded, real, and computed once where prompts begin alike.
+
+    python benchmarks/prompt_tokens.py CACHE MODEL [--steps 26]
+
+Counts the batches of a run with default settings in the views that CACHE holds; needs no weights
+but the tokenizer of MODEL, and no time.
+"""
+
+import argparse
+
+from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.objectives import duet
+from duet_unlearn.distill.prompt_groups import PASS_TOKENS, group_batch
+from duet_unlearn.distill.sampler import sampler_of
+from duet_unlearn.distill.student import open_student
+
+
+def main() -> None:
+    """Print the mean of each count and how they relate."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cache")
+    parser.add_argument("model")
+    parser.add_argument("--steps", type=int, default=26)
+    arguments = parser.parse_args()
+    config = RunConfig(cache=arguments.cache, student=arguments.model, out="none")
+    student = open_student(arguments.model)
+    objective = duet.open_objective(config, student)
+    objective.prepare(PromptRenderer(load_tokenizer(student.folder)))
+    dataset, counts = objective.dataset, {"padded": 0, "real": 0, "computed": 0, "passes": 0}
+    steps = 0
+    for draws, _ in zip(sampler_of(objective.order, config), range(arguments.steps), strict=False):
+        batch = objective.collate([dataset[draw] for draw in draws])
+        groups, starts = group_batch(batch)
+        columns = batch["input_ids"].shape[1]
+        counts["padded"] += batch["input_ids"].numel()
+        counts["real"] += int(batch["attention_mask"].sum())
+        for group in groups:
+            width = columns - min(int(starts[row]) for row in group.rows) - group.shared
+            counts["computed"] += group.shared + len(group.rows) * width
+            counts["passes"] += 2 if group.shared else 1
+        steps += 1
+    print(f"{steps} steps, a pass counted as {PASS_TOKENS['cpu']} tokens")
+    for name, count in counts.items():
+        print(f"{name:9} {count / steps:8.1f} a step")
+    print(f"computed / padded {counts['computed'] / counts['padded']:.2f}")
+    print(f"computed / real   {counts['computed'] / counts['real']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
