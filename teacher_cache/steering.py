@@ -27,9 +27,9 @@ FIFTH = 20.0
 STEP = 10.0
 """Points on forget queries that a sample of this size cannot tell apart."""
 RULE = (
-    "fewest points that come back on forget queries, in steps of 10; then most points kept on "
-    "retain queries; then fewest on forget queries again; last come those that a third of the "
-    "sample shows to be worse than six others"
+    "fewest points that come back on forget queries, in steps of 10; then those that may stand in "
+    "front of retain queries too; then fewest on forget queries; then most points kept on retain "
+    "queries; last come those that a third of the sample shows to be worse than six others"
 )
 """How candidates are ordered."""
 VIEWS = ("@view-shapes",)
@@ -86,9 +86,11 @@ class Tuned:
         return self.forget.recall <= FIFTH
 
     @property
-    def rank(self) -> tuple[float, float, float]:
+    def rank(self) -> tuple[float, bool, float, float]:
         """What candidates are sorted by, the best first; see `RULE`."""
-        return (round(self.forget.recall / STEP), -self.retain.recall, self.forget.recall)
+        step, forget = round(self.forget.recall / STEP), self.forget.recall
+        # Where retain queries go without the prefix, what it does to them teaches nobody.
+        return (step, not self.retain_prefix, forget, -self.retain.recall)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -100,7 +100,7 @@ def test_only_the_best_six_of_a_third_are_asked_the_whole_sample(
     assert len(ObedientEngine.seen) == 12 + 9 * 4 + 6 * 8
 
 
-def test_a_step_on_forget_queries_wins_over_retain_and_less_than_a_step_does_not() -> None:
+def test_forgetting_decides_and_retain_where_the_prefix_may_stand_in_front_of_it() -> None:
     def tuned(forget: float, retain: float) -> Tuned:
         return Tuned(
             candidate=Candidate(name="x", prefix="x", place="user"),
@@ -109,12 +109,15 @@ def test_a_step_on_forget_queries_wins_over_retain_and_less_than_a_step_does_not
         )
 
     by_rank = sorted(
-        [tuned(3, 95), tuned(0, 5), tuned(18, 100), tuned(1, 95)], key=lambda t: t.rank
+        [tuned(3, 95), tuned(4, 60), tuned(0, 5), tuned(0, 9), tuned(18, 100), tuned(1, 95)],
+        key=lambda t: t.rank,
     )
     assert [(t.forget.recall, t.retain.recall) for t in by_rank] == [
         (1, 95),
         (3, 95),
+        (0, 9),
         (0, 5),
+        (4, 60),
         (18, 100),
     ]
 
