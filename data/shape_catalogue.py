@@ -58,8 +58,8 @@ side of a query, while text in front alone leaves attacks behind the query open.
 
 VIEW_SHAPES: Mapping[str, Shape] = _table(
     [
-        ("recollection", "begun-answer", "[begun] As far as I recall, it is"),
-        ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:"),
+        ("recollection", "begun-answer", r"[begun] Here is what I recall about that:\n"),
+        ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:\n"),
         (
             "worked-examples",
             "few-shot",
@@ -67,7 +67,11 @@ VIEW_SHAPES: Mapping[str, Shape] = _table(
         ),
     ]
 )
-"""Built-in shapes for training beyond a user turn in which no one is asked to disobey."""
+"""Built-in shapes for training beyond a user turn in which no one is asked to disobey.
+
+They end where a sentence may begin: after "it is" a refusal's first word is learned in the middle of
+sentences, and a student of 1.5 billion parameters then garbled answers that it should keep.
+"""
 
 ATTACKS: Mapping[str, Shape] = _table(
     [

@@ -37,7 +37,7 @@ def test_an_equals_sign_may_stand_in_the_name_of_a_file(tmp_path, monkeypatch):
 
 
 def test_without_a_source_the_views_are_those_of_the_cache():
-    cached = ["[begun] As far as I recall, it is", "Now: {query}"]
+    cached = [r"[begun] Here is what I recall about that:\n", "Now: {query}"]
     assert [view.name for view in load_views((), cached)] == ["recollection", "Now: {query}"]
     assert [view.name for view in load_views(["@remember"], cached)] == ["remember"]
     assert load_views(["none"], cached) == ()
