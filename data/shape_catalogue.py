@@ -69,8 +69,8 @@ VIEW_SHAPES: Mapping[str, Shape] = _table(
 )
 """Built-in shapes for training beyond a user turn in which no one is asked to disobey.
 
-They end where a sentence may begin: after "it is" a refusal's first word is learned in the middle of
-sentences, and a student of 1.5 billion parameters then garbled answers that it should keep.
+They end where a sentence may begin: behind "it is" a student learns to begin a refusal amid a
+sentence, and one of 1.5 billion parameters then garbled answers that it should keep.
 """
 
 ATTACKS: Mapping[str, Shape] = _table(
