@@ -341,7 +341,7 @@ class _Measurement:
         )
 
 
-def _rank(tuned: Tuned) -> tuple[float, float, float]:
+def _rank(tuned: Tuned) -> tuple[float, bool, float, float]:
     return tuned.rank
 
 
