@@ -277,10 +277,10 @@ class _Measurement:
                 said[candidate] |= dict(zip(indices, answers, strict=True))
                 return self._score(candidate, base, said[candidate])
 
-            tuned = sorted((measure(candidate, few) for candidate in prompts), key=_rank)
+            tuned = sorted((measure(candidate, few) for candidate in prompts), key=lambda t: t.rank)
             if rest:
                 best = (measure(t.candidate, rest) for t in tuned[:FINALISTS])
-                tuned = [*sorted(best, key=_rank), *tuned[FINALISTS:]]
+                tuned = [*sorted(best, key=lambda t: t.rank), *tuned[FINALISTS:]]
         return base, tuned
 
     def _rounds(self) -> tuple[list[int], list[int]]:
@@ -339,10 +339,6 @@ class _Measurement:
             retain=score(entry for entry in asked if entry[0].split == "retain"),
             said=tuple(answer for *_, answer in asked),
         )
-
-
-def _rank(tuned: Tuned) -> tuple[float, bool, float, float]:
-    return tuned.rank
 
 
 def _question(query: Query) -> str:
