@@ -139,7 +139,9 @@ def _batch_of(
     if group.shared:
         longest = int(first_G.argmin())
         beginning = batch["input_ids"][longest : longest + 1, first - group.shared : first]
-        cache = model(input_ids=beginning, use_cache=True, logits_to_keep=1).past_key_values
+        # No position passes the head: a frozen one would be copied whole for a single one.
+        nowhere = torch.zeros(0, dtype=torch.long, device=beginning.device)
+        cache = model(input_ids=beginning, use_cache=True, logits_to_keep=nowhere).past_key_values
         cache.batch_repeat_interleave(len(rows))
         batch["past_key_values"] = cache
         columns = torch.arange(mask_GL.shape[1], device=mask_GL.device)
