@@ -1,12 +1,13 @@
 """A topic out of a real model, from start to end: every command with its time and peak memory.
 
     python benchmarks/real_model.py MODEL OUT [--kit harry-potter] [--topic "Harry Potter"]
-        [--leave-out] [--engine vllm]
+        [--variant "one position=--positions 1"] [--attacks @families] [--leave-out]
 
 Chooses a prefix, builds a cache, trains a LoRA student by default settings and evaluates it on the
-kit's held-out queries, plain and in every family of attacks. With --leave-out it also trains one
-student without each family of training shapes in turn and evaluates it in that family. What is
-there already in OUT is found again, so a stopped run resumes.
+kit's held-out queries, plain and in every family of attacks. Each --variant trains one more student
+with further flags of `duet-distill run` and puts it beside the others. With --leave-out it also
+trains one student without each family of training shapes in turn and evaluates it in that family.
+What is there already in OUT is found again, so a stopped run resumes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from duet_unlearn.data.shape_catalogue import VIEW_SHAPES
 CACHE, DISTILL = "duet_unlearn.cli.cache", "duet_unlearn.cli.distill"
 GIB = 2**20  # of ru_maxrss, which counts KiB
 NEW_TOKENS = "24"
+LORA = ("--lora-rank", "16")
 
 
 def step(module: str, *words: str, output: Path | None = None) -> None:
@@ -68,35 +70,30 @@ def main() -> None:
         str(cache),
     )
 
-    def train(name: str, views: Sequence[str] = ()) -> str:
-        given = [word for view in views for word in ("--view", f"@{view}")]
-        where = str(out / name)
-        step(
-            DISTILL,
-            "run",
-            str(cache),
-            "--student",
-            model,
-            "--lora-rank",
-            "16",
-            *given,
-            "--out",
-            where,
-        )
-        return where
+    def train(name: str, *flags: str) -> str:
+        where = str(out / name.replace(" ", "-"))
+        step(DISTILL, "run", str(cache), "--student", model, *flags, "--out", where)
+        return f"{name}={where}"
 
-    def evaluate(name: str, students: Sequence[str], attacks: str) -> None:
-        words = (*queries, "--general", kit, "--attacks", attacks, "--max-new-tokens", NEW_TOKENS)
+    def evaluate(name: str, students: Sequence[str], *attacks: str) -> None:
+        given = [word for attack in attacks for word in ("--attacks", attack)]
+        words = (*queries, "--general", kit, *given, "--max-new-tokens", NEW_TOKENS)
         document = ("--engine", arguments.engine, "--out", str(out / f"{name}.json"))
         step(DISTILL, "eval", f"base={model}", *students, *words, *document)
 
-    evaluate("eval", [f"student={train('student')}"], "@families")
+    variants = {"student": LORA}
+    for text in arguments.variant:
+        name, _, flags = text.partition("=")
+        variants[name] = shlex.split(flags)
+    students = [train(name, *flags) for name, flags in variants.items()]
+    evaluate("eval", students, *arguments.attacks)
     for family in sorted(
         {shape.family for shape in VIEW_SHAPES.values()} if arguments.leave_out else ()
     ):
         views = [name for name, shape in VIEW_SHAPES.items() if shape.family != family]
-        student = train(f"without-{family}", views)
-        evaluate(f"without-{family}", [f"without {family}={student}"], f"@family:{family}")
+        given = [word for view in views for word in ("--view", f"@{view}")]
+        student = train(f"without {family}", *LORA, *given)
+        evaluate(f"without-{family}", [student], f"@family:{family}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -106,6 +103,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kit", default="harry-potter", help="a built-in query kit")
     parser.add_argument("--topic", default="Harry Potter", help="what the prefix names")
     parser.add_argument("--engine", default="vllm", help="what answers in the evaluation")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help="train one more student with these flags alone",
+    )
+    parser.add_argument("--attacks", nargs="*", default=["@families"], help="what attacks them")
     parser.add_argument("--leave-out", action="store_true", help="also leave out each family")
     return parser.parse_args()
 
