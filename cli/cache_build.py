@@ -36,8 +36,8 @@ def _read_part(_ctx: click.Context, param: click.Parameter, value: str | None) -
     cls=Extra,
     group="How to steer",
     metavar="FILE",
-    help="Take the best prefix, its place, where it stands and views from what `duet-cache tune "
-    "--json` printed; flags given beside it win.",
+    help="Take the best prefix, its place, where it stands, views and positions from what "
+    "`duet-cache tune --json` printed; flags given beside it win.",
 )
 @click.option(
     "--topic",
@@ -98,6 +98,7 @@ def _read_prefix(prefix: str | None, prefix_from: str | None, topic: str | None)
         "prefix_place": tuned["place"],
         "retain_prefix": tuned["retain_prefix"],
         "views": tuple(tuned["views"]),
+        "positions": tuned["positions"],
     }
 
 

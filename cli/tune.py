@@ -10,7 +10,7 @@ import click
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, print_json
 from duet_unlearn.errors import StoppedError
-from duet_unlearn.teacher_cache.steering import RULE, VIEWS
+from duet_unlearn.teacher_cache.steering import POSITIONS, RULE, VIEWS
 from duet_unlearn.teacher_cache.tune import TuneConfig
 from duet_unlearn.urls import visible
 
@@ -99,6 +99,7 @@ def build_line(result: "TuneResult") -> str:
     words += ["--prefix", best.candidate.prefix, "--prefix-place", best.candidate.place]
     words.append("--retain-prefix" if best.retain_prefix else "--no-retain-prefix")
     words += [word for view in VIEWS for word in ("--view", view)]
+    words += ["--positions", str(POSITIONS)]
     if config.engine != "auto":
         words += ["--engine", config.engine]
     if config.teacher_dtype != "auto":

@@ -115,6 +115,11 @@ class EvalConfig(AskConfig):
     general: tuple[str, ...] = setting(
         default=(), metavar="FILE", help="Queries with answers on anything else. Repeatable."
     )
+    answers: Literal["file", "base"] = setting(
+        default="file",
+        help="What is right: the answers in the query files, or, where there are none, what the "
+        "first MODEL says to the plain query.",
+    )
     limit: Count | None = setting(
         default=None, help="Take this many queries of each file, evenly spread.  [default: all]"
     )

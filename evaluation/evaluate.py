@@ -24,7 +24,7 @@ from duet_unlearn.evaluation.measures import MEASURES, Answer, Likelihood, selec
 from duet_unlearn.evaluation.measures.refusal import REFUSAL_PHRASES, load_phrases
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.subjects import Prompt, Subject, free_memory, open_subjects
-from duet_unlearn.evaluation.tasks import Task, list_tasks, load_attacks, load_sets
+from duet_unlearn.evaluation.tasks import Attack, Task, list_tasks, load_attacks, load_sets
 from duet_unlearn.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     phrases = [phrase for source in config.refusals for phrase in load_phrases(source)]
     measures = select_measures(config.measures, (*REFUSAL_PHRASES, *phrases))
     attacks = load_attacks(config.attacks)
-    sets = load_sets(config.sources, limit=config.limit)
+    sets = load_sets(config.sources, limit=config.limit, answered=config.answers == "file")
+    if not all(query.answer for s in sets for query in s.queries):
+        attacks = _showing_no_answers(attacks)
     tasks = list_tasks(sets, attacks)
     subjects = open_subjects(config, prefix)
     prompts = [
@@ -63,7 +65,12 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     ]
     answers: dict[str, Sequence[Answer]] = {}
     for subject, rows in zip(subjects, prompts, strict=True):
-        answers.update(_answer(config, subject, rows, tasks, respond))
+        by_row = _answer(config, subject, rows, respond)
+        if config.answers == "base" and not answers:
+            tasks = _answered_by(tasks, by_row[subject.label])
+        if any(MEASURES[name].likelihood for name in config.measures):
+            _add_likelihoods(config, subject, tasks, rows, by_row)
+        answers.update(by_row)
         free_memory()
     return EvalReport(
         config=config,
@@ -80,7 +87,6 @@ def _answer(
     config: EvalConfig,
     subject: Subject,
     rows: Mapping[str, Sequence[Prompt]],
-    tasks: Sequence[Task],
     respond: Respond | None,
 ) -> dict[str, list[Answer]]:
     """Return the answers of each row of one model; equal prompts are answered once."""
@@ -92,11 +98,9 @@ def _answer(
             subject.label,
             config.max_new_tokens,
         )
-    model = None
     if respond is None:
-        model = subject.load()
         found = stream_answers(
-            model,
+            subject.load(),
             distinct,
             eos_token_ids=subject.ends,
             max_new_tokens=config.max_new_tokens,
@@ -110,12 +114,35 @@ def _answer(
             prompt = distinct[index]
             by_prompt[prompt] = Answer(text=subject.decode(ids), token_ids=tuple(ids))
             progress.update(copies[prompt])
-    answers = {label: [by_prompt[prompt] for prompt in row] for label, row in rows.items()}
-    if any(MEASURES[name].likelihood for name in config.measures):
-        model = model or subject.load()
-        for label, row in rows.items():
-            _add_likelihoods(config, subject, model, tasks, row, answers[label])
-    return answers
+    return {label: [by_prompt[prompt] for prompt in row] for label, row in rows.items()}
+
+
+def _showing_no_answers(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
+    """Leave out the attacks that show reference answers, which a query file lacks."""
+    fitting = tuple(a for a in attacks if a.shape is None or not a.shape.needs_answers)
+    if left := [attack.name for attack in attacks if attack not in fitting]:
+        logger.warning(
+            "left out, as they show reference answers and there are none: %s", ", ".join(left)
+        )
+    return fitting
+
+
+def _answered_by(tasks: Sequence[Task], base: Sequence[Answer]) -> tuple[Task, ...]:
+    """Return the tasks with what the base says to the plain query as the right answer."""
+    said = {
+        (task.set_name, task.query.query_id): answer.text
+        for task, answer in zip(tasks, base, strict=True)
+        if task.attack is None
+    }
+    return tuple(
+        dataclasses.replace(
+            task,
+            query=dataclasses.replace(
+                task.query, answer=said[task.set_name, task.query.query_id], wrong_answers=()
+            ),
+        )
+        for task in tasks
+    )
 
 
 def _respond_merged(
@@ -138,13 +165,26 @@ def _respond_merged(
 def _add_likelihoods(
     config: EvalConfig,
     subject: Subject,
+    tasks: Sequence[Task],
+    rows: Mapping[str, Sequence[Prompt]],
+    answers: Mapping[str, list[Answer]],
+) -> None:
+    """Add to each plain answer how likely the model finds the right one and the wrong ones."""
+    model = subject.load()
+    for label, prompts in rows.items():
+        _add_likelihoods_of_row(config, subject, model, tasks, prompts, answers[label])
+
+
+def _add_likelihoods_of_row(
+    config: EvalConfig,
+    subject: Subject,
     model: "PreTrainedModel",
     tasks: Sequence[Task],
     prompts: Sequence[Prompt],
     answers: list[Answer],
 ) -> None:
-    """Add to each plain answer how likely the model finds the right one and the wrong ones."""
-    plain = [index for index, task in enumerate(tasks) if task.attack is None]
+    # A base that says nothing leaves nothing to score.
+    plain = [i for i, task in enumerate(tasks) if task.attack is None and task.query.answer]
     pairs = [
         (index, text)
         for index in plain

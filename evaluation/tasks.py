@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.query_files import open_rows
-from duet_unlearn.data.shapes import OWN_FAMILY, Shape, Shown, load_shapes
+from duet_unlearn.data.shapes import EXAMPLES, OWN_FAMILY, Shape, Shown, load_shapes
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.words import split_words
 
@@ -135,20 +135,23 @@ def _load_wordings(source: str) -> dict[str, tuple[Message, ...]]:
 
 
 def load_sets(
-    sources: Sequence[tuple[str, str]], *, limit: int | None = None
+    sources: Sequence[tuple[str, str]], *, limit: int | None = None, answered: bool = True
 ) -> tuple[QuerySet, ...]:
     """Return all query sets, each named by its split and, where the split has several, its file.
 
     Args:
         sources: split and source of each set.
         limit: most queries of a set; they are spread evenly over it.
+        answered: whether every query must have its answer; those of a kit have in any case.
 
     Raises:
         DataError: A source cannot be read, or a query has no answer.
     """
     sets: list[QuerySet] = []
     for split, source in sources:
-        queries = load_queries(source, split=split, require_answers=True)
+        # What a kit's name stands for follows from this: its held-out queries.
+        required = answered or source.startswith("@")
+        queries = load_queries(source, split=split, require_answers=required)
         if limit is not None:
             queries = spread(queries, limit)
         alone = sum(other == split for other, _ in sources) == 1
@@ -211,7 +214,7 @@ def _shown(attack: Attack, query: Query, pools: dict[str, list[Query]]) -> Shown
     choices = [answer, *generator.sample(wrong, min(_WRONG_CHOICES, len(wrong)))]
     generator.shuffle(choices)
     return Shown(
-        examples=_pairs(query, pools["retain"], generator),
+        examples=_pairs(query, pools["retain"], generator) or EXAMPLES,
         facts=_pairs(query, pools[query.split], generator),
         hint=f"the answer begins with {answer[:1]!r} and has {len(words)} words",
         choices="\n".join(f"- {choice}" for choice in choices),

@@ -34,6 +34,8 @@ RULE = (
 """How candidates are ordered."""
 VIEWS = ("@view-shapes",)
 """Shapes to cache with any prefix: a student that never met them refuses in chats alone."""
+POSITIONS = 4
+"""Decoding steps to cache with any prefix: the first words of an answer that is to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +102,7 @@ class Tuned:
             "place": self.candidate.place,
             "retain_prefix": self.retain_prefix,
             "views": list(VIEWS),
+            "positions": POSITIONS,
             "steers": self.steers,
             **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
             **{f"retain_{key}": value for key, value in self.retain.to_json().items()},

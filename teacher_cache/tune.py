@@ -356,6 +356,7 @@ class _Chosen(pydantic.BaseModel, strict=True):
     place: str
     retain_prefix: bool
     views: list[str] = []
+    positions: int = 1
 
 
 class _Document(pydantic.BaseModel):
@@ -363,7 +364,7 @@ class _Document(pydantic.BaseModel):
 
 
 def load_tuned(path: str) -> dict[str, Any]:
-    """Return prefix, place, retain_prefix and views of the first candidate of `tune --json`.
+    """Return what the first candidate of `tune --json` says of a build: prefix, place and so on.
 
     Raises:
         DataError: The file cannot be read or holds no such document.

@@ -265,3 +265,26 @@ def test_measures_on_likelihood_see_what_the_model_finds_likely(
     assert report.number("base", "truth_ratio", split="retain") is None
     with pytest.raises(ConfigurationError, match="measure 'nope' is unknown"):
         evaluate(dataclasses.replace(config, measures=("nope",)))
+
+
+def test_without_reference_answers_the_base_is_right(
+    config: EvalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = tmp_path / "bare.jsonl"
+    texts = [query.text for query in load_queries(config.forget[0], split="forget")]
+    bare.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    changes = {"forget": (str(bare),), "retain": (str(bare),), "answers": "base", "prefix": None}
+    attacks = ("@few-shot", "@multiple-choice")
+    found = evaluate(config.replaced(attacks=attacks, measures=("answer_probability",), **changes))
+    assert found.mean("base", "exact_match", split="forget") == 100.0
+    assert [attack.name for attack in found.attacks] == ["few-shot"]
+    assert "multiple-choice" in caplog.text
+    with_answers = evaluate(config.replaced(prefix=None, measures=("answer_probability",)))
+    told = [task.query.answer != "nothing" for task in with_answers.tasks]
+    likely = [
+        report.scores["base"]["answer_probability"][: len(texts)]
+        for report in (found, with_answers)
+    ]
+    same = [pair for pair, tell in zip(zip(*likely, strict=True), told, strict=False) if tell]
+    assert same
+    assert all(first == pytest.approx(second) for first, second in same)

@@ -309,6 +309,7 @@ def test_the_command_prints_a_table_or_one_document() -> None:
         "place",
         "retain_prefix",
         "views",
+        "positions",
         "steers",
         *(f"{s}_{n}" for s in ("forget", "retain") for n in ("queries", "recall", "refused")),
     }
