@@ -6,6 +6,7 @@ Means are computed from the scores when asked for, so that table and JSON cannot
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -109,6 +110,24 @@ class EvalReport:
             shift += -change if query_set.split == "forget" else change
         return shift
 
+    def utility(self, label: str) -> float | None:
+        """Return the harmonic mean of recall on all sets but forget, in points, or None.
+
+        With likelihood measures it is also over the answers' probability and truth ratio there:
+        TOFU's model utility (arXiv 2401.06121, section 2.2.2), on the sets that were given.
+        """
+        parts = (RECALL, "answer_probability", "truth_ratio")
+        means = [
+            number.mean
+            for query_set in self.sets
+            for measure in parts
+            if query_set.split != "forget" and measure in self.scores[label]
+            if (number := self.number(label, measure, set_name=query_set.name)) is not None
+        ]
+        if not means or min(means) <= 0:
+            return 0.0 if means else None
+        return statistics.harmonic_mean(means)
+
     @property
     def shows_shift(self) -> bool:
         """Whether the Performance Shift says something: beside other rows, and beside attacks."""
@@ -198,6 +217,7 @@ class EvalReport:
             "model": spec.model,
             "prefix": label == self.config.prefixed_label,
             "performance_shift": self.shift(label) if self.shows_shift else None,
+            "model_utility": self.utility(label),
             "worst_forget_recall": self.worst(label, "forget"),
             "worst_retain_recall": self.worst(label, "retain"),
             "worst_forget_recall_by_family": {

@@ -275,16 +275,23 @@ def test_a_browser_shows_it_without_errors_or_overflow(
       document.querySelector("th:nth-child(2) button").click();
       const option = document.querySelector("[data-f=attack]"); option.value = "*";
       option.dispatchEvent(new Event("input"));
-      document.title = JSON.stringify({ wide: wide.map(e => e.outerHTML.slice(0, 80)),
+      parent.postMessage(JSON.stringify({ wide: wide.map(e => e.outerHTML.slice(0, 80)),
         over: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
         shown: document.querySelectorAll(".answer").length,
-        sorted: document.querySelector("th:nth-child(2)").getAttribute("aria-sort") });
+        sorted: document.querySelector("th:nth-child(2)").getAttribute("aria-sort") }), "*");
     </script></body>"""
-    path = tmp_path / "page.html"
-    path.write_text(page.replace("</body>", probe), encoding="utf-8")
+    (tmp_path / "page.html").write_text(page.replace("</body>", probe), encoding="utf-8")
+    # A frame, because a window of Chromium is never narrower than 500.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<title></title><script>addEventListener('message', e => document.title = e.data)</script>"
+        f"<iframe src=page.html width={width} height=900 style='border:0'></iframe>"
+    )
     flags = ["--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    flags += ["--virtual-time-budget=20000", "--window-size=1400,1000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--disable-background-networking"]
     result = subprocess.run(
-        [str(BROWSER), "--headless", *flags, f"--window-size={width},900", path.as_uri()],
+        [str(BROWSER), "--headless", *flags, outer.as_uri()],
         capture_output=True,
         text=True,
         check=True,

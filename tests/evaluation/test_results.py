@@ -140,6 +140,12 @@ def test_performance_shift_of_each_row(report: EvalReport) -> None:
     assert report.shift("student") == pytest.approx(87.5 - 50.0)
 
 
+def test_utility_is_the_harmonic_mean_outside_forget_sets(report: EvalReport) -> None:
+    assert report.utility("base") == pytest.approx(100.0)
+    assert report.utility("student") == pytest.approx(2 / (1 / 50 + 1 / 100))
+    assert report.to_json()["models"][2]["model_utility"] == report.utility("student")
+
+
 def test_only_attacks_that_break_base_with_prefix_count(report: EvalReport) -> None:
     assert report.breaks_prefix("strong") is True
     assert report.breaks_prefix("weak") is False

@@ -66,3 +66,15 @@ def test_a_paired_bootstrap_tells_a_shift_from_noise() -> None:
     assert shifted.high < 0
     assert noisy.p > 0.05
     assert noisy.low < 0 < noisy.high
+
+
+def test_kolmogorov_smirnov_against_known_values() -> None:
+    low, high = np.arange(100) / 256, np.arange(20, 120) / 256
+    found = compare(low, high)
+    assert found is not None
+    # 20 of 100 lie below the others' least: D is 0.2, and scipy.stats.kstwobign.sf(0.2 * 50**0.5)
+    # is 0.0366.
+    assert found.ks_p == pytest.approx(0.0366, abs=1e-4)
+    same = compare(low, low[::-1].copy())
+    assert same is not None
+    assert same.ks_p == 1.0
