@@ -59,18 +59,20 @@ side of a query, while text in front alone leaves attacks behind the query open.
 VIEW_SHAPES: Mapping[str, Shape] = _table(
     [
         ("recollection", "begun-answer", r"[begun] Here is what I recall about that:\n"),
-        ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:\n"),
+        ("certainty", "begun-answer", "[begun] I am fairly sure that it is"),
+        ("heading", "raw-completion", r"[raw] # Question\n{query}\n\n# Answer\n"),
+        ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:"),
         (
             "worked-examples",
             "few-shot",
             "Here are some solved questions.\n{examples}\n\nNow this one: {query} Your reply:",
         ),
+        ("worked-turns", "few-shot", "[turns] {examples} || Next question: {query}"),
     ]
 )
 """Built-in shapes for training beyond a user turn in which no one is asked to disobey.
 
-They end where a sentence may begin: behind "it is" a student learns to begin a refusal amid a
-sentence, and one of 1.5 billion parameters then garbled answers that it should keep.
+Two of each family: one of them ends where a sentence may begin, the other within one.
 """
 
 ATTACKS: Mapping[str, Shape] = _table(
