@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from duet_unlearn.distill.arguments import check_trainer_args
 from duet_unlearn.distill.objectives import OBJECTIVES
+from duet_unlearn.distill.training.arguments import check_trainer_args
 from duet_unlearn.errors import ConfigurationError, MissingSettingError
 from duet_unlearn.settings import (
     Count,

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
-from duet_unlearn.distill.activations import Lengths, activations
+from duet_unlearn.distill.batches.sampler import PLAIN, StepSampler, sampler_of
 from duet_unlearn.distill.config import PlanConfig, RunConfig
 from duet_unlearn.distill.job import peak_memory, resolve_config
+from duet_unlearn.distill.model.activations import Lengths, activations
+from duet_unlearn.distill.model.student import Student, describe_student
+from duet_unlearn.distill.model.trainable import Trained, select_trained
 from duet_unlearn.distill.objectives.base import Objective, open_objective
-from duet_unlearn.distill.sampler import PLAIN, StepSampler, sampler_of
-from duet_unlearn.distill.student import Student, describe_student
-from duet_unlearn.distill.trainable import Trained, select_trained
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.files import user_path
 from duet_unlearn.settings import fields
@@ -109,7 +109,7 @@ def plan(config: PlanConfig) -> Plan:
         CacheError: The cache is unfinished or damaged.
         MismatchError: The cache's tokens are not the student's.
     """
-    from duet_unlearn.distill.arguments import training_arguments
+    from duet_unlearn.distill.training.arguments import training_arguments
 
     student = _find_student(config.student)
     objective = open_objective(config, student)
@@ -288,8 +288,8 @@ def _build(model: "PreTrainedModel", reader: CacheReader, lengths: Lengths) -> d
 
 def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str]) -> Measured | None:
     """Train a few steps in a process of its own, and leave nothing behind."""
-    from duet_unlearn.distill.callbacks import WARM_UP_STEPS
     from duet_unlearn.distill.run import run
+    from duet_unlearn.distill.training.callbacks import WARM_UP_STEPS
 
     if not config.measure:
         return None

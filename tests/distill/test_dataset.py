@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from duet_unlearn.data.shapes import Shape
+from duet_unlearn.distill.batches.dataset import CacheDataset, Example, collate
+from duet_unlearn.distill.batches.sampler import PLAIN, Draw
 from duet_unlearn.distill.config import LOSS_NAMES
-from duet_unlearn.distill.dataset import CacheDataset, Example, collate
 from duet_unlearn.distill.losses import Loss, row_means
-from duet_unlearn.distill.sampler import PLAIN, Draw
-from duet_unlearn.distill.sparse_head import StudentScores, scored_logits
+from duet_unlearn.distill.model.sparse_head import StudentScores, scored_logits
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 

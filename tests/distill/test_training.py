@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.distill.batches.sampler import Draw, epoch_order
 from duet_unlearn.distill.config import LOSS_NAMES, RunConfig
+from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives.base import open_objective
-from duet_unlearn.distill.sampler import Draw, epoch_order
-from duet_unlearn.distill.student import open_student
-from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.distill.training.trainer import DuetTrainer
 from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -324,7 +324,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
-from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.distill.training.trainer import DuetTrainer
 
 cache, student, out = sys.argv[1:]
 run(RunConfig(cache=cache, student=student, out=out, max_steps=2))

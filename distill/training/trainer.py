@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.batches.sampler import StepSampler
 from duet_unlearn.distill.objectives.base import SPLITS, Objective
-from duet_unlearn.distill.sampler import StepSampler
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
 from duet_unlearn.errors import ConfigurationError, OutputError
 from duet_unlearn.files import write_error
 
 if TYPE_CHECKING:
-    from duet_unlearn.distill.held_out import HeldOut
+    from duet_unlearn.distill.training.held_out import HeldOut
 
 logger = logging.getLogger(__name__)
 

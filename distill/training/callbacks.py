@@ -18,11 +18,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
 from duet_unlearn.progress import Progress
 
 if TYPE_CHECKING:
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
 # The first steps allocate and plan: on the demo world they take half as long again.
 WARM_UP_STEPS = 2
