@@ -31,7 +31,6 @@ LOSS_OPTIONS: dict[str, str | None] = {
     "reverse-kl": "temperature",
     "jsd": None,
 }
-LOSS_NAMES = tuple(LOSS_OPTIONS)
 
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
 # 2e-5 at 2,560. Measured: docs/decisions/0010-training-defaults.md.

@@ -15,7 +15,7 @@ from duet_unlearn.distill.objectives.base import SPLITS
 from duet_unlearn.distill.output.run_folder import LOG_FILE
 from duet_unlearn.distill.output.student_folder import publish, write_student
 from duet_unlearn.distill.training.checkpoint_selection import Rule, evaluations_of
-from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError
+from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -170,8 +170,7 @@ def _run_trainer(
             ) from error
         # Whatever a torn file makes its reader raise, it does before the first step.
         if checkpoint is not None and not schedule.begun:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise _DamagedCheckpointError(reason) from error
+            raise _DamagedCheckpointError(first_line(error)) from error
         raise
 
 

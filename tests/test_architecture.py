@@ -44,6 +44,11 @@ def test_optional_packages_are_imported_where_they_are_needed(package: str, path
     assert not top & (LAZY - allowed)
 
 
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_no_module_is_longer_than_a_reader_bears(package: str, path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, package
+
+
 def test_the_trainers_side_never_imports_an_engine() -> None:
     for path in (ROOT / "distill").rglob("*.py"):
         assert not any(

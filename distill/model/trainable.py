@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -145,7 +145,7 @@ def _freeze_others(model: "PreTrainedModel", config: "RunConfig") -> str:
         there = [name for own in names.values() for name in own if name.startswith(prefixes)]
         raise ConfigurationError(
             f"parameters is {config.parameters!r}, which no parameter matches{within}; there are "
-            f"{_some(map(_generic, there))}"
+            f"{some(map(_generic, there), _SHOWN)}"
         )
     parts = [f"layers {config.layers}"] if config.layers is not None else []
     if config.parameters is not None:
@@ -241,10 +241,11 @@ def _lora_targets(model: "PreTrainedModel", config: "RunConfig") -> list[str]:
             and (module is not output if target == ALL_LINEAR else _ends_with(name, target))
         ]
         if not found:
+            known = some((name.rpartition(".")[2] for name in linear), _SHOWN)
             where = "" if config.layers is None else f" in layers {config.layers}"
             raise ConfigurationError(
                 f"lora_target_modules is {target!r}, which no linear module{where} is called; "
-                f"there are {ALL_LINEAR}, {_some(name.rpartition('.')[2] for name in linear)}"
+                f"there are {ALL_LINEAR}, {known}"
             )
         if shared := [name for name in found if name in tied]:
             raise ConfigurationError(
@@ -280,9 +281,3 @@ def _tied_modules(model: "PreTrainedModel") -> set[str]:
 def _generic(name: str) -> str:
     """Return a parameter's name with its layer's number left open."""
     return re.sub(r"\.\d+\.", ".N.", name)
-
-
-def _some(names: Iterable[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = len(distinct) - _SHOWN
-    return ", ".join(distinct[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
