@@ -15,7 +15,7 @@ from pathlib import Path
 
 from demo_students import COLUMNS, RULE, WIDTH, build_cache, measure, train_student
 
-from duet_unlearn.distill.config import AUTO_LEARNING_RATE_TIMES_WIDTH, LOSS_NAMES
+from duet_unlearn.distill.config import AUTO_LEARNING_RATE_TIMES_WIDTH, LOSS_OPTIONS
 
 VIEWS: tuple[tuple[str, ...], ...] = ((), ("@remember",))
 LOGIT_LOSSES = ("huber", "mse")
@@ -25,7 +25,7 @@ def main() -> None:
     """Build one cache, train a student a row, print its scores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--losses", nargs="+", choices=LOSS_NAMES, default=LOSS_NAMES)
+    parser.add_argument("--losses", nargs="+", choices=LOSS_OPTIONS, default=LOSS_OPTIONS)
     arguments = parser.parse_args()
     print(f"| loss | rate | views | seed | {COLUMNS} |")
     print(f"| --- | ---: | --- | ---: | {RULE} |")

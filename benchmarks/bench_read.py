@@ -119,7 +119,7 @@ def measure(folder: Path) -> None:
     import pyarrow
     import torch
 
-    from duet_unlearn.distill.sampler import epoch_order
+    from duet_unlearn.distill.batches.sampler import epoch_order
     from duet_unlearn.teacher_cache.reader import CacheReader
 
     if hasattr(os, "sched_setaffinity"):

@@ -65,12 +65,12 @@ def make_model(arguments: argparse.Namespace, seed: int) -> Any:
 
 def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any]) -> Any:
     """Return the product's trainer over the cache, with its own settings."""
-    from duet_unlearn.distill.arguments import training_arguments
+    from duet_unlearn.distill.batches.sampler import StepSampler
     from duet_unlearn.distill.config import RunConfig
+    from duet_unlearn.distill.model.student import Student
     from duet_unlearn.distill.objectives.duet import Duet
-    from duet_unlearn.distill.sampler import StepSampler
-    from duet_unlearn.distill.student import Student
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.training.arguments import training_arguments
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
     config = RunConfig(
         cache=str(arguments.cache),

@@ -9,11 +9,11 @@ but the tokenizer of MODEL, and no time.
 import argparse
 
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.distill.batches.sampler import sampler_of
 from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.model.prompt_groups import PASS_TOKENS, group_batch
+from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives import duet
-from duet_unlearn.distill.prompt_groups import PASS_TOKENS, group_batch
-from duet_unlearn.distill.sampler import sampler_of
-from duet_unlearn.distill.student import open_student
 
 
 def main() -> None:

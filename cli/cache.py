@@ -3,12 +3,12 @@
 import click
 
 from duet_unlearn import __version__
-from duet_unlearn.cli.cache_build import build_command
-from duet_unlearn.cli.cache_sets import diff_command, merge_command
-from duet_unlearn.cli.cache_share import list_command, pull_command, push_command
+from duet_unlearn.cli.commands.build import build_command
+from duet_unlearn.cli.commands.sets import diff_command, merge_command
+from duet_unlearn.cli.commands.share import list_command, pull_command, push_command
+from duet_unlearn.cli.commands.tune import tune_command
 from duet_unlearn.cli.errors import EXIT_FAILURE, DuetGroup, configure_logging, harmless
 from duet_unlearn.cli.output import json_option, print_json
-from duet_unlearn.cli.tune import tune_command
 from duet_unlearn.urls import redact_url
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}

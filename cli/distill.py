@@ -5,13 +5,13 @@ import os
 import click
 
 from duet_unlearn import __version__
-from duet_unlearn.cli.ask import ask_command
-from duet_unlearn.cli.demo import demo_command
+from duet_unlearn.cli.commands.ask import ask_command
+from duet_unlearn.cli.commands.demo import demo_command
+from duet_unlearn.cli.commands.evaluate import eval_command
+from duet_unlearn.cli.commands.plan import plan_command
+from duet_unlearn.cli.commands.report import report_command
+from duet_unlearn.cli.commands.run import run_command
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
-from duet_unlearn.cli.evaluate import eval_command
-from duet_unlearn.cli.plan import plan_command
-from duet_unlearn.cli.report import report_command
-from duet_unlearn.cli.run import run_command
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 

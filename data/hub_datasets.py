@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import DataError, first_line, some
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,19 +48,19 @@ def _resolve(source: str) -> tuple[str, str, str]:
     is_config = bool(second) or first in configs
     config, split = (first, second) if is_config else ("", first)
     if config and config not in configs:
-        raise DataError(f"{source}: no configuration {config!r}; there are {_listed(configs)}")
+        raise DataError(f"{source}: no configuration {config!r}; there are {some(configs, 10)}")
     if not config:
         config = _attempt(source, get_dataset_default_config_name, name) or ""
     if not config:
-        raise DataError(f"{source}: name one configuration of {_listed(configs)}")
+        raise DataError(f"{source}: name one configuration of {some(configs, 10)}")
     splits: list[str] = _attempt(source, get_dataset_split_names, name, config)
     if not split and len(splits) == 1:
         split = splits[0]
     if not split:
-        raise DataError(f"{source}: name one split of {_listed(splits)}")
+        raise DataError(f"{source}: name one split of {some(splits, 10)}")
     if re.split(r"[\[+]", split)[0] not in splits:
-        also = "" if is_config else f", and no such configuration among {_listed(configs)}"
-        raise DataError(f"{source}: no split {split!r} among {_listed(splits)}{also}")
+        also = "" if is_config else f", and no such configuration among {some(configs, 10)}"
+        raise DataError(f"{source}: no split {split!r} among {some(splits, 10)}{also}")
     return name, config, split
 
 
@@ -69,11 +69,7 @@ def _attempt(source: str, step: Callable[..., Any], *arguments: Any, **settings:
     try:
         return step(*arguments, **settings)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "check the network" if isinstance(error, ConnectionError) else "check the name"
-        raise DataError(f"{source}: the dataset cannot be loaded ({reason}); {hint}") from error
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+        raise DataError(
+            f"{source}: the dataset cannot be loaded ({first_line(error)}); {hint}"
+        ) from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from duet_unlearn.data.insertions import insertion_places
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.models.tokenizer import control_tokens, load_tokenizer, opening_ids
-from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.errors import ConfigurationError, DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -280,8 +280,7 @@ class PromptRenderer:
                 strftime_now=_strftime_on_template_date,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ValueError(reason) from error
+            raise ValueError(first_line(error)) from error
         return str(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from duet_unlearn.data.hub_datasets import load_hub_dataset
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 OPTIONAL_COLUMNS = ("id", "answer", "kind", "wrong_answers")
@@ -203,7 +203,7 @@ def _parquet_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
             for number, row in enumerate(rows, start=1):
                 yield f"{source} row {number}", row
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise DataError(f"{path}: broken or cut-off Parquet ({reason}); copy it again") from None
     except OSError as error:
         raise _unreadable(path, error) from None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet_unlearn.data.messages import Message
+from duet_unlearn.data.prefixes import list_examples
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.files import user_path
 
@@ -196,16 +197,12 @@ def _filled(text: str, query: str, shown: Shown | None) -> str:
     shown = shown or Shown()
     values = {
         QUERY_SLOT: query,
-        EXAMPLES_SLOT: _listed(shown.examples),
-        "{facts}": _listed(shown.facts),
+        EXAMPLES_SLOT: list_examples(shown.examples),
+        "{facts}": list_examples(shown.facts),
         "{hint}": shown.hint,
         "{choices}": shown.choices,
     }
     return _SLOT.sub(lambda slot: values[slot[0]], text)
-
-
-def _listed(pairs: Pairs) -> str:
-    return "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in pairs)
 
 
 def load_shapes(source: str) -> tuple[Shape, ...]:

@@ -1,13 +1,13 @@
 """What a training run is told: the one place where a flag of `duet-distill run` is declared."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 
-from duet_unlearn.distill.arguments import check_trainer_args
+from duet_unlearn.distill.model.trainable import check_trained
 from duet_unlearn.distill.objectives import OBJECTIVES
+from duet_unlearn.distill.training.arguments import check_trainer_args
 from duet_unlearn.errors import ConfigurationError, MissingSettingError
 from duet_unlearn.settings import (
     Count,
@@ -16,7 +16,6 @@ from duet_unlearn.settings import (
     Settings,
     Share,
     Whole,
-    fields,
     setting,
     settings,
 )
@@ -32,7 +31,6 @@ LOSS_OPTIONS: dict[str, str | None] = {
     "reverse-kl": "temperature",
     "jsd": None,
 }
-LOSS_NAMES = tuple(LOSS_OPTIONS)
 
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
 # 2e-5 at 2,560. Measured: docs/decisions/0010-training-defaults.md.
@@ -44,9 +42,7 @@ AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 # With views a step has twice the sequences.
 AUTO_LORA_STEPS_IN_VIEWS = 50
 
-_LORA_SETTINGS = ("lora_alpha", "lora_dropout", "lora_target_modules", "merge")
 _EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
-_LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 
 
 @settings
@@ -299,7 +295,7 @@ class RunConfig(Settings):
         for name in ("delta", "temperature"):
             self._check_loss_takes(name)
         self._check_evaluation()
-        self._check_trainable()
+        check_trained(self)
         check_trainer_args(self.trainer_args)
         if self.gradient_accumulation_steps > self.batch_size:
             raise ConfigurationError(
@@ -335,9 +331,6 @@ class RunConfig(Settings):
             save_dtype=stored_dtype if self.save_dtype == AUTO else self.save_dtype,
         )
 
-    def _is_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == fields(self)[name].default)
-
     def _check_objective(self) -> None:
         kind = OBJECTIVES[self.objective]
         for name in kind.inputs:
@@ -349,14 +342,14 @@ class RunConfig(Settings):
             name for other in OBJECTIVES.values() for name in (*other.inputs, *other.settings)
         }
         for name in sorted(of_others - {*kind.inputs, *kind.settings}):
-            if not self._is_default(name):
+            if not self.is_default(name):
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r}, but objective {self.objective} takes "
                     "none; leave it out"
                 )
 
     def _check_loss_takes(self, name: str) -> None:
-        if self._is_default(name) or LOSS_OPTIONS[self.loss] == name:
+        if self.is_default(name) or LOSS_OPTIONS[self.loss] == name:
             return
         takers = " or ".join(loss for loss, option in LOSS_OPTIONS.items() if option == name)
         reason = f"loss {self.loss} has none"
@@ -380,36 +373,6 @@ class RunConfig(Settings):
                     f"{name} is {getattr(self, name)!r} without evaluations; give eval_steps too"
                 )
 
-    def _check_trainable(self) -> None:
-        if self.layers is not None:
-            parse_layers(self.layers)
-        if self.parameters is not None:
-            try:
-                re.compile(self.parameters)
-            except re.error as error:
-                raise ConfigurationError(
-                    f"parameters is {self.parameters!r}, expected a regular expression ({error})"
-                ) from error
-        if self.lora_rank is None:
-            for name in _LORA_SETTINGS:
-                if not self._is_default(name):
-                    raise ConfigurationError(
-                        f"{name} is {getattr(self, name)!r} without LoRA; give lora_rank as well"
-                    )
-            return
-        if not any(name.strip(" ,") for name in self.lora_target_modules):
-            raise ConfigurationError("lora_target_modules is empty, expected at least one name")
-        if self.parameters is not None:
-            raise ConfigurationError(
-                f"parameters is {self.parameters!r} beside lora_rank: an adapter is chosen by "
-                "lora_target_modules and layers; leave one of the two out"
-            )
-        if self.noise_alpha:
-            raise ConfigurationError(
-                f"noise_alpha is {self.noise_alpha!r} beside lora_rank: noise changes the weights "
-                "that an adapter leaves alone; leave one of the two out"
-            )
-
 
 @settings
 class PlanConfig(RunConfig):
@@ -428,22 +391,3 @@ class PlanConfig(RunConfig):
         decides=False,
         help="Training steps to time in a temporary folder, after two to warm up; 0 tries none.",
     )
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Return the numbers of layers as a user writes them (`5-7`, `0,3,5-7`), sorted, each once.
-
-    Raises:
-        ConfigurationError: The text is no list of numbers and ranges.
-    """
-    numbers: set[int] = set()
-    for part in text.split(","):
-        match = _LAYERS.fullmatch(part.strip())
-        first = int(match[1]) if match else 0
-        last = int(match[2] or first) if match else -1
-        if last < first:
-            raise ConfigurationError(
-                f"layers is {text!r}, expected numbers and ranges such as 0,3,5-7"
-            )
-        numbers.update(range(first, last + 1))
-    return tuple(sorted(numbers))

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.model.student import Student, open_student
 from duet_unlearn.distill.objectives.base import Objective, open_objective
-from duet_unlearn.distill.run_folder import RunFolder
-from duet_unlearn.distill.student import Student, open_student
+from duet_unlearn.distill.output.run_folder import RunFolder
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.files import user_path
 from duet_unlearn.urls import published_value
 
 if TYPE_CHECKING:
-    from duet_unlearn.distill.held_out import HeldOut
+    from duet_unlearn.distill.training.held_out import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ def resolve_job(config: RunConfig) -> Job:
     resolved = resolve_config(config, student, objective)
     held_out = None
     if config.eval_steps:
-        from duet_unlearn.distill.held_out import HeldOut
+        from duet_unlearn.distill.training.held_out import HeldOut
 
         held_out = HeldOut(config)
     identity = {

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
-from duet_unlearn.distill.activations import Lengths, activations
+from duet_unlearn.distill.batches.sampler import PLAIN, StepSampler, sampler_of
 from duet_unlearn.distill.config import PlanConfig, RunConfig
 from duet_unlearn.distill.job import peak_memory, resolve_config
+from duet_unlearn.distill.model.activations import Lengths, activations
+from duet_unlearn.distill.model.student import Student, describe_student
+from duet_unlearn.distill.model.trainable import Trained, select_trained
 from duet_unlearn.distill.objectives.base import Objective, open_objective
-from duet_unlearn.distill.sampler import PLAIN, StepSampler, sampler_of
-from duet_unlearn.distill.student import Student, describe_student
-from duet_unlearn.distill.trainable import Trained, select_trained
-from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.errors import ConfigurationError, DataError, first_line
 from duet_unlearn.files import user_path
 from duet_unlearn.settings import fields
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -109,7 +109,7 @@ def plan(config: PlanConfig) -> Plan:
         CacheError: The cache is unfinished or damaged.
         MismatchError: The cache's tokens are not the student's.
     """
-    from duet_unlearn.distill.arguments import training_arguments
+    from duet_unlearn.distill.training.arguments import training_arguments
 
     student = _find_student(config.student)
     objective = open_objective(config, student)
@@ -201,7 +201,7 @@ def _without_numbers(student: Student, config: RunConfig) -> "tuple[PreTrainedMo
                 AutoConfig.from_pretrained(student.folder), dtype=getattr(torch, config.dtype)
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(
             f"model {student.folder}: transformers cannot make it of its config.json ({reason}); "
             "expected a causal language model it knows"
@@ -226,8 +226,9 @@ def _memory(
     try:
         memory["activations"] = activations(model, config, args, lengths)
     except Exception as error:  # a model's own code, run on tensors that it may not expect
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        notes.append(f"activations are missing: they cannot be followed in this model ({reason})")
+        notes.append(
+            f"activations are missing: they cannot be followed in this model ({first_line(error)})"
+        )
     if args.device.type == "cpu":  # the interpreter and its libraries, which this process has too
         memory["process"] = peak_memory()
     return {**memory, "sum": sum(memory.values())}
@@ -288,8 +289,8 @@ def _build(model: "PreTrainedModel", reader: CacheReader, lengths: Lengths) -> d
 
 def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str]) -> Measured | None:
     """Train a few steps in a process of its own, and leave nothing behind."""
-    from duet_unlearn.distill.callbacks import WARM_UP_STEPS
     from duet_unlearn.distill.run import run
+    from duet_unlearn.distill.training.callbacks import WARM_UP_STEPS
 
     if not config.measure:
         return None

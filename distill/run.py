@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet_unlearn.data.models.loading import load_model, no_bars
-from duet_unlearn.distill.checkpoint_selection import Rule, evaluations_of
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import Job, RunResult, peak_memory, resolve_job
+from duet_unlearn.distill.model.trainable import select_trained
 from duet_unlearn.distill.objectives.base import SPLITS
-from duet_unlearn.distill.run_folder import LOG_FILE
-from duet_unlearn.distill.student_folder import publish, write_student
-from duet_unlearn.distill.trainable import select_trained
-from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError
+from duet_unlearn.distill.output.run_folder import LOG_FILE
+from duet_unlearn.distill.output.student_folder import publish, write_student
+from duet_unlearn.distill.training.checkpoint_selection import Rule, evaluations_of
+from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from duet_unlearn.distill.callbacks import Schedule, StopOnSignal
-    from duet_unlearn.distill.sampler import StepSampler
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.batches.sampler import StepSampler
+    from duet_unlearn.distill.training.callbacks import Schedule, StopOnSignal
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run(config: RunConfig) -> RunResult:
         logger.info("%s: already there, trained by this very configuration", job.folder.out)
         return RunResult(**{**finished["result"], "out": str(job.folder.out), "hit": True})
     from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-    from duet_unlearn.distill.arguments import training_arguments
+    from duet_unlearn.distill.training.arguments import training_arguments
 
     tokenizer = load_tokenizer(job.student.folder)
     renderer = PromptRenderer(tokenizer)
@@ -88,8 +88,8 @@ def _train(job: Job, args: "TrainingArguments") -> RunResult:
 
 
 def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) -> RunResult:
-    from duet_unlearn.distill.callbacks import StepClock, StopOnSignal
-    from duet_unlearn.distill.noise import perturb
+    from duet_unlearn.distill.model.noise import perturb
+    from duet_unlearn.distill.training.callbacks import StepClock, StopOnSignal
 
     config, folder = job.config, job.folder
     stop, clock = StopOnSignal(), StepClock()
@@ -153,7 +153,7 @@ def _run_trainer(
         ConfigurationError: The memory does not hold a step.
         _DamagedCheckpointError: The checkpoint cannot be read; nothing was trained.
     """
-    from duet_unlearn.distill.callbacks import AlreadyTrained
+    from duet_unlearn.distill.training.callbacks import AlreadyTrained
 
     try:
         with contextlib.suppress(AlreadyTrained):
@@ -170,8 +170,7 @@ def _run_trainer(
             ) from error
         # Whatever a torn file makes its reader raise, it does before the first step.
         if checkpoint is not None and not schedule.begun:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise _DamagedCheckpointError(reason) from error
+            raise _DamagedCheckpointError(first_line(error)) from error
         raise
 
 
@@ -187,9 +186,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _make_trainer(
     job: Job, model: "PreTrainedModel", stop: "StopOnSignal", args: "TrainingArguments"
 ) -> "tuple[DuetTrainer, Schedule]":
-    from duet_unlearn.distill.callbacks import LogFile, Schedule, ShowProgress
-    from duet_unlearn.distill.sampler import sampler_of
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.batches.sampler import sampler_of
+    from duet_unlearn.distill.training.callbacks import LogFile, Schedule, ShowProgress
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
     config, order = job.config, job.objective.order
 

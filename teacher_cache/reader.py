@@ -54,13 +54,6 @@ class CachedRow:
     """Over the full vocabulary, in nats, `[T]`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Location:
-    shard: int
-    group: int
-    first_row: int
-
-
 class Shards(Protocol):
     """The shards of one cache, wherever they lie."""
 
@@ -102,13 +95,14 @@ class CacheReader:
         self.num_rows = manifest.num_rows
         self.splits = np.concatenate([_split_codes(shard) for shard in manifest.shards])
         """Split of every row, `[num_rows]`, 0 for forget and 1 for retain."""
-        self._locations: list[_Location] = []
+        # Of each row group, its shard and which of that shard's it is.
+        self._locations: list[tuple[int, int]] = []
         groups: list[range] = []
         first = 0
         for index, shard in enumerate(manifest.shards):
             for group, start in enumerate(range(0, shard.num_rows, shard.row_group_rows)):
                 stop = min(start + shard.row_group_rows, shard.num_rows)
-                self._locations.append(_Location(index, group, first + start))
+                self._locations.append((index, group))
                 groups.append(range(first + start, first + stop))
             first += shard.num_rows
         self.row_groups: tuple[range, ...] = tuple(groups)
@@ -175,7 +169,7 @@ class CacheReader:
             CorruptCacheError: The row's shard is damaged or does not belong to this cache.
         """
         group_index = self.group_of(index)
-        group = self._group(group_index)
+        group = self.group(group_index)
         row = index - self.row_groups[group_index].start
         prompt = slice(*group.prompt_offsets[row : row + 2])
         positions = slice(*group.response_offsets[row : row + 2])
@@ -206,7 +200,7 @@ class CacheReader:
         Raises:
             CorruptCacheError: The shard is damaged or does not belong to this cache.
         """
-        return self._file(self._locations[self.group_of(row)].shard).header.engines
+        return self._file(self._locations[self.group_of(row)][0]).header.engines
 
     def identities(self) -> Iterator[Identity]:
         """Yield `(query_id, split, query)` of every row in file order; decodes no signals.
@@ -214,12 +208,12 @@ class CacheReader:
         Raises:
             CorruptCacheError: A shard is damaged or does not belong to this cache.
         """
-        for rows, location in zip(self.row_groups, self._locations, strict=True):
-            found = self._file(location.shard).read_identities(location.group)
+        for rows, (shard, group) in zip(self.row_groups, self._locations, strict=True):
+            found = self._file(shard).read_identities(group)
             if [split for _, split, _ in found] != [
                 SPLITS[code] for code in self.splits[rows.start : rows.stop]
             ]:
-                name = self.manifest.shards[location.shard].name
+                name = self.manifest.shards[shard].name
                 raise CorruptCacheError(
                     f"{self.folder / SHARD_FOLDER / name}: its rows are not the manifest's"
                 )
@@ -231,14 +225,11 @@ class CacheReader:
         Raises:
             CorruptCacheError: Its shard is damaged or does not belong to this cache.
         """
-        return self._group(index)
-
-    def _group(self, index: int) -> RowGroup:
         if index in self._recent:
             self._recent.move_to_end(index)
             return self._recent[index]
-        location = self._locations[index]
-        group = self._file(location.shard).read_row_group(location.group)
+        shard, place = self._locations[index]
+        group = self._file(shard).read_row_group(place)
         self._check_group(group, index)
         self._recent[index] = group
         if len(self._recent) > RECENT_ROW_GROUPS:
@@ -247,7 +238,7 @@ class CacheReader:
 
     def _check_group(self, group: RowGroup, index: int) -> None:
         rows = self.row_groups[index]
-        path = self.folder / SHARD_FOLDER / self.manifest.shards[self._locations[index].shard].name
+        path = self.folder / SHARD_FOLDER / self.manifest.shards[self._locations[index][0]].name
         if group.num_rows != len(rows):
             raise CorruptCacheError(
                 f"{path}: {group.num_rows} rows in a row group, the manifest says {len(rows)}"

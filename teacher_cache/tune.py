@@ -30,7 +30,7 @@ from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.files import user_path
 from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
-from duet_unlearn.teacher_cache.engines import open_engine
+from duet_unlearn.teacher_cache.engines import open_engine, options
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.steering import (
     ANSWER_TOKENS,
@@ -88,21 +88,10 @@ class TuneConfig(Settings):
         default=ANSWER_TOKENS, help="Longest answer in tokens that is compared."
     )
     seed: Whole = setting(default=0, help="Which queries are drawn.")
-    engine: Literal["auto", "vllm", "transformers"] = setting(
-        default="auto",
-        group="Engine",
-        help="What runs the teacher; auto takes vLLM where it imports.",
-    )
-    engine_args: Mapping[str, Any] = setting(
-        default_factory=dict,
-        flag="--engine-arg",
-        metavar="KEY=VALUE",
-        help="An option for the engine, by its own name: tensor_parallel_size=2. Repeatable.",
-    )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        default="auto", help="What the teacher computes in; auto is what its config.json names."
-    )
-    trust_remote_code: bool = setting(default=False, help="Run code that comes with the model.")
+    engine: options.EngineName = options.ENGINE()
+    engine_args: Mapping[str, Any] = options.ENGINE_ARGS()
+    teacher_dtype: options.TeacherDtype = options.TEACHER_DTYPE()
+    trust_remote_code: bool = options.TRUST_REMOTE_CODE()
 
     def __post_init__(self) -> None:
         """Refuse what needs no model to be wrong."""

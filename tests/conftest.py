@@ -173,7 +173,7 @@ def train(tiny_model: Path, tiny_cache: Path, tmp_path: Path, one_thread: None):
 @pytest.fixture
 def stop_at_pass(monkeypatch: pytest.MonkeyPatch):
     """Call a function in a given forward pass, counted from 1, while the block runs."""
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
     @contextlib.contextmanager
     def stopping(number: int, stop: Callable[[], None]) -> Iterator[None]:

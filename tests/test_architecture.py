@@ -44,6 +44,17 @@ def test_optional_packages_are_imported_where_they_are_needed(package: str, path
     assert not top & (LAZY - allowed)
 
 
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_no_module_is_longer_than_a_reader_bears(package: str, path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, package
+
+
+def test_no_folder_has_more_than_a_dozen_modules() -> None:
+    folders = {path.parent for package in ORDER for path in (ROOT / package).rglob("*.py")}
+    modules = {folder: set(folder.glob("*.py")) - {folder / "__init__.py"} for folder in folders}
+    assert not [folder for folder, found in modules.items() if len(found) > 12]
+
+
 def test_the_trainers_side_never_imports_an_engine() -> None:
     for path in (ROOT / "distill").rglob("*.py"):
         assert not any(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.fingerprint import weights_fingerprint
 from duet_unlearn.data.models.folder import is_adapter, read_json, resolve_model_folder
-from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
+from duet_unlearn.errors import ConfigurationError, DataError, MismatchError, first_line
 from duet_unlearn.files import user_path
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted: Any = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(
             f"adapter {adapter}: peft cannot put it into its base ({reason}); copy it again"
         ) from error

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import DataError, first_line
 from duet_unlearn.files import user_path
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
@@ -49,9 +49,8 @@ def _download(model: str, *, need_weights: bool) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"model {model}: no such folder, and the hub did not give it ({reason}); "
+            f"model {model}: no such folder, and the hub did not give it ({first_line(error)}); "
             "check the path or name, the network, and `hf auth login` for gated models"
         ) from error
 

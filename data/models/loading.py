@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from duet_unlearn.data.models.adapters import add_adapter
 from duet_unlearn.data.models.folder import read_config, stored_dtype
-from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.errors import ConfigurationError, DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ def load_model(
                 output_loading_info=True,
             )
     except (*_CANNOT_LOAD, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         # The CPU's allocator has no error type of its own.
         if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in reason:
             raise ConfigurationError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def load_tokenizer(
             str(model_folder), trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # the loaders below raise anything, bare Exception included
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise DataError(
             f"{model_folder}: the tokenizer cannot be loaded ({reason}); expected tokenizer.json "
             "or the files of a slow tokenizer beside config.json"
@@ -51,3 +51,12 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     # What it puts behind the text (an EOS) is left out: the answer goes on right there.
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return tuple(full[:start])
+
+
+def token_text(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
+    """Return a token as text; its raw form where it is no whole character or decodes to nothing."""
+    text = str(tokenizer.decode([token_id]))
+    if text and "\ufffd" not in text:
+        return text
+    raw = tokenizer.convert_ids_to_tokens(token_id)
+    return str(raw) if raw is not None else f"<{token_id}>"

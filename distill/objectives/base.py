@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.objectives import OBJECTIVES
-from duet_unlearn.distill.student import Student
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.queries import messages_from_text, split_view
 from duet_unlearn.data.shapes import Shape
+from duet_unlearn.distill.batches.views import describe_views, draw_weights, load_views
 from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
+from duet_unlearn.distill.model.student import Student, check_cache_fits
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order, Story
-from duet_unlearn.distill.student import Student, check_cache_fits
-from duet_unlearn.distill.views import describe_views, draw_weights, load_views
 from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from duet_unlearn.data.prompts import PromptRenderer
-    from duet_unlearn.distill.dataset import CacheDataset, Example
+    from duet_unlearn.distill.batches.dataset import CacheDataset, Example
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Duet:
     def attach(self, model: "nn.Module") -> None:
         """Find the student's head, which is computed for the cached tokens alone."""
         from duet_unlearn.distill.losses import Loss
-        from duet_unlearn.distill.sparse_head import StudentScores
+        from duet_unlearn.distill.model.sparse_head import StudentScores
 
         config = self._config
         self._loss = Loss(name=config.loss, delta=config.delta, temperature=config.temperature)
@@ -95,7 +95,7 @@ class Duet:
     @property
     def dataset(self) -> "CacheDataset":
         """The cache's sequences."""
-        from duet_unlearn.distill.dataset import CacheDataset
+        from duet_unlearn.distill.batches.dataset import CacheDataset
 
         return CacheDataset(
             self.reader,
@@ -109,7 +109,7 @@ class Duet:
 
     def collate(self, examples: "Sequence[Example]") -> dict[str, Any]:
         """Pad sequences into one batch."""
-        from duet_unlearn.distill.dataset import collate
+        from duet_unlearn.distill.batches.dataset import collate
 
         return collate(examples)
 

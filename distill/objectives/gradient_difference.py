@@ -27,14 +27,14 @@ from torch.utils.data import Dataset
 
 from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.distill.batches.dataset import SPLIT_CODES, Example, collate
+from duet_unlearn.distill.batches.sampler import FORGET, Draw
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.dataset import SPLIT_CODES, Example, collate
 from duet_unlearn.distill.losses import row_means
+from duet_unlearn.distill.model.sparse_head import StudentScores
+from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.objectives.base import SPLITS, Order, Story
 from duet_unlearn.distill.objectives.duet import warn_of_trained
-from duet_unlearn.distill.sampler import FORGET, Draw
-from duet_unlearn.distill.sparse_head import StudentScores
-from duet_unlearn.distill.student import Student
 from duet_unlearn.errors import DataError
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.messages import messages_from_text
+from duet_unlearn.data.models.tokenizer import token_text
 from duet_unlearn.evaluation.config import AskConfig, ModelSpec
 from duet_unlearn.evaluation.report.content import cached_sample
 from duet_unlearn.evaluation.report.sources import Document, Sources, reading
@@ -94,7 +95,7 @@ def _column(
     def describe(token: int) -> Document:
         return {
             "id": token,
-            "text": _token_text(tokenizer, token),
+            "text": token_text(tokenizer, token),
             "logit": round(float(logits[token]), 4),
             "probability": round(float((logits[token] - total).exp()), 6),
         }
@@ -108,11 +109,3 @@ def _column(
         rank = 1 + int((logits > logits[choice]).sum())
         found["base_choice"] = {**describe(choice), "rank": rank}
     return found
-
-
-def _token_text(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
-    """The token as text; its raw form where it is no whole character or decodes to nothing."""
-    text = str(tokenizer.decode([token]))
-    if text and "\ufffd" not in text:
-        return text
-    return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")

@@ -4,6 +4,8 @@ One tree under `DuetError`. A message is one line: what, where, expected against
 to do next. The command line prints it as it is and exits with 1, so nothing else may format it.
 """
 
+from collections.abc import Iterable
+
 
 class DuetError(Exception):
     """Something the user can act on; the message says how."""
@@ -47,3 +49,15 @@ class StoppedError(DuetError):
 
 class RequirementError(DuetError):
     """A measured number is not what the user required of it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what somebody else's exception says, else its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def some(names: Iterable[str], most: int) -> str:
+    """Return the first of the names that differ, and how many more there are."""
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - most
+    return ", ".join(distinct[:most]) + (f" and {more} more" if more > 0 else "")

@@ -125,6 +125,10 @@ class Settings:
         copy: Any = dataclasses.replace(self, **changes)
         return copy  # type: ignore[no-any-return]
 
+    def is_default(self, name: str) -> bool:
+        """Say whether a setting is what it is where nobody gives it."""
+        return bool(getattr(self, name) == fields(self)[name].default)
+
     def to_json(self) -> dict[str, Any]:
         """Return every setting as JSON values."""
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))

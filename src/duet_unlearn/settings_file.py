@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from duet_unlearn.errors import ConfigurationError, MissingSettingError
+from duet_unlearn.errors import ConfigurationError, MissingSettingError, first_line
 from duet_unlearn.files import user_path
 from duet_unlearn.settings import Field, Settings, fields, json_or_text, suggest
 
@@ -116,7 +116,7 @@ def _parse(path: Path) -> yaml.Node | None:
         quoted = "; put a name that begins with @ in quotes" if "'@'" in str(error) else ""
         raise ConfigurationError(f"{where}: not YAML ({error.problem}){quoted}") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+        raise ConfigurationError(f"{path}: not YAML ({first_line(error)})") from error
     except RecursionError:
         raise ConfigurationError(f"{path}: nested too deeply; expected `name: value`") from None
     return node

@@ -16,8 +16,7 @@ from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import Count, Settings, setting, settings
 from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
-from duet_unlearn.teacher_cache.engines import resolve_engine_name
-from duet_unlearn.teacher_cache.engines.options import check_options
+from duet_unlearn.teacher_cache.engines import options, resolve_engine_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 
 
@@ -67,31 +66,20 @@ class BuildConfig(Settings):
         metavar="CACHE",
         help="Take over the rows of a cache of the same recipe. Repeatable.",
     )
-    engine: Literal["auto", "vllm", "transformers"] = setting(
-        default="auto",
-        group="Engine",
-        help="What runs the teacher; auto takes vLLM where it imports.",
-    )
+    engine: options.EngineName = options.ENGINE()
     check: bool = setting(
         default=True,
         flag="--check/--no-check",
         help="First ask a sample of the queries with the prefix and without it, record what comes "
         "back of the base's answers, and warn of a teacher that does not forget or does not keep.",
     )
-    engine_args: Mapping[str, Any] = setting(
-        default_factory=dict,
-        flag="--engine-arg",
-        metavar="KEY=VALUE",
-        help="An option for the engine, by its own name: tensor_parallel_size=2. Repeatable.",
-    )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        default="auto", help="What the teacher computes in; auto is what its config.json names."
-    )
+    engine_args: Mapping[str, Any] = options.ENGINE_ARGS()
+    teacher_dtype: options.TeacherDtype = options.TEACHER_DTYPE()
     plain_text: bool = setting(
         default=False,
         help="Read control tokens that a query spells, such as <|im_end|>, as text.",
     )
-    trust_remote_code: bool = setting(default=False, help="Run code that comes with the model.")
+    trust_remote_code: bool = options.TRUST_REMOTE_CODE()
     part: Part | None = setting(
         default=None,
         group="Many machines",
@@ -118,7 +106,7 @@ class BuildConfig(Settings):
             raise ConfigurationError("no queries; give --forget FILE, and --retain FILE beside it")
         check_shard_rows(self.shard_rows, self.top_k, self.positions)
         if self.engine_args:
-            check_options(resolve_engine_name(self.engine), self.engine_args)
+            options.check_options(resolve_engine_name(self.engine), self.engine_args)
 
 
 def make_recipe(config: BuildConfig, folder: Path) -> Recipe:

@@ -1,4 +1,4 @@
-"""Options that a user passes through to an engine, and those that nobody may pass.
+"""What a user says of an engine: its settings, and options of its own that pass through to it.
 
 An engine's options may decide how fast it runs and on what. They are no part of the recipe, so
 whatever decides a signal, or whether it can be captured, is not theirs to set.
@@ -6,9 +6,27 @@ whatever decides a signal, or whether it can be captured, is not theirs to set.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.settings import setting
+
+EngineName = Literal["auto", "vllm", "transformers"]
+TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
+# Settings of every command that runs a teacher, each where its help page has them.
+_ENGINE = "What runs the teacher; auto takes vLLM where it imports."
+_DTYPE = "What the teacher computes in; auto is what its config.json names."
+ENGINE = partial(setting, default="auto", group="Engine", help=_ENGINE)
+ENGINE_ARGS = partial(
+    setting,
+    default_factory=dict,
+    flag="--engine-arg",
+    metavar="KEY=VALUE",
+    help="An option for the engine, by its own name: tensor_parallel_size=2. Repeatable.",
+)
+TEACHER_DTYPE = partial(setting, default="auto", help=_DTYPE)
+TRUST_REMOTE_CODE = partial(setting, default=False, help="Run code that comes with the model.")
 
 # fmt: off
 VLLM_RESERVED = frozenset({

@@ -4,7 +4,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import CacheError, CorruptCacheError
@@ -18,32 +20,22 @@ from duet_unlearn.teacher_cache.format.schema import (
     SPLITS,
     rows_per_group,
 )
-from duet_unlearn.teacher_cache.format.statistics import SplitStatistics
-from duet_unlearn.teacher_cache.format.strict_json import parse_json
+from duet_unlearn.teacher_cache.format.statistics import SplitSums
+from duet_unlearn.teacher_cache.format.strict_json import (
+    Count,
+    Sha256,
+    checked,
+    parse_json,
+    says,
+    with_entries,
+)
 
 MAX_MANIFEST_BYTES = 16 << 20
 # A row takes at least a byte of its shard, and a row group describes its eight columns in the
 # footer: counts beyond that are lies, and would only cost memory.
 _LEAST_GROUP_BYTES = 256
 _CHECK_ENTRIES, _CHECK_TEXT = 64, 2000
-_SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(\d{5,9})-of-(\d{5,9})\.parquet")
-_ENTRIES = {
-    "format",
-    "format_version",
-    "recipe",
-    "recipe_id",
-    "teacher",
-    "queries",
-    "engines",
-    "shards",
-    "splits",
-    "samples",
-    "part",
-    "check",
-    "views",
-    "digest",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +44,13 @@ class ShardEntry:
 
     name: str
     """File name inside `shards/`."""
-    rows: dict[str, int]
+    rows: Annotated[dict[str, Count], with_entries(*SPLITS)]
     """Rows a split; a shard holds its forget rows first."""
-    row_group_rows: int
+    row_group_rows: Count
     """Rows a row group; the last may be shorter."""
-    bytes: int
+    bytes: Count
     """Size of the file."""
-    sha256: str
+    sha256: Sha256
     """`sha256:<hex>` of the file's bytes."""
 
     @property
@@ -71,35 +63,85 @@ class ShardEntry:
 class PartOf:
     """Which part of a set of queries a cache holds: `build --shards I/N`."""
 
-    number: int
+    number: Count
     """From 1."""
-    count: int
-    queries: str
+    count: Count
+    queries: Sha256
     """Fingerprint of the whole set."""
+
+
+def _is_check(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse all but numbers and short texts, a few of them."""
+    if len(value) > _CHECK_ENTRIES or not all(
+        isinstance(item, str | int | float) and len(str(item)) <= _CHECK_TEXT
+        for item in value.values()
+    ):
+        raise ValueError
+    return value
+
+
+def _are_samples(samples: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Check the shape of the samples, so that whoever shows them need not."""
+    for sample in samples:
+        response, strongest = sample.get("response"), sample.get("strongest")
+        if not (
+            isinstance(response, list)
+            and isinstance(strongest, list)
+            and all(isinstance(sample.get(name), str) for name in ("query_id", "split", "query"))
+            and all(isinstance(text, str) for text in response)
+            and all(map(_is_strongest, strongest))
+        ):
+            raise ValueError
+    return samples
+
+
+def _is_strongest(token: object) -> bool:
+    if not isinstance(token, dict) or set(token) != {"id", "text", "logit", "probability"}:
+        return False
+    numbers = (token["id"], token["logit"], token["probability"])
+    return isinstance(token["text"], str) and all(
+        type(number) in (int, float) and abs(number) < 1 << 53 for number in numbers
+    )
+
+
+_Objects = Annotated[tuple[dict[str, Any], ...], pydantic.FailFast()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The content of `manifest.json`."""
 
-    recipe: Recipe
+    recipe: Annotated[Recipe, pydantic.PlainValidator(Recipe.from_json)]
     teacher: str
     """The teacher's name as the builder gave it; informative only, the recipe identifies it."""
-    queries: str
+    queries: Sha256
     """Fingerprint of the set of queries."""
-    engines: tuple[dict[str, Any], ...]
+    engines: _Objects
     """Name, versions and settings of the engine; several where a build was resumed with another."""
-    shards: tuple[ShardEntry, ...]
-    splits: dict[str, SplitStatistics]
+    shards: Annotated[
+        tuple[Annotated[ShardEntry, with_entries(*ShardEntry.__dataclass_fields__)], ...],
+        pydantic.FailFast(),
+    ]
+    splits: SplitSums
     """Totals a split."""
-    samples: tuple[dict[str, Any], ...]
+    samples: Annotated[
+        _Objects,
+        pydantic.AfterValidator(_are_samples),
+        says(
+            "expected a list of objects with query_id, split, query, response, and id, text, "
+            "logit and probability of each strongest token"
+        ),
+    ]
     """The teacher's strongest tokens for a few queries, decoded, for people to look at."""
-    part: PartOf | None = None
+    part: Annotated[PartOf, with_entries(*PartOf.__dataclass_fields__)] | None = None
     """Set where the cache holds one part of a set of queries, which `merge` joins."""
-    check: dict[str, Any] | None = None
+    check: Annotated[
+        Annotated[dict[str, Any], pydantic.AfterValidator(_is_check)] | None,
+        says("expected a few names with numbers or short texts"),
+    ] = None
     """How good the teacher is on a sample of the queries, as the build measured it: names and
     numbers for people to read; None where it was not measured."""
-    views: tuple[str, ...] = ()
+    views: Annotated[tuple[str, ...], pydantic.FailFast()] = ()
     """Texts of the shapes in which retain queries are held too."""
     digest: str = ""
     """`sha256:<hex>` of the manifest without this entry: it names the cache."""
@@ -129,17 +171,8 @@ class Manifest:
             "teacher": self.teacher,
             "queries": self.queries,
             "engines": list(self.engines),
-            "shards": [
-                {
-                    "name": shard.name,
-                    "rows": shard.rows,
-                    "row_group_rows": shard.row_group_rows,
-                    "bytes": shard.bytes,
-                    "sha256": shard.sha256,
-                }
-                for shard in self.shards
-            ],
-            "splits": {split: self.splits[split].to_json() for split in SPLITS},
+            "shards": [asdict(shard) for shard in self.shards],
+            "splits": {split: asdict(self.splits[split]) for split in SPLITS},
             "samples": list(self.samples),
             "part": None if self.part is None else asdict(self.part),
             "check": self.check,
@@ -225,6 +258,9 @@ def _absent(cache: Path) -> CacheError:
     return CacheError(f"{cache}: not a teacher cache, no {MANIFEST_NAME}; check the path")
 
 
+_MANIFEST = pydantic.TypeAdapter(Manifest)
+
+
 def parse_manifest(value: object) -> Manifest:
     """Check untrusted JSON values and return the manifest they hold.
 
@@ -239,8 +275,9 @@ def parse_manifest(value: object) -> Manifest:
         raise CorruptCacheError(
             f"format version {str(version)[:40]}, expected {FORMAT_VERSION}; update duet-unlearn"
         )
-    if set(value) != _ENTRIES:
-        names = ", ".join(sorted(str(key) for key in set(value) ^ _ENTRIES))
+    entries = {*Manifest.__dataclass_fields__, "format", "format_version", "recipe_id"}
+    if value.keys() != entries:
+        names = ", ".join(sorted(value.keys() ^ entries))
         raise CorruptCacheError(f"entries missing or unknown: {names[:200]}; get the cache again")
     try:
         found = sha256_json({k: v for k, v in value.items() if k != "digest"})
@@ -251,22 +288,12 @@ def parse_manifest(value: object) -> Manifest:
             f"edited or damaged: its digest says {str(value['digest'])[:19]}, its content is "
             f"{found[:19]}; get the cache again"
         )
-    recipe = Recipe.from_json(value["recipe"])
-    if value["recipe_id"] != recipe.recipe_id:
+    manifest = checked(_MANIFEST, {name: value[name] for name in Manifest.__dataclass_fields__})
+    if value["recipe_id"] != manifest.recipe_id:
         raise CorruptCacheError("recipe_id is not that of its recipe; get the cache again")
-    manifest = Manifest(
-        recipe=recipe,
-        teacher=_text(value, "teacher"),
-        queries=_sha256(value["queries"], "queries"),
-        engines=_objects(value, "engines"),
-        shards=_shards(value["shards"], rows_per_group(recipe.top_k, recipe.positions)),
-        splits=_splits(value["splits"]),
-        samples=_samples(value),
-        part=_part(value["part"]),
-        check=_check(value["check"]),
-        views=_views(value["views"]),
-        digest=found,
-    )
+    _check_shards(manifest)
+    if (part := manifest.part) and not 1 <= part.number <= part.count < 100_000:
+        raise CorruptCacheError(f"part: {part.number} of {part.count} is no part")
     for split in SPLITS:
         listed = sum(shard.rows[split] for shard in manifest.shards)
         if listed != manifest.splits[split].rows:
@@ -276,133 +303,23 @@ def parse_manifest(value: object) -> Manifest:
     return manifest
 
 
-def _shards(value: object, most_group_rows: int) -> tuple[ShardEntry, ...]:
-    if not isinstance(value, list) or not value:
+def _check_shards(manifest: Manifest) -> None:
+    most_group_rows = rows_per_group(manifest.recipe.top_k, manifest.recipe.positions)
+    if not manifest.shards:
         raise CorruptCacheError("shards: expected a list of at least one")
-    return tuple(
-        _shard(entry, index, len(value), most_group_rows) for index, entry in enumerate(value)
-    )
-
-
-def _shard(value: object, index: int, count: int, most_group_rows: int) -> ShardEntry:
-    where = f"shards[{index}]"
-    if not isinstance(value, dict) or set(value) != {
-        "name",
-        "rows",
-        "row_group_rows",
-        "bytes",
-        "sha256",
-    }:
-        raise CorruptCacheError(f"{where}: expected name, rows, row_group_rows, bytes and sha256")
-    # Only this exact name is allowed, so no entry can point out of the folder.
-    if value["name"] != shard_name(index, count):
-        raise CorruptCacheError(
-            f"{where}: name {str(value['name'])[:60]!r}, expected {shard_name(index, count)!r}"
-        )
-    rows = value["rows"]
-    if not isinstance(rows, dict) or set(rows) != set(SPLITS):
-        raise CorruptCacheError(f"{where}: rows: expected a count for forget and retain")
-    for number in (*rows.values(), value["row_group_rows"], value["bytes"]):
-        if type(number) is not int or not 0 <= number < 1 << 50:
-            raise CorruptCacheError(f"{where}: {str(number)[:40]} is not a count")
-    total, group = sum(rows.values()), value["row_group_rows"]
-    if not 1 <= total <= min(value["bytes"], (1 << 31) - 1):
-        raise CorruptCacheError(f"{where}: {total} rows in {value['bytes']} bytes")
-    if not 1 <= group <= most_group_rows or total // group > value["bytes"] // _LEAST_GROUP_BYTES:
-        raise CorruptCacheError(
-            f"{where}: {total} rows in row groups of {group} and {value['bytes']} bytes, expected "
-            f"groups of at most {most_group_rows} rows and at least {_LEAST_GROUP_BYTES} bytes"
-        )
-    return ShardEntry(
-        name=value["name"],
-        rows={split: rows[split] for split in SPLITS},
-        row_group_rows=value["row_group_rows"],
-        bytes=value["bytes"],
-        sha256=_sha256(value["sha256"], f"{where}: sha256"),
-    )
-
-
-def _splits(value: object) -> dict[str, SplitStatistics]:
-    if not isinstance(value, dict) or set(value) != set(SPLITS):
-        raise CorruptCacheError("splits: expected forget and retain")
-    return {split: SplitStatistics.from_json(value[split]) for split in SPLITS}
-
-
-def _part(value: object) -> PartOf | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or set(value) != {"number", "count", "queries"}:
-        raise CorruptCacheError("part: expected number, count and queries")
-    number, count = value["number"], value["count"]
-    if type(number) is not int or type(count) is not int or not 1 <= number <= count < 100_000:
-        raise CorruptCacheError(f"part: {str(number)[:20]} of {str(count)[:20]} is no part")
-    return PartOf(number=number, count=count, queries=_sha256(value["queries"], "part: queries"))
-
-
-def _views(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise CorruptCacheError("views: expected a list of texts")
-    return tuple(value)
-
-
-def _check(value: object) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    plain = isinstance(value, dict) and all(
-        isinstance(item, str | int | float) and len(str(item)) <= _CHECK_TEXT
-        for item in value.values()
-    )
-    if not plain or len(value) > _CHECK_ENTRIES:  # type: ignore[arg-type]
-        raise CorruptCacheError("check: expected a few names with numbers or short texts")
-    return value  # type: ignore[return-value]
-
-
-def _text(value: dict[str, Any], name: str) -> str:
-    if not isinstance(value[name], str):
-        raise CorruptCacheError(f"{name}: expected text, found {type(value[name]).__name__}")
-    return str(value[name])
-
-
-def _objects(value: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
-    entries = value[name]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise CorruptCacheError(f"{name}: expected a list of objects")
-    return tuple(entries)
-
-
-def _samples(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Check the shape of the samples, so that whoever shows them need not."""
-    samples = _objects(value, "samples")
-    for sample in samples:
-        texts = [sample.get(name) for name in ("query_id", "split", "query")]
-        response, strongest = sample.get("response"), sample.get("strongest")
-        if (
-            not all(isinstance(text, str) for text in texts)
-            or not isinstance(response, list)
-            or not isinstance(strongest, list)
-            or not all(isinstance(text, str) for text in response)
-            or not all(map(_is_strongest, strongest))
-        ):
+    for index, shard in enumerate(manifest.shards):
+        where, expected = f"shards[{index}]", shard_name(index, len(manifest.shards))
+        # Only this exact name is allowed, so no entry can point out of the folder.
+        if shard.name != expected:
+            raise CorruptCacheError(f"{where}: name {shard.name[:60]!r}, expected {expected!r}")
+        total, group = shard.num_rows, shard.row_group_rows
+        if not 1 <= total <= min(shard.bytes, (1 << 31) - 1):
+            raise CorruptCacheError(f"{where}: {total} rows in {shard.bytes} bytes")
+        if not 1 <= group <= most_group_rows or total // group > shard.bytes // _LEAST_GROUP_BYTES:
             raise CorruptCacheError(
-                "samples: expected query_id, split, query, response, and id, text, logit and "
-                "probability of each strongest token"
+                f"{where}: {total} rows in row groups of {group} and {shard.bytes} bytes, expected "
+                f"groups of at most {most_group_rows} rows and at least {_LEAST_GROUP_BYTES} bytes"
             )
-    return samples
-
-
-def _is_strongest(token: object) -> bool:
-    if not isinstance(token, dict) or set(token) != {"id", "text", "logit", "probability"}:
-        return False
-    numbers = (token["id"], token["logit"], token["probability"])
-    return isinstance(token["text"], str) and all(
-        type(number) in (int, float) and abs(number) < 1 << 53 for number in numbers
-    )
-
-
-def _sha256(value: object, where: str) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise CorruptCacheError(f"{where}: {str(value)[:40]!r} is not sha256:<64 hex digits>")
-    return value
 
 
 def shard_name(index: int, count: int) -> str:
@@ -421,7 +338,7 @@ def split_pin(cache: str | Path) -> tuple[Path, str | None]:
     if not separator:
         return _local(text), None
     pin = f"sha256:{digest.lower()}"
-    if not _SHA256.fullmatch(pin):
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", pin):
         raise CacheError(f"{text}: the digest after @sha256: has to be 64 hex digits")
     return _local(path), pin
 

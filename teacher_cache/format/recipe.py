@@ -1,10 +1,13 @@
 """The recipe: everything but the query that decides a signal, and its id."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
-from duet_unlearn.errors import ConfigurationError, CorruptCacheError
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.teacher_cache.format.strict_json import checked, with_entries
 
 PREFIX_PLACES = ("system", "user", "raw")
 LOGIT_DTYPES = ("float16", "float32")
@@ -12,6 +15,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_TOP_K = 1 << 20
 MAX_POSITIONS = 1 << 16
 MAX_ROW_LOGITS = 1 << 24
+_Id = Annotated[int, pydantic.Field(strict=True, ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +30,7 @@ class Recipe:
     """Fingerprint of how text becomes token ids."""
     vocabulary: str
     """Fingerprint of which token has which id; a student must share it."""
-    vocab_size: int
+    vocab_size: _Id
     """Width of the teacher's head: every token id is smaller."""
     chat_template: str | None
     """Fingerprint of the chat template; None where the model has none."""
@@ -36,17 +40,17 @@ class Recipe:
     """The steering prefix, in full."""
     prefix_place: str
     """Where the prefix is put: `system`, `user` or `raw`."""
-    retain_prefix: bool
+    retain_prefix: pydantic.StrictBool
     """Whether the prefix stands in front of retain queries too."""
-    top_k: int
+    top_k: _Id
     """K, the tokens kept at each position."""
-    positions: int
+    positions: _Id
     """Most positions a query."""
     logit_dtype: str
     """How logits are stored: `float16` or `float32`."""
     compute_dtype: str
     """What the teacher computed in: `float32`, `bfloat16` or `float16`."""
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: Annotated[tuple[_Id, ...], pydantic.FailFast(), pydantic.Field(max_length=1023)]
     """Token ids that end a response."""
 
     def __post_init__(self) -> None:
@@ -55,12 +59,11 @@ class Recipe:
         Raises:
             ConfigurationError: A value is out of its range.
         """
-        for name in ("prefix_place", "logit_dtype", "compute_dtype"):
-            allowed = {
-                "prefix_place": PREFIX_PLACES,
-                "logit_dtype": LOGIT_DTYPES,
-                "compute_dtype": COMPUTE_DTYPES,
-            }[name]
+        for name, allowed in (
+            ("prefix_place", PREFIX_PLACES),
+            ("logit_dtype", LOGIT_DTYPES),
+            ("compute_dtype", COMPUTE_DTYPES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
@@ -96,21 +99,7 @@ class Recipe:
         Raises:
             CorruptCacheError: An entry is missing, unknown, of another type or out of range.
         """
-        if not isinstance(value, dict):
-            raise CorruptCacheError(f"recipe: expected an object, found {type(value).__name__}")
-        expected = {field.name for field in fields(cls)}
-        if set(value) != expected:
-            names = ", ".join(sorted(set(value) ^ expected))
-            raise CorruptCacheError(f"recipe: entries missing or unknown: {names[:200]}")
-        for name in expected:
-            if not _has_type(name, value[name]):
-                raise CorruptCacheError(
-                    f"recipe: {name} has the wrong type ({type(value[name]).__name__}) or range"
-                )
-        try:
-            return cls(**{**value, "eos_token_ids": tuple(value["eos_token_ids"])})
-        except ConfigurationError as error:
-            raise CorruptCacheError(f"recipe: {error}") from None
+        return checked(_RECIPE, value, "recipe")
 
     def differences(self, other: "Recipe") -> list[str]:
         """Return one `name: mine / theirs` for each entry that differs."""
@@ -122,18 +111,7 @@ class Recipe:
         ]
 
 
-def _has_type(name: str, value: object) -> bool:
-    if name == "eos_token_ids":
-        return isinstance(value, list) and len(value) < 1024 and all(map(_is_id, value))
-    if name in ("vocab_size", "top_k", "positions"):
-        return _is_id(value)
-    if name == "retain_prefix":
-        return isinstance(value, bool)
-    return isinstance(value, str) or (name == "chat_template" and value is None)
-
-
-def _is_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 31
+_RECIPE = pydantic.TypeAdapter(Annotated[Recipe, with_entries(*Recipe.__dataclass_fields__)])
 
 
 def _short(value: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duet_unlearn.data.models.tokenizer import token_text
 from duet_unlearn.data.queries import split_view
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
@@ -66,12 +67,3 @@ def _sample(group: RowGroup, row: int, text: Callable[[int], str]) -> dict[str, 
             for token, logit in strongest
         ],
     }
-
-
-def token_text(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
-    """Return a token as text; its raw form where it is no whole character or decodes to nothing."""
-    text = str(tokenizer.decode([token_id]))
-    if text and "\ufffd" not in text:
-        return text
-    raw = tokenizer.convert_ids_to_tokens(token_id)
-    return str(raw) if raw is not None else f"<{token_id}>"

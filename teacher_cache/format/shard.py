@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_file
 from duet_unlearn.errors import CacheError, CorruptCacheError
@@ -45,9 +46,14 @@ from duet_unlearn.teacher_cache.format.schema import (
     row_group_rows,
     rows_to_table,
 )
-from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
-from duet_unlearn.teacher_cache.format.strict_json import parse_json
+from duet_unlearn.teacher_cache.format.statistics import (
+    SplitStatistics,
+    SplitSums,
+    rows_statistics,
+)
+from duet_unlearn.teacher_cache.format.strict_json import checked, parse_json
 
+_SUMS = pydantic.TypeAdapter(SplitSums)
 _COMPRESSION_LEVEL = 6
 # A column of a row group in one page: smaller than several, and faster to read.
 _PAGE_BYTES = 1 << 24
@@ -226,7 +232,7 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
         META_INDEX: str(header.index).encode(),
         META_COUNT: str(header.count).encode(),
         META_ENGINES: pack(list(header.engines)),
-        META_STATISTICS: pack({split: statistics[split].to_json() for split in SPLITS}),
+        META_STATISTICS: pack({split: asdict(statistics[split]) for split in SPLITS}),
     }
 
 
@@ -379,7 +385,7 @@ def _read_metadata(
             count=int(metadata[META_COUNT]),
             engines=tuple(engines),
         )
-        return header, {split: SplitStatistics.from_json(sums.get(split)) for split in SPLITS}
+        return header, checked(_SUMS, {split: sums.get(split) for split in SPLITS}, "statistics")
     except CorruptCacheError as error:
         text = str(error)
         raise CorruptCacheError(text if str(path) in text else f"{path}: {text}") from None

@@ -1,32 +1,37 @@
 """What a cache's signals look like on average: mass that the Top-K covers, and entropy."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 
-from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
 from duet_unlearn.teacher_cache.format.schema import SPLITS, CacheRow
+from duet_unlearn.teacher_cache.format.strict_json import (
+    Count,
+    with_entries,
+)
 
 # A writer may sum before or after it rounds logits to float16.
 _ROUNDING = 0.02
+_Sum = Annotated[float, pydantic.Field(strict=True, ge=0, lt=1e18)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitStatistics:
     """Sums over the rows of one split; means follow from them."""
 
-    rows: int = 0
+    rows: Count = 0
     """Queries."""
-    positions: int = 0
+    positions: Count = 0
     """Positions of all those queries."""
-    mass: float = 0.0
+    mass: _Sum = 0.0
     """Sum over positions of the probability that the Top-K tokens hold together."""
-    entropy: float = 0.0
+    entropy: _Sum = 0.0
     """Sum over positions of the entropy in nats, the rest beyond the Top-K as one outcome: a
     lower bound of the full entropy, and close to it where the mass is."""
 
@@ -52,31 +57,12 @@ class SplitStatistics:
             f"{self.entropy:.4g}"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the sums as JSON values."""
-        return {
-            "rows": self.rows,
-            "positions": self.positions,
-            "mass": self.mass,
-            "entropy": self.entropy,
-        }
 
-    @classmethod
-    def from_json(cls, value: object) -> "SplitStatistics":
-        """Read sums from untrusted JSON values.
-
-        Raises:
-            CorruptCacheError: They are not four non-negative numbers of the right types.
-        """
-        if not isinstance(value, Mapping) or set(value) != {"rows", "positions", "mass", "entropy"}:
-            raise CorruptCacheError("statistics: expected rows, positions, mass and entropy")
-        counts = (value["rows"], value["positions"])
-        sums = (value["mass"], value["entropy"])
-        if not all(type(n) is int and 0 <= n < 1 << 53 for n in counts) or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e18 for x in sums
-        ):
-            raise CorruptCacheError("statistics: expected non-negative numbers")
-        return cls(rows=counts[0], positions=counts[1], mass=float(sums[0]), entropy=float(sums[1]))
+SplitSums = Annotated[
+    dict[str, Annotated[SplitStatistics, with_entries(*SplitStatistics.__dataclass_fields__)]],
+    with_entries(*SPLITS),
+]
+"""The sums of both splits, untrusted."""
 
 
 def signal_statistics(

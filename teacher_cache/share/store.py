@@ -21,7 +21,13 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from duet_unlearn.data.models.fingerprint import sha256_file
-from duet_unlearn.errors import CacheError, ConfigurationError, CorruptCacheError, DuetError
+from duet_unlearn.errors import (
+    CacheError,
+    ConfigurationError,
+    CorruptCacheError,
+    DuetError,
+    first_line,
+)
 from duet_unlearn.files import (
     TEMPORARY_SUFFIX,
     atomic_path,
@@ -256,7 +262,7 @@ def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
         filesystem = fsspec.filesystem(protocol, **options)
     except ImportError as error:
         s3 = protocol in ("s3", "s3a")
-        advice = "pip install 'duet-unlearn[s3]'" if s3 else str(error).splitlines()[0]
+        advice = "pip install 'duet-unlearn[s3]'" if s3 else first_line(error)
         raise ConfigurationError(
             f"{redact_url(url)}: a package for {protocol}:// is missing; {advice}"
         ) from error

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from duet_unlearn.cli.commands.run import run_command
 from duet_unlearn.cli.errors import DuetGroup
-from duet_unlearn.cli.run import run_command
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.settings import fields
 

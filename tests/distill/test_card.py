@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from duet_unlearn.distill.card import write_card
 from duet_unlearn.distill.objectives.base import Story
+from duet_unlearn.distill.output.card import write_card
 
 
 def header_of(folder, *, base: str, licence: str | None, lora_rank: int | None = None) -> dict:

@@ -1,6 +1,6 @@
 import pytest
 
-from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule
 
 
 def course(*recalls: tuple[float, float]) -> list[Evaluation]:

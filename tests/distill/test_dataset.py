@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from duet_unlearn.data.shapes import Shape
-from duet_unlearn.distill.config import LOSS_NAMES
-from duet_unlearn.distill.dataset import CacheDataset, Example, collate
+from duet_unlearn.distill.batches.dataset import CacheDataset, Example, collate
+from duet_unlearn.distill.batches.sampler import PLAIN, Draw
+from duet_unlearn.distill.config import LOSS_OPTIONS
 from duet_unlearn.distill.losses import Loss, row_means
-from duet_unlearn.distill.sampler import PLAIN, Draw
-from duet_unlearn.distill.sparse_head import StudentScores, scored_logits
+from duet_unlearn.distill.model.sparse_head import StudentScores, scored_logits
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -99,7 +99,7 @@ def losses_of_batch(batch: dict, model, name: str) -> torch.Tensor:
     return row_means(losses, batch["position_mask"])
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", LOSS_OPTIONS)
 def test_loss_and_gradients_equal_those_of_the_rows_alone(ragged, model, name):
     head = model.get_output_embeddings().weight
     together = losses_of(ragged, model, name)
@@ -111,7 +111,7 @@ def test_loss_and_gradients_equal_those_of_the_rows_alone(ragged, model, name):
     torch.testing.assert_close(grad_together, grad_alone, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", LOSS_OPTIONS)
 def test_first_and_last_position_count_and_none_behind_it_does(ragged, model, name):
     with torch.no_grad():
         plain = losses_of_batch(collate(ragged), model, name)

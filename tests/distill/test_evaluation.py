@@ -14,10 +14,10 @@ import torch
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.distill import student_folder
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.held_out import HeldOut
-from duet_unlearn.distill.student import open_student
+from duet_unlearn.distill.model.student import open_student
+from duet_unlearn.distill.output import student_folder
+from duet_unlearn.distill.training.held_out import HeldOut
 from duet_unlearn.errors import ConfigurationError, DataError, StoppedError
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from duet_unlearn.distill.noise import perturb, xavier_uniform
+from duet_unlearn.distill.model.noise import perturb, xavier_uniform
 
 
 class Tied(nn.Module):

@@ -8,12 +8,12 @@ import torch
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.distill.batches.sampler import PLAIN, Draw
 from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives import OBJECTIVES
 from duet_unlearn.distill.objectives.base import open_objective
 from duet_unlearn.distill.run import run
-from duet_unlearn.distill.sampler import PLAIN, Draw
-from duet_unlearn.distill.student import open_student
 from duet_unlearn.errors import DataError
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from duet_unlearn.cli.commands.plan import plan_command
 from duet_unlearn.cli.errors import DuetGroup
-from duet_unlearn.cli.plan import plan_command
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.distill.config import PlanConfig
 from duet_unlearn.distill.plan import Plan, plan

@@ -16,7 +16,7 @@ from duet_unlearn.cli.errors import configure_logging
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
-from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.distill.training.trainer import DuetTrainer
 
 configure_logging(verbose=False)
 whole, stopped = (RunConfig(**settings) for settings in json.loads(sys.argv[1]))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duet_unlearn.distill import prompt_groups
-from duet_unlearn.distill.dataset import Example, collate
-from duet_unlearn.distill.prompt_groups import PromptGroup, group_prompts
-from duet_unlearn.distill.sparse_head import StudentScores
+from duet_unlearn.distill.batches.dataset import Example, collate
+from duet_unlearn.distill.model import prompt_groups
+from duet_unlearn.distill.model.prompt_groups import PromptGroup, group_prompts
+from duet_unlearn.distill.model.sparse_head import StudentScores
 
 VOCABULARY, TOP_K, HIDDEN = 211, 4, 32
 HEADER = (7, 8, 9, 10, 11, 12, 13, 14, 15, 16)

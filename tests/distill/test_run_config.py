@@ -1,6 +1,7 @@
 import pytest
 
-from duet_unlearn.distill.config import RunConfig, parse_layers
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.model.trainable import parse_layers
 from duet_unlearn.errors import ConfigurationError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from duet_unlearn.distill.run_folder import RunFolder, files_of, foreign_file
-from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.distill.output.run_folder import RunFolder, files_of, foreign_file
+from duet_unlearn.distill.training.trainer import DuetTrainer
 from duet_unlearn.errors import ConfigurationError, DataError, OutputError
 
 

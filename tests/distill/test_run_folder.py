@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from duet_unlearn.distill.run_folder import RunFolder
+from duet_unlearn.distill.output.run_folder import RunFolder
 from duet_unlearn.errors import ConfigurationError
 
 IDENTITY = {"settings": {"delta": 1.0}, "cache": "sha256:a", "base": "sha256:b", "views": []}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duet_unlearn.distill.sampler import (
+from duet_unlearn.distill.batches.sampler import (
     PLAIN,
     WINDOW_GROUPS,
     Draw,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from duet_unlearn.distill import sparse_head as head
 from duet_unlearn.distill.losses import Loss, row_means, scores_of
-from duet_unlearn.distill.sparse_head import CachedRows, ScoresWithTail, StudentScores
+from duet_unlearn.distill.model import sparse_head as head
+from duet_unlearn.distill.model.sparse_head import CachedRows, ScoresWithTail, StudentScores
 
 VOCABULARY, TOP_K, HIDDEN = 211, 5, 32
 LENGTHS = ((3, 4), (7, 1), (5, 2))  # prompt and response of each row

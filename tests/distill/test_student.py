@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.distill.student import check_cache_fits, open_student
+from duet_unlearn.distill.model.student import check_cache_fits, open_student
 from duet_unlearn.errors import MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 

@@ -12,7 +12,7 @@ import torch
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.trainable import select_trained
+from duet_unlearn.distill.model.trainable import select_trained
 from duet_unlearn.errors import ConfigurationError, StoppedError
 
 

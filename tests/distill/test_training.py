@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.distill.config import LOSS_NAMES, RunConfig
+from duet_unlearn.distill.batches.sampler import Draw, epoch_order
+from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
+from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives.base import open_objective
-from duet_unlearn.distill.sampler import Draw, epoch_order
-from duet_unlearn.distill.student import open_student
-from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.distill.training.trainer import DuetTrainer
 from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -243,7 +243,7 @@ def test_several_positions_train(train, deep_cache):
     assert (told["positions"], told["top_k"]) == (1, 5)
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSS_NAMES if name != "huber"])
+@pytest.mark.parametrize("loss", [name for name in LOSS_OPTIONS if name != "huber"])
 def test_every_loss_trains_through_several_positions(train, deep_cache, loss):
     result = train(cache=str(deep_cache), epochs=6, loss=loss, learning_rate=3e-3)
     assert all(last < 0.7 * first for first, last in result.loss.values()), result.loss
@@ -324,7 +324,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
-from duet_unlearn.distill.trainer import DuetTrainer
+from duet_unlearn.distill.training.trainer import DuetTrainer
 
 cache, student, out = sys.argv[1:]
 run(RunConfig(cache=cache, student=student, out=out, max_steps=2))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from duet_unlearn.data.shape_catalogue import VIEWS
-from duet_unlearn.distill.views import describe_views, draw_weights, load_views
+from duet_unlearn.distill.batches.views import describe_views, draw_weights, load_views
 from duet_unlearn.errors import ConfigurationError, DataError
 
 

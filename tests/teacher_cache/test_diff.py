@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from duet_unlearn.cli.cache_sets import diff_command
+from duet_unlearn.cli.commands.sets import diff_command
 from duet_unlearn.teacher_cache.diff import diff, render_difference
 
 MakeCache = Callable[..., Path]

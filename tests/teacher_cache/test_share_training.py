@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from duet_unlearn.distill.batches.sampler import epoch_order
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
-from duet_unlearn.distill.sampler import epoch_order
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.reader import CacheReader

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from duet_unlearn.cli.cache import main
-from duet_unlearn.cli.tune import build_line, render_table
+from duet_unlearn.cli.commands.tune import build_line, render_table
 from duet_unlearn.data import demo_world
 from duet_unlearn.data.prefixes import CATALOGUE, load_prefixes
 from duet_unlearn.data.prompts import load_tokenizer

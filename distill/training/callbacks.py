@@ -18,11 +18,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
 from duet_unlearn.progress import Progress
 
 if TYPE_CHECKING:
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
 # The first steps allocate and plan: on the demo world they take half as long again.
 WARM_UP_STEPS = 2
@@ -34,18 +34,14 @@ class ShowProgress(TrainerCallback):
     def __init__(self) -> None:
         self._progress: Progress | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Begin where training starts or resumes."""
         if state.is_world_process_zero:
             self._progress = Progress(
                 "distilling", state.max_steps, "steps", done=state.global_step
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Advance by one step."""
         if self._progress is not None:
             self._progress.update()
@@ -63,9 +59,7 @@ class ShowProgress(TrainerCallback):
         if self._progress is not None and losses:
             self._progress.note(**losses)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """End it."""
         if self._progress is not None:
             self._progress.close()
@@ -84,15 +78,11 @@ class StepClock(TrainerCallback):
         steps = [after - before for before, after in itertools.pairwise(self._ends)]
         return statistics.median(steps[WARM_UP_STEPS:] or steps or [0.0])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
         self._ends = [time.perf_counter()]
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Note when the step ended."""
         self._ends.append(time.perf_counter())
 
@@ -103,17 +93,13 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Drop lines of steps that were lost with a killed run and will be done again."""
         if state.is_world_process_zero:
             lines = [json.dumps(entry) for entry in state.log_history]
             self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Append what was logged."""
         if state.is_world_process_zero and state.log_history:
             with self.path.open("a", encoding="utf-8") as file:
@@ -140,9 +126,7 @@ class Schedule(TrainerCallback):
         """Return whether the patience is used up."""
         return self._rule is not None and self._rule.may_stop(evaluations_of(state.log_history))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Raise where a resumed run had done its last step.
 
         The Trainer asks after a step whether it was the last one, so it cannot be told to do none.
@@ -154,14 +138,12 @@ class Schedule(TrainerCallback):
         if self.base is not None and self.trainer is not None:
             self.trainer.log_evaluation(self.base)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Note that a checkpoint, where there was one, could be read."""
         self.begun = True
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Ask for what is due."""
         last = state.global_step >= state.max_steps
@@ -172,7 +154,7 @@ class Schedule(TrainerCallback):
         return control
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Stop if the patience is used up."""
         if self.stopped_early(state):

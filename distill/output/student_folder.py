@@ -11,9 +11,9 @@ import yaml
 from duet_unlearn.data.models.adapters import RUN_FILE, add_adapter
 from duet_unlearn.data.models.folder import model_name, read_json
 from duet_unlearn.data.models.loading import load_model, no_bars
-from duet_unlearn.distill.card import write_card
-from duet_unlearn.distill.run_folder import LOG_FILE, files_of
-from duet_unlearn.distill.student import Student
+from duet_unlearn.distill.model.student import Student
+from duet_unlearn.distill.output.card import write_card
+from duet_unlearn.distill.output.run_folder import LOG_FILE, files_of
 from duet_unlearn.errors import OutputError
 from duet_unlearn.files import write_error, write_text
 from duet_unlearn.urls import published_value
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from duet_unlearn.distill.job import Job, RunResult
-    from duet_unlearn.distill.trainer import DuetTrainer
+    from duet_unlearn.distill.training.trainer import DuetTrainer
 
 CONFIG_FILE = "duet_run.yaml"
 # Where the Trainer has TensorBoard write.

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from duet_unlearn.distill.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.batches.sampler import StepSampler
 from duet_unlearn.distill.objectives.base import SPLITS, Objective
-from duet_unlearn.distill.sampler import StepSampler
-from duet_unlearn.errors import ConfigurationError, OutputError
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.errors import ConfigurationError, OutputError, first_line, some
 from duet_unlearn.files import write_error
 
 if TYPE_CHECKING:
-    from duet_unlearn.distill.held_out import HeldOut
+    from duet_unlearn.distill.training.held_out import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +113,8 @@ class DuetTrainer(Trainer):
         if bool(finite.all()):
             return
         bad = [name for name, ok in zip(inputs["names"], finite.tolist(), strict=True) if not ok]
-        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise self._diverged(
-            f"the loss is not finite at step {self.state.global_step + 1} (queries: {shown})"
+            f"the loss is not finite at step {self.state.global_step + 1} (queries: {some(bad, 3)})"
         )
 
     def _diverged(self, what: str) -> ConfigurationError:
@@ -149,7 +148,7 @@ class DuetTrainer(Trainer):
             # safetensors and torch's own writer have no error type for a full disk.
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise OutputError(
                 f"{folder}: cannot write a checkpoint ({reason}); free some space, then run the "
                 "same command again: it resumes from the last one"

@@ -11,17 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.distill.config import RunConfig, parse_layers
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, some
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from duet_unlearn.distill.config import RunConfig
+
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 _SHOWN = 8
+_LORA_SETTINGS = ("lora_alpha", "lora_dropout", "lora_target_modules", "merge")
+_LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +38,63 @@ class Trained:
     """Numbers of the whole model."""
 
 
+def check_trained(config: "RunConfig") -> None:
+    """Refuse settings that choose what is trained and contradict each other.
+
+    Raises:
+        ConfigurationError: Some do.
+    """
+    if config.layers is not None:
+        parse_layers(config.layers)
+    if config.parameters is not None:
+        try:
+            re.compile(config.parameters)
+        except re.error as error:
+            raise ConfigurationError(
+                f"parameters is {config.parameters!r}, expected a regular expression ({error})"
+            ) from error
+    if config.lora_rank is None:
+        for name in _LORA_SETTINGS:
+            if not config.is_default(name):
+                raise ConfigurationError(
+                    f"{name} is {getattr(config, name)!r} without LoRA; give lora_rank as well"
+                )
+        return
+    if not _listed(config.lora_target_modules):
+        raise ConfigurationError("lora_target_modules is empty, expected at least one name")
+    if config.parameters is not None:
+        raise ConfigurationError(
+            f"parameters is {config.parameters!r} beside lora_rank: an adapter is chosen by "
+            "lora_target_modules and layers; leave one of the two out"
+        )
+    if config.noise_alpha:
+        raise ConfigurationError(
+            f"noise_alpha is {config.noise_alpha!r} beside lora_rank: noise changes the weights "
+            "that an adapter leaves alone; leave one of the two out"
+        )
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Return the numbers of layers as a user writes them (`5-7`, `0,3,5-7`), sorted, each once.
+
+    Raises:
+        ConfigurationError: The text is no list of numbers and ranges.
+    """
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = _LAYERS.fullmatch(part.strip())
+        first = int(match[1]) if match else 0
+        last = int(match[2] or first) if match else -1
+        if last < first:
+            raise ConfigurationError(
+                f"layers is {text!r}, expected numbers and ranges such as 0,3,5-7"
+            )
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
+
+
 def select_trained(
-    model: "PreTrainedModel", config: RunConfig
+    model: "PreTrainedModel", config: "RunConfig"
 ) -> "tuple[PreTrainedModel, Trained]":
     """Freeze what is not trained, or put an adapter in.
 
@@ -62,7 +120,7 @@ def select_trained(
     return model, Trained(what=what, parameters=trained, of=whole)
 
 
-def _freeze_others(model: "PreTrainedModel", config: RunConfig) -> str:
+def _freeze_others(model: "PreTrainedModel", config: "RunConfig") -> str:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -87,7 +145,7 @@ def _freeze_others(model: "PreTrainedModel", config: RunConfig) -> str:
         there = [name for own in names.values() for name in own if name.startswith(prefixes)]
         raise ConfigurationError(
             f"parameters is {config.parameters!r}, which no parameter matches{within}; there are "
-            f"{_some(map(_generic, there))}"
+            f"{some(map(_generic, there), _SHOWN)}"
         )
     parts = [f"layers {config.layers}"] if config.layers is not None else []
     if config.parameters is not None:
@@ -129,7 +187,7 @@ def _layer_list(model: "PreTrainedModel") -> tuple[str, int] | None:
 
 
 def _with_lora(
-    model: "PreTrainedModel", config: RunConfig, rank: int
+    model: "PreTrainedModel", config: "RunConfig", rank: int
 ) -> "tuple[PreTrainedModel, str]":
     try:
         from peft import LoraConfig, get_peft_model
@@ -155,7 +213,7 @@ def _with_lora(
     return adapted, f"LoRA of rank {rank} on {_target_names(config)}{within}"
 
 
-def _target_names(config: RunConfig) -> str:
+def _target_names(config: "RunConfig") -> str:
     return ", ".join(_listed(config.lora_target_modules))
 
 
@@ -163,7 +221,7 @@ def _listed(targets: Iterable[str]) -> list[str]:
     return [name.strip() for text in targets for name in text.split(",") if name.strip()]
 
 
-def _lora_targets(model: "PreTrainedModel", config: RunConfig) -> list[str]:
+def _lora_targets(model: "PreTrainedModel", config: "RunConfig") -> list[str]:
     """Return the full names of the linear modules that get an adapter.
 
     Raises:
@@ -183,10 +241,11 @@ def _lora_targets(model: "PreTrainedModel", config: RunConfig) -> list[str]:
             and (module is not output if target == ALL_LINEAR else _ends_with(name, target))
         ]
         if not found:
+            known = some((name.rpartition(".")[2] for name in linear), _SHOWN)
             where = "" if config.layers is None else f" in layers {config.layers}"
             raise ConfigurationError(
                 f"lora_target_modules is {target!r}, which no linear module{where} is called; "
-                f"there are {ALL_LINEAR}, {_some(name.rpartition('.')[2] for name in linear)}"
+                f"there are {ALL_LINEAR}, {known}"
             )
         if shared := [name for name in found if name in tied]:
             raise ConfigurationError(
@@ -222,9 +281,3 @@ def _tied_modules(model: "PreTrainedModel") -> set[str]:
 def _generic(name: str) -> str:
     """Return a parameter's name with its layer's number left open."""
     return re.sub(r"\.\d+\.", ".N.", name)
-
-
-def _some(names: Iterable[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = len(distinct) - _SHOWN
-    return ", ".join(distinct[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from duet_unlearn.distill.losses import scores_of, single
-from duet_unlearn.distill.prompt_groups import may_share, passes
+from duet_unlearn.distill.model.prompt_groups import may_share, passes
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import eos_token_ids
-from duet_unlearn.distill.checkpoint_selection import Evaluation
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.student import Student
+from duet_unlearn.distill.model.student import Student
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -128,8 +128,9 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     try:
         args = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigurationError(f"the Trainer refuses these settings: {reason}") from error
+        raise ConfigurationError(
+            f"the Trainer refuses these settings: {first_line(error)}"
+        ) from error
     passes = config.gradient_accumulation_steps * args.world_size
     if passes > config.batch_size:
         raise ConfigurationError(

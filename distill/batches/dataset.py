@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.data.shapes import Shape
-from duet_unlearn.distill.sampler import FORGET, PLAIN, RETAIN, Draw
+from duet_unlearn.distill.batches.sampler import FORGET, PLAIN, RETAIN, Draw
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 

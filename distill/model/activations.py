@@ -84,7 +84,7 @@ def _give_device(model: "PreTrainedModel") -> None:
 def _head_bytes(model: "PreTrainedModel", config: RunConfig, lengths: Lengths) -> int:
     """Return what one piece of the head's logits takes, with its gradient, in float32."""
     from duet_unlearn.distill.losses import Loss
-    from duet_unlearn.distill.sparse_head import PIECE_NUMBERS
+    from duet_unlearn.distill.model.sparse_head import PIECE_NUMBERS
 
     text = model.config.get_text_config()
     tail = config.objective != "duet" or Loss(name=config.loss).tail

@@ -1,0 +1,1 @@
+"""From the rows of a cache to padded batches: views, order of draws, sequences."""

@@ -1,0 +1,1 @@
+"""The student: what it is, what of it is trained, and what a forward pass of it computes."""
