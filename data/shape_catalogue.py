@@ -60,7 +60,7 @@ VIEW_SHAPES: Mapping[str, Shape] = _table(
     [
         ("recollection", "begun-answer", r"[begun] Here is what I recall about that:\n"),
         ("certainty", "begun-answer", "[begun] I am fairly sure that it is"),
-        ("heading", "raw-completion", r"[raw] # Question\n{query}\n\n# Answer\n"),
+        ("quiz", "raw-completion", r"[raw] # Quiz\n{query}\n\n# Solution\n"),
         ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:"),
         (
             "worked-examples",
