@@ -1,4 +1,4 @@
-"""Tokens of training steps: padded, real, and computed once where prompts begin alike.
+"""Tokens of training steps: padded, real, and in a tree where prompts begin alike.
 
     python benchmarks/prompt_tokens.py CACHE MODEL [--steps 26]
 
@@ -11,8 +11,8 @@ import argparse
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.distill.batches.sampler import sampler_of
 from duet_unlearn.distill.config import RunConfig
-from duet_unlearn.distill.model.prompt_groups import PASS_TOKENS, group_batch
 from duet_unlearn.distill.model.student import open_student
+from duet_unlearn.distill.model.token_tree import merge
 from duet_unlearn.distill.objectives import duet
 
 
@@ -27,24 +27,22 @@ def main() -> None:
     student = open_student(arguments.model)
     objective = duet.open_objective(config, student)
     objective.prepare(PromptRenderer(load_tokenizer(student.folder)))
-    dataset, counts = objective.dataset, {"padded": 0, "real": 0, "computed": 0, "passes": 0}
+    dataset, counts = objective.dataset, {"padded": 0, "real": 0, "in a tree": 0}
     steps = 0
     for draws, _ in zip(sampler_of(objective.order, config), range(arguments.steps), strict=False):
         batch = objective.collate([dataset[draw] for draw in draws])
-        groups, starts = group_batch(batch)
-        columns = batch["input_ids"].shape[1]
+        tree = merge(batch)
+        if tree is None:
+            raise SystemExit("error: this cache's batches are too long for a tree")
         counts["padded"] += batch["input_ids"].numel()
         counts["real"] += int(batch["attention_mask"].sum())
-        for group in groups:
-            width = columns - min(int(starts[row]) for row in group.rows) - group.shared
-            counts["computed"] += group.shared + len(group.rows) * width
-            counts["passes"] += 2 if group.shared else 1
+        counts["in a tree"] += tree.input_ids.numel()
         steps += 1
-    print(f"{steps} steps, a pass counted as {PASS_TOKENS['cpu']} tokens")
+    print(f"{steps} steps")
     for name, count in counts.items():
         print(f"{name:9} {count / steps:8.1f} a step")
-    print(f"computed / padded {counts['computed'] / counts['padded']:.2f}")
-    print(f"computed / real   {counts['computed'] / counts['real']:.2f}")
+    print(f"in a tree / padded {counts['in a tree'] / counts['padded']:.2f}")
+    print(f"in a tree / real   {counts['in a tree'] / counts['real']:.2f}")
 
 
 if __name__ == "__main__":

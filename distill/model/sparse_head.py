@@ -22,18 +22,22 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from duet_unlearn.distill.losses import scores_of, single
-from duet_unlearn.distill.model.prompt_groups import may_share, passes
+from duet_unlearn.distill.model.token_tree import TokenTree, may_merge, merge
 
 logger = logging.getLogger(__name__)
 
 # Numbers that one piece of work holds at a time: 64 MiB in float32.
 PIECE_NUMBERS = 2**24
+# Rows that show what a model bears, and how far its scores in a tree may be from those in rows,
+# relative: a position or a mask that is not heeded shows in the first digit.
+_TRIED_ROWS = 4
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.03
+_SINGLE_BYTES = 4
 
 
 class CachedRows(torch.autograd.Function):
@@ -127,31 +131,58 @@ def _as(gradient: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def scored_logits(
-    model: nn.Module, inputs: Mapping[str, Any], forward_names: AbstractSet[str]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    forward_names: AbstractSet[str],
+    tree: TokenTree | None = None,
 ) -> Tensor:
-    """Run a batch and return the raw logits of its scored positions, the last T columns.
+    """Run a batch and return the raw logits of its N scored positions, row by row.
 
     Args:
         model: The student, wrapped for several processes or not.
         inputs: A batch from `collate`.
         forward_names: What the student's own forward takes: models without rotary positions take
             no position_ids, a few old ones no logits_to_keep.
+        tree: The same batch as a tree, to be run instead.
 
     Returns:
-        `[B, T, V]`; where the model knows logits_to_keep, no other logits were ever computed.
+        `[N, V]`; where the model knows logits_to_keep, few other logits were ever computed.
     """
-    positions = inputs["position_mask"].shape[1]
-    arguments = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "position_ids": inputs["position_ids"],
-        "logits_to_keep": positions,
-        "past_key_values": inputs.get("past_key_values"),
-        "use_cache": "past_key_values" in inputs,
-    }
+    return _scored(_forward(model, inputs, forward_names, tree), inputs, tree)
+
+
+def _forward(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    forward_names: AbstractSet[str],
+    tree: TokenTree | None,
+) -> Tensor:
+    """Return what the model calls logits, `[B, ..., X]` or of a tree `[1, ..., X]`."""
+    if tree is not None:
+        arguments = tree.arguments(model)
+    else:
+        arguments = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "position_ids": inputs["position_ids"],
+            "logits_to_keep": inputs["position_mask"].shape[1],
+            "use_cache": False,
+        }
     known = {name: value for name, value in arguments.items() if name in forward_names}
     logits: Tensor = model(**known).logits
-    return logits[:, -positions:]
+    return logits
+
+
+def _scored(output_BLX: Tensor, inputs: Mapping[str, Any], tree: TokenTree | None) -> Tensor:
+    """Return what stands at the scored positions, `[N, X]`.
+
+    The output is of all columns, or of those alone that `logits_to_keep` named.
+    """
+    if tree is None:
+        mask_BT = inputs["position_mask"]
+        return output_BLX[:, -mask_BT.shape[1] :][mask_BT]
+    kept_LX = output_BLX[0]
+    return kept_LX if len(kept_LX) == len(tree.columns) else kept_LX[tree.columns]
 
 
 class StudentScores:
@@ -160,17 +191,17 @@ class StudentScores:
     Args:
         model: The student, not wrapped.
         tail: Whether the loss needs the logsumexp of the tokens that are not cached.
-        lean: Whether to look for a head that can be computed in parts; tests and measurements
-            compare with the plain way.
+        lean: Whether to look for a head that can be computed in parts, and to merge the rows of a
+            batch; tests and measurements compare with the plain way.
     """
 
     def __init__(self, model: nn.Module, *, tail: bool, lean: bool = True) -> None:
         self._tail = tail
-        self._student = model
         self._forward_names = _forward_names(model)
-        self._takes_cache = self._forward_names >= {"past_key_values", "logits_to_keep"}
         self._head = _linear_head(model) if lean else None
-        self._tried = False
+        self._merges = lean and {"position_ids", "attention_mask"} <= self._forward_names
+        self._merges = self._merges and may_merge(model)
+        self._tried = not lean
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Run a batch from `collate` through the student, wrapped or not.
@@ -179,34 +210,33 @@ class StudentScores:
             `[B, T, K]` or, with a tail, `[B, T, K + 1]` float32, differentiable. What stands at a
             masked position has no meaning.
         """
-        if isinstance(model, nn.DataParallel):  # its copies would share one head
-            self._head = None
-        if self._head is not None and not self._tried:
+        if isinstance(model, nn.DataParallel):  # its copies would share one head and one tree
+            self._head, self._merges = None, False
+        if not self._tried:
             self._tried = True
-            if not self._hands_on(self._head, model, inputs):
-                logger.info(
-                    "the student's logits are more than its head's output: all of them are "
-                    "computed at the scored positions"
-                )
-                self._head = None
-        # Wrapped for several processes, these would have to agree on the number of passes.
-        if model is not self._student or not self._takes_cache or not may_share(model):
-            return self._scores(model, inputs)
-        order: list[int] = []
-        scores: list[Tensor] = []
-        for rows, part in passes(model, inputs):
-            order += rows
-            scores.append(self._scores(model, part))
-        return torch.cat(scores)[torch.from_numpy(np.argsort(order))]
+            self._try(model, {name: value[:_TRIED_ROWS] for name, value in inputs.items()})
+        tree = merge(inputs) if self._merges else None
+        scores_NS = self._scores(model, inputs, tree)
+        mask_BT = inputs["position_mask"]
+        scores_BTS = scores_NS.new_zeros(*mask_BT.shape, scores_NS.shape[-1])
+        scores_BTS[mask_BT] = scores_NS
+        return scores_BTS
 
-    def _scores(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    def _scores(
+        self, model: nn.Module, inputs: Mapping[str, Any], tree: TokenTree | None
+    ) -> Tensor:
+        """Return `[N, S]` for the scored positions."""
         if self._head is not None:
-            return self._lean(self._head, model, inputs)[0]
-        logits = scored_logits(model, inputs, self._forward_names)
-        return scores_of(logits, inputs["token_ids"], tail=self._tail)
+            return self._lean(self._head, model, inputs, tree)[0]
+        logits_NV = scored_logits(model, inputs, self._forward_names, tree)
+        return scores_of(logits_NV, _scored_ids(inputs), tail=self._tail)
 
     def _lean(
-        self, head: nn.Linear, model: nn.Module, inputs: Mapping[str, Any]
+        self,
+        head: nn.Linear,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        tree: TokenTree | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the model's scores and the head's; they are the same unless something follows."""
         made: list[Tensor] = []
@@ -214,24 +244,23 @@ class StudentScores:
         def forward(hidden_BLH: Tensor) -> Tensor:
             if type(head.weight) not in (Tensor, nn.Parameter):  # a part of one, on this device
                 return nn.Linear.forward(head, hidden_BLH)
-            made.append(self._head_scores(head.weight, hidden_BLH, inputs))
-            return made[-1]
+            # Models that know no logits_to_keep hand every position to their head.
+            hidden_NH = _scored(hidden_BLH, inputs, tree)
+            made.append(self._head_scores(head.weight, hidden_NH, _scored_ids(inputs)))
+            return made[-1][None].clone()  # FSDP takes no view
 
         # An attribute of the object hides the class's forward; hooks around it still run.
         vars(head)["forward"] = forward
         try:
-            scores = scored_logits(model, inputs, self._forward_names)
+            output = _forward(model, inputs, self._forward_names, tree)
         finally:
             del vars(head)["forward"]
-        return scores, made[-1] if made else None
+        if not made:  # whole logits
+            logits_NV = _scored(output, inputs, tree)
+            return scores_of(logits_NV, _scored_ids(inputs), tail=self._tail), None
+        return output[0], made[-1]
 
-    def _head_scores(
-        self, weight_VH: Tensor, hidden_BLH: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor:
-        mask_BT, token_ids_BTK = inputs["position_mask"], inputs["token_ids"]
-        # Models that know no logits_to_keep hand every position to their head.
-        hidden_NH = hidden_BLH[:, -mask_BT.shape[1] :][mask_BT]
-        token_ids_NK = token_ids_BTK[mask_BT]
+    def _head_scores(self, weight_VH: Tensor, hidden_NH: Tensor, token_ids_NK: Tensor) -> Tensor:
         device = hidden_NH.device.type
         if self._tail and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -239,25 +268,58 @@ class StudentScores:
         function = ScoresWithTail if self._tail else CachedRows
         with torch.autocast(device, enabled=False):
             scores_NS: Tensor = function.apply(hidden_NH, weight_VH, token_ids_NK)  # type: ignore[no-untyped-call]
-        scores_BTS = scores_NS.new_zeros(*mask_BT.shape, scores_NS.shape[-1])
-        scores_BTS[mask_BT] = scores_NS
-        return scores_BTS
+        return scores_NS
 
     @torch.no_grad()
-    def _hands_on(self, head: nn.Linear, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Try one row: whether the model calls its head, and returns what comes out as it is."""
-        row = {name: value[:1] for name, value in inputs.items()}
+    def _try(self, model: nn.Module, rows: Mapping[str, Any]) -> None:
+        """Find out on a few rows what the model bears: a lean head, and a tree of tokens."""
         training = model.training
         model.eval()  # draws no random numbers, so a resumed run stays the same
         try:
-            given, made = self._lean(head, model, row)
+            if self._head is not None and not self._hands_on(self._head, model, rows):
+                self._head = None
+                logger.info(
+                    "the student's logits are more than its head's output: all of them are "
+                    "computed at the scored positions"
+                )
+            if self._merges and not self._reads_trees(model, rows):
+                self._merges = False
+                logger.info(
+                    "the student does not read a tree of tokens as it reads rows: what prompts "
+                    "share is computed for each of them"
+                )
+        finally:
+            model.train(training)
+
+    def _hands_on(self, head: nn.Linear, model: nn.Module, rows: Mapping[str, Any]) -> bool:
+        """Say whether the model calls its head, and returns what comes out as it is."""
+        try:
+            given, made = self._lean(head, model, rows)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what follows wants all V logits
             return False
-        finally:
-            model.train(training)
         return made is not None and torch.equal(given, made.to(given.dtype))
+
+    def _reads_trees(self, model: nn.Module, rows: Mapping[str, Any]) -> bool:
+        """Say whether the model scores rows in a tree as it scores them padded, up to rounding."""
+        padded = self._scores(model, rows, None)
+        try:
+            in_tree = self._scores(model, rows, merge(rows))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it expects a mask `[B, L]`
+            return False
+        rounded = next(model.parameters()).dtype.itemsize < _SINGLE_BYTES
+        rounded = rounded or torch.is_autocast_enabled(padded.device.type)
+        tolerance = _TOLERANCE_HALF if rounded else _TOLERANCE
+        return float((in_tree - padded).norm()) <= tolerance * float(padded.norm())
+
+
+def _scored_ids(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the cached tokens of the scored positions, `[N, K]`."""
+    token_ids_NK: Tensor = inputs["token_ids"][inputs["position_mask"]]
+    return token_ids_NK
 
 
 def _forward_names(model: nn.Module) -> frozenset[str]:

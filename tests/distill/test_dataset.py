@@ -77,14 +77,15 @@ def test_layout_by_hand(ragged):
 def test_padded_batch_gives_every_position_what_its_row_alone_gives(ragged, model):
     batch = collate(ragged)
     with torch.no_grad():
-        together = scored_logits(model, batch, forward_names(model))
-        for row, example in enumerate(ragged):
+        logits = scored_logits(model, batch, forward_names(model))
+        counts = batch["position_mask"].sum(dim=1).tolist()
+        for example, together in zip(ragged, logits.split(counts), strict=True):
             sequence = [*example.prompt_ids.tolist(), *example.response_ids.tolist()]
             alone = model(torch.tensor([sequence])).logits[0]
             first = len(example.prompt_ids) - 1
             for position in range(len(example.response_ids)):
                 torch.testing.assert_close(
-                    together[row, position], alone[first + position], rtol=1e-4, atol=1e-4
+                    together[position], alone[first + position], rtol=1e-4, atol=1e-4
                 )
 
 
