@@ -37,7 +37,7 @@ from desk import lay_out
 
 SECRET = "s3cr3t"
 SECONDS = 60
-_NOTE = re.compile(r"(INFO|WARNING|Usage): |\[transformers\] |Try '|$")
+_NOTE = re.compile(r"(INFO|WARNING|Usage): |\[transformers\] |Try '|\$ |$")
 _NEW_NAMESPACE = 0x20000
 
 
@@ -191,7 +191,8 @@ def refuse(bench: Bench, case: Case) -> tuple[str, list[str]]:
     """Run a command that has to be refused."""
     before = bench.state()
     ended = bench.wait(bench.start(case.words))
-    problems = complaints(ended, codes=(1, 2), says=case.says) + left_behind(bench, before)
+    problems = complaints(ended, codes=case.codes, says=case.says) + left_behind(bench, before)
+    problems += [f"left {path.name}" for path in bench.new.iterdir() if path.name == "out"]
     return f"exit {ended.code}", [*problems, *(ended.err.splitlines()[-2:] if problems else ())]
 
 
