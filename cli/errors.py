@@ -57,13 +57,23 @@ class DuetGroup(click.Group):
         except KeyboardInterrupt as error:
             message = "stopped; run the same command again, it resumes from what is finished"
             raise _Stopped(message) from error
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise Failure("out of memory; use a smaller batch or a smaller model") from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head` has read enough, which click ends quietly
                 raise
             where = f"{error.filename}: " if error.filename else ""
             raise Failure(f"{where}{error.strerror or error}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # whose import takes seconds
+        return isinstance(error, MemoryError)
+    from duet_unlearn.data.models.loading import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def harmless(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ def check_target(target: Path, mark: str) -> None:
     Raises:
         ConfigurationError: It lies inside a cache, is a folder or another's, or its folder is
             missing.
+        OutputError: Nothing can be written into its folder.
     """
     refuse_inside_cache(target)
     if target.is_dir():
@@ -85,6 +87,11 @@ def check_target(target: Path, mark: str) -> None:
             f"{target}: is there, and nothing in it shows that duet-unlearn wrote it; choose "
             "another name"
         )
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _not_written(target, error) from error
 
 
 def write_target(target: Path, text: str) -> None:
@@ -96,7 +103,9 @@ def write_target(target: Path, text: str) -> None:
     try:
         write_text(target, text)
     except OutputError as error:
-        reason = getattr(error.__cause__, "strerror", None) or error
-        raise OutputError(
-            f"{target}: cannot be written ({reason}); name a file in another folder"
-        ) from error
+        raise _not_written(target, error.__cause__ or error) from error
+
+
+def _not_written(target: Path, error: BaseException) -> OutputError:
+    reason = getattr(error, "strerror", None) or error
+    return OutputError(f"{target}: cannot be written ({reason}); name a file in another folder")

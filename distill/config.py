@@ -95,7 +95,7 @@ class RunConfig(Settings):
         flag="--view",
         metavar="FILE|@NAME[=WEIGHT]",
         decides=False,
-        help="Also train each query in one of these shapes: a text file, one a line with {query} "
+        help="Also train each query in one of these shapes: a text file, one per line with {query} "
         "in it, or built-in ones; =3 draws them three times as often as others; none trains plain "
         "queries alone. Repeatable.  [default: those that CACHE holds]",
     )
@@ -103,7 +103,7 @@ class RunConfig(Settings):
         default="huber", help="Distance between the student's and the teacher's logits."
     )
     delta: Positive = setting(
-        default=1.0, help="Huber's delta in logits: larger errors pull with constant force."
+        default=1.0, help="Huber delta, in logits: the loss is linear beyond it."
     )
     temperature: Positive = setting(
         default=1.0, help="Divides the logits before their softmax; for kl and reverse-kl."
@@ -117,7 +117,8 @@ class RunConfig(Settings):
     )
     noise_alpha: Share = setting(
         default=0.0,
-        help="Give up this share of the weights to noise first, so that less can be learned again.",
+        help="Replace this share of the weights by noise before training; relearning recovers "
+        "less.",
     )
     noise_beta: NotNegative = setting(
         default=0.1, help="Scale of the noise, in Xavier-uniform draws."
@@ -139,7 +140,7 @@ class RunConfig(Settings):
         help="Train a LoRA adapter of this rank; needs duet-unlearn[lora].",
     )
     lora_alpha: Positive | None = setting(
-        default=None, help="LoRA's scale.  [default: twice the rank]"
+        default=None, help="LoRA alpha.  [default: twice the rank]"
     )
     lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = setting(
         default=0.0, help="Dropout on the adapter's inputs."
@@ -164,12 +165,12 @@ class RunConfig(Settings):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
         default="cosine",
         aliases=("scheduler", "lr-scheduler"),
-        help="How the learning rate falls.",
+        help="Learning rate schedule.",
     )
     warmup_steps: NotNegative = setting(
         default=0.1,
         aliases=("warmup-ratio", "warmup"),
-        help="Steps of warm-up; below 1 a share of all steps.",
+        help="Warmup steps; below 1, a fraction of all steps.",
     )
     epochs: Count | Auto = setting(
         default=AUTO,
@@ -183,7 +184,7 @@ class RunConfig(Settings):
     batch_size: Count = setting(
         default=16,
         aliases=("per-device-train-batch-size", "train-batch-size"),
-        help="Queries an optimizer step, over all processes and micro-batches.",
+        help="Queries per optimizer step, over all processes and micro-batches.",
     )
     weight_decay: NotNegative = setting(default=0.0, help="AdamW's weight decay.")
     max_grad_norm: NotNegative = setting(
@@ -192,7 +193,7 @@ class RunConfig(Settings):
         help="Clip gradients to this norm; 0 does not.",
     )
     seed: Whole = setting(
-        default=0, help="Decides the order of queries and the draws of views and noise."
+        default=0, help="Random seed: the order of queries, the draws of views and noise."
     )
     trainer_args: Mapping[str, Any] = setting(
         default_factory=dict,
@@ -203,7 +204,7 @@ class RunConfig(Settings):
     )
     gradient_accumulation_steps: Count = setting(
         default=1,
-        group="Memory and arithmetic",
+        group="Memory and precision",
         decides=False,
         help="Micro-batches that a step is split into: less memory, the same result.",
     )
@@ -215,16 +216,16 @@ class RunConfig(Settings):
     precision: Literal["auto", "float32", "bf16", "fp16"] = setting(
         default=AUTO,
         aliases=("bf16", "fp16", "mixed-precision"),
-        help="Arithmetic of the forward pass; auto is bf16 where the GPU has it, else float32.",
+        help="Compute dtype of the forward pass; auto is bf16 where the GPU has it, else float32.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         default=AUTO,
         aliases=("torch-dtype",),
-        help="How weights are held in training; bfloat16 halves memory and loses small updates. "
+        help="Dtype of the weights in training; bfloat16 halves memory and loses small updates. "
         "auto is bfloat16 for LoRA on a model that is stored so, else float32.",
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        default=AUTO, help="How the student is stored; auto is as MODEL is."
+        default=AUTO, help="Dtype of the saved student; auto is that of MODEL."
     )
     eval_steps: Whole = setting(
         default=0,
@@ -248,15 +249,15 @@ class RunConfig(Settings):
         default=(),
         metavar="FILE|@NAME",
         decides=False,
-        help="Also ask them behind each of these wrappers; the worst counts. Repeatable.",
+        help="Also ask them in each of these shapes, as attacks; the worst counts. Repeatable.",
     )
     eval_limit: Count | None = setting(
         default=None, help="Ask this many queries of each file, evenly spread.  [default: all]"
     )
-    eval_max_new_tokens: Count = setting(default=64, help="Longest answer in tokens.")
+    eval_max_new_tokens: Count = setting(default=64, help="Longest generated answer, in tokens.")
     eval_retain_drop: NotNegative = setting(
         default=3.0,
-        help="Points of retain recall that the best checkpoint may lie below the base.",
+        help="Points of retain recall that the best checkpoint may lose against the base.",
     )
     checkpoint_selection: Literal["best", "last"] = setting(
         default="best",
@@ -382,7 +383,7 @@ class PlanConfig(RunConfig):
         default="student",
         metavar="DIR",
         decides=False,
-        help="Taken so that a line of `run` can be asked as it is; nothing is written there.",
+        help="Accepted so that a `run` command can be planned as it is; nothing is written.",
     )
     measure: Whole = setting(
         default=3,

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.models.loading import load_model, no_bars
+from duet_unlearn.data.models.loading import is_out_of_memory, load_model, no_bars, too_large
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import Job, RunResult, peak_memory, resolve_job
 from duet_unlearn.distill.model.trainable import select_trained
@@ -95,7 +95,12 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
     stop, clock = StopOnSignal(), StepClock()
     base = load_model(job.student.folder, dtype=config.dtype, trainable=True)
     model, trained = select_trained(base, config)
-    trainer, schedule = _make_trainer(job, model, stop, args)
+    try:
+        trainer, schedule = _make_trainer(job, model, stop, args)  # moves it to its device
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise too_large(job.student.folder, config.dtype) from error
+        raise
     trainer.add_callback(clock)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
@@ -161,7 +166,7 @@ def _run_trainer(
     except DuetError:
         raise
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise ConfigurationError(
                 f"out of memory at step {trainer.state.global_step + 1} with {config.batch_size} "
                 f"queries in {config.gradient_accumulation_steps} micro-batches; give more "
@@ -172,15 +177,6 @@ def _run_trainer(
         if checkpoint is not None and not schedule.begun:
             raise _DamagedCheckpointError(first_line(error)) from error
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # The CPU's allocator has no error type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory")
-    )
 
 
 def _make_trainer(

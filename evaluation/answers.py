@@ -7,8 +7,9 @@ model folder brings along.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from duet_unlearn.data.models.loading import is_out_of_memory
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.measures import Likelihood
 
@@ -20,6 +21,9 @@ MAX_BATCH_TOKENS = 32_768
 """Bound on rows x (longest prompt + new tokens) of a batch, which bounds the KV cache."""
 _MAX_LOGITS = 1 << 27
 """Bound on rows x answer tokens x vocabulary of a scored batch: half a gigabyte of float32."""
+
+_Item = TypeVar("_Item")
+_Row = TypeVar("_Row")
 
 
 def plan_batches(
@@ -88,7 +92,7 @@ def stream_answers(
         streamer: is given the tokens of the one prompt as they come (transformers' `streamer`).
 
     Raises:
-        ConfigurationError: the device's memory does not hold a batch.
+        ConfigurationError: the device's memory does not hold a prompt.
     """
     settings = _generation_config(
         do_sample=False,
@@ -101,10 +105,13 @@ def stream_answers(
     # `generate` fills whatever is unset from the folder's own defaults (a repetition penalty,
     # say), so that those have to go too.
     model.generation_config = _generation_config()
+
+    def answer(batch: Sequence[int]) -> list[list[int]]:
+        return _generate_batch(model, [prompts[i] for i in batch], settings, streamer)
+
     lengths = [len(prompt) for prompt in prompts]
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=max_new_tokens):
-        with _fits_memory(f"{len(batch)} prompts of up to {lengths[batch[0]]} tokens"):
-            new_ids = _generate_batch(model, [prompts[i] for i in batch], settings, streamer)
+        new_ids = run_in_memory(answer, batch, lengths.__getitem__)
         for index, row in zip(batch, new_ids, strict=True):
             yield index, cut_at_end(row, eos_token_ids)
 
@@ -136,16 +143,19 @@ def score_references(
         on_scored: is given the number of pairs after each pass.
 
     Raises:
-        ConfigurationError: the memory does not hold a batch.
+        ConfigurationError: the memory does not hold a prompt and its answer.
     """
+
+    def score(batch: Sequence[int]) -> list[Likelihood]:
+        return _score_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch])
+
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     longest = max(map(len, answers), default=1)
     width: int = model.config.get_text_config().vocab_size
     rows = max(1, min(batch_size, _MAX_LOGITS // (width * (longest + 1))))
     found: dict[int, Likelihood] = {}
     for batch in plan_batches(lengths, batch_size=rows, max_new_tokens=0):
-        with _fits_memory(f"{len(batch)} answers behind prompts, {lengths[batch[0]]} tokens"):
-            scored = _score_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch])
+        scored = run_in_memory(score, batch, lengths.__getitem__)
         found.update(zip(batch, scored, strict=True))
         on_scored(len(batch))
     return [found[index] for index in range(len(prompts))]
@@ -233,23 +243,35 @@ def _pad_left(rows: Sequence[Sequence[int]], fill: int, model: Any) -> tuple["Te
     return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
 
 
-@contextlib.contextmanager
-def _fits_memory(what: str) -> Iterator[None]:
+def run_in_memory(
+    run: Callable[[Sequence[_Item]], list[_Row]],
+    batch: Sequence[_Item],
+    length: Callable[[_Item], int],
+) -> list[_Row]:
+    """Run a batch; what is too much for the memory at once goes in halves.
+
+    Args:
+        run: takes prompts and returns a result for each.
+        batch: the prompts, or what stands for them.
+        length: says how many tokens one has.
+
+    Raises:
+        ConfigurationError: the memory does not hold one prompt.
+    """
+    import torch
+
     try:
-        yield
+        return run(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ConfigurationError(
-            f"{what} do not fit into memory; use a smaller --batch-size"
-        ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that CPU or GPU memory ran out."""
-    import torch
-
-    # The CPU's allocator has no error type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory")
-    )
+        if len(batch) == 1:
+            raise ConfigurationError(
+                f"out of memory on one prompt of {length(batch[0])} tokens; free some of it, load "
+                "the model as bfloat16 or use a larger device"
+            ) from error
+    # Outside the handler: the error holds the frames that hold the tensors.
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    first = run_in_memory(run, batch[:half], length)
+    return first + run_in_memory(run, batch[half:], length)

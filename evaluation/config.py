@@ -61,14 +61,15 @@ class AskConfig(Settings):
     attacks: tuple[str, ...] = setting(
         default=(),
         metavar="FILE|@NAME",
-        help="Also ask in each of these shapes: a text file, one a line with {query} in it, a "
+        help="Also ask in each of these shapes: a text file, one per line with {query} in it, a "
         "query file with a column `asked`, a built-in name, @family:NAME, @attacks or @families. "
         "Repeatable.",
     )
-    max_new_tokens: Count = setting(default=64, help="Longest answer in tokens.")
+    max_new_tokens: Count = setting(default=64, help="Longest generated answer, in tokens.")
     dtype: Dtype = setting(
         default="auto",
-        help="Arithmetic; auto is as stored where the processor has that fast, else float32.",
+        help="Dtype to compute in; auto is the stored one where the hardware is fast in it, else "
+        "float32.",
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +124,7 @@ class EvalConfig(AskConfig):
     limit: Count | None = setting(
         default=None, help="Take this many queries of each file, evenly spread.  [default: all]"
     )
-    batch_size: Count = setting(default=64, help="Most queries of a forward pass.")
+    batch_size: Count = setting(default=64, help="Largest batch, in queries.")
     measures: tuple[str, ...] = setting(
         default=(),
         group="What to show",
@@ -134,7 +135,7 @@ class EvalConfig(AskConfig):
     refusals: tuple[str, ...] = setting(
         default=(),
         metavar="FILE",
-        help="Further phrases that mark a refusal, one a line. Repeatable.",
+        help="Further phrases that mark a refusal, one per line. Repeatable.",
     )
     require: str | None = setting(
         default=None,

@@ -70,8 +70,8 @@ class TuneConfig(Settings):
         default=None,
         group="Candidates",
         metavar="FILE",
-        help="Your own wordings beside the built-in ones, one a line, with {topic} and {examples} "
-        "where these go.",
+        help="Your own wordings beside the built-in ones, one per line, with {topic} and "
+        "{examples} where these go.",
     )
     places: tuple[Literal["system", "user", "raw"], ...] = setting(
         default=("system", "user"),
@@ -85,9 +85,9 @@ class TuneConfig(Settings):
         default=24, group="How to measure", help="Queries of each split that are asked."
     )
     max_new_tokens: Count = setting(
-        default=ANSWER_TOKENS, help="Longest answer in tokens that is compared."
+        default=ANSWER_TOKENS, help="Tokens of each answer that are compared."
     )
-    seed: Whole = setting(default=0, help="Which queries are drawn.")
+    seed: Whole = setting(default=0, help="Random seed of the sample.")
     engine: options.EngineName = options.ENGINE()
     engine_args: Mapping[str, Any] = options.ENGINE_ARGS()
     teacher_dtype: options.TeacherDtype = options.TEACHER_DTYPE()

@@ -1,6 +1,10 @@
 """What a user installs: the metadata, the wheel, and the wheel made from the sdist."""
 
+import ast
+import email
 import importlib.metadata
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,8 +12,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import click
 import pytest
 from packaging.requirements import Requirement
+
+import duet_unlearn
+from duet_unlearn.cli.cache import main as duet_cache
+from duet_unlearn.cli.distill import main as duet_distill
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cli", "data", "distill", "evaluation", "teacher_cache")
@@ -128,3 +137,52 @@ def test_wheel_imports_and_names_both_commands(wheel: Path) -> None:
         commands = archive.read(name).decode()
     assert "duet-cache = " in commands
     assert "duet-distill = " in commands
+
+
+@pytest.fixture(scope="module")
+def page(wheel: Path) -> str:
+    """What a package index shows: the long description in the wheel's metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+    return metadata.get_payload(decode=True).decode()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def test_the_package_page_shows_only_what_renders_there(page: str) -> None:
+    assert "# duet-unlearn" in page
+    assert re.findall(r"^```(\w+)$", page, re.MULTILINE) == ["sh", "sh", "python"]  # no mermaid
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)]*)\)|^\[[^\]]+\]:\s*(\S+)|<(?:a|img)\b", prose, re.MULTILINE)
+    assert not [target for target in targets if not "".join(target).startswith("https://")]
+    assert "![" not in prose
+
+
+def test_what_the_package_page_types_is_taken(page: str) -> None:
+    mains: dict[str, click.Group] = {"duet-cache": duet_cache, "duet-distill": duet_distill}
+    lines = [
+        shlex.split(line, comments=True)
+        for block in blocks(page, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    typed = [words for words in lines if words]
+    for words in typed:
+        if words[:2] == ["pip", "install"]:
+            extras = Requirement(words[2]).extras
+            known = importlib.metadata.metadata("duet-unlearn").get_all("Provides-Extra")
+            assert extras <= set(known or ())
+        else:
+            command = mains[words[0]].commands[words[1]]
+            command.make_context(words[1], words[2:])  # raises where it does not take them
+    assert len([words for words in typed if words[0] in mains]) == 5
+
+
+def test_the_python_that_the_package_page_shows_is_there(page: str) -> None:
+    (block,) = blocks(page, "python")
+    imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    assert [node.module for node in imported] == ["duet_unlearn"]
+    assert {alias.name for node in imported for alias in node.names} <= set(duet_unlearn.__all__)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from duet_unlearn.cli.options import FolderPath
-from duet_unlearn.errors import CacheError
+from duet_unlearn.errors import DuetError
 
 _MODULES = {"duet-cache": "duet_unlearn.cli.cache", "duet-distill": "duet_unlearn.cli.distill"}
 
@@ -88,5 +88,10 @@ def _run(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", code, *command[1:]], check=False)  # noqa: S603
     if result.returncode == 130:
         raise KeyboardInterrupt
-    if result.returncode:
-        raise CacheError(f"the demo stopped at: {shlex.join(command)} (see the line above)")
+    if result.returncode < 0:  # killed, so it could not say anything
+        raise DuetError(
+            f"the demo stopped: {' '.join(command[:2])} was killed by signal {-result.returncode}, "
+            "as it is when memory runs out; free some of it and run the same command again"
+        )
+    if result.returncode:  # the command's own line says why
+        raise click.exceptions.Exit(result.returncode)

@@ -20,10 +20,10 @@ _COUNTED, _ESTIMATED, _MEASURED = "counted", "estimated", "measured"
 @json_option
 @click.pass_context
 def plan_command(ctx: click.Context, /, config_file: str | None, as_json: bool, **_: Any) -> None:
-    """Say what the same line of `run` takes: memory, disk and, from a few real steps, time.
+    """Estimate what the same `run` command takes: memory, disk and, from a few real steps, time.
 
-    A MODEL whose config.json is all there is gives everything but what is measured. Figures are
-    of one process on this machine.
+    A MODEL without weights, only a config.json, is enough for all but the measured part. Figures
+    are per process, on this machine.
     """
     config = read_settings(ctx, PlanConfig, config_file)
     from duet_unlearn.distill.plan import plan

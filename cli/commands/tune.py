@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     "tune",
     cls=SettingsCommand,
     settings=TuneConfig,
-    epilog=f"Candidates are ordered by: {RULE}. Where a prefix loses more than a fifth of what is "
+    epilog=f"Candidates are ranked by: {RULE}. Where a prefix loses more than a fifth of what is "
     "to be kept, --no-retain-prefix is proposed with it.",
 )
 @json_option
 @click.pass_context
 def tune_command(ctx: click.Context, /, as_json: bool, **_: Any) -> None:
-    """Try steering prefixes on a sample of the queries and order them, before anything is built.
+    """Try steering prefixes on a sample of the queries and rank them, before anything is built.
 
-    No answers are needed: what counts is how much of the base's own answers comes back behind a
-    prefix, little on forget queries and much on retain queries. `duet-cache build --prefix-from
-    FILE` takes the first of what --json prints.
+    No reference answers are needed. A prefix is scored by ROUGE-L recall of the base's own
+    answers: low on forget queries and high on retain queries is good. `duet-cache build
+    --prefix-from FILE` takes the first of what --json prints.
     """
     from duet_unlearn.teacher_cache.tune import tune
 

@@ -21,6 +21,25 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _CANNOT_LOAD = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that CPU or GPU memory ran out."""
+    import torch
+
+    # Only the GPU's allocator has an error type of its own; the driver and cuBLAS have none.
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def too_large(model: Path, dtype: str) -> ConfigurationError:
+    """Return the error for a model that the memory does not hold."""
+    return ConfigurationError(
+        f"model {model}: does not fit into memory as {dtype}; free some of it, use a larger device "
+        "or load it as bfloat16 (--dtype, of a teacher --teacher-dtype)"
+    )
+
+
 def load_model(
     folder: Path, *, dtype: str = "auto", adapter: Path | None = None, trainable: bool = False
 ) -> "PreTrainedModel":
@@ -57,14 +76,10 @@ def load_model(
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (*_CANNOT_LOAD, SafetensorError) as error:
+    except (*_CANNOT_LOAD, MemoryError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise too_large(folder, dtype) from error
         reason = first_line(error)
-        # The CPU's allocator has no error type of its own.
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in reason:
-            raise ConfigurationError(
-                f"model {folder}: does not fit into memory as {dtype}; "
-                "free some of it or use --dtype bfloat16"
-            ) from error
         raise DataError(
             f"model {folder}: transformers cannot load it ({reason}); "
             "expected a causal language model it knows"

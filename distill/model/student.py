@@ -129,6 +129,11 @@ def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: Cache
             head is too narrow for the cached ids.
     """
     recipe = reader.manifest.recipe
+    if recipe.top_k > student.head_width:  # before anything of that width is decoded
+        raise MismatchError(
+            f"student {student.name}: its head gives {student.head_width} logits, but the cache "
+            f"keeps {recipe.top_k} at a position; take a student with the teacher's vocabulary"
+        )
     same_vocabulary = vocabulary_fingerprint(student.folder) == recipe.vocabulary
     same_template = chat_template_fingerprint(student.folder) == recipe.chat_template
     difference = _first_difference(renderer, reader)
@@ -202,11 +207,6 @@ def _check_head(student: Student, reader: CacheReader) -> None:
     # Padding rows make heads of one tokenizer differ in width, so a narrower head than the
     # teacher's is only wrong if the cache holds an id beyond it.
     recipe = reader.manifest.recipe
-    if recipe.top_k > student.head_width:  # before anything of that width is decoded
-        raise MismatchError(
-            f"student {student.name}: its head gives {student.head_width} logits, but the cache "
-            f"keeps {recipe.top_k} at a position; take a student with the teacher's vocabulary"
-        )
     if student.head_width >= recipe.vocab_size:
         return
     for index in range(len(reader.row_groups)):

@@ -35,12 +35,13 @@ from duet_unlearn.teacher_cache.build.inputs import (
 )
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import plan_shards
-from duet_unlearn.teacher_cache.build.row_source import find_reusable
+from duet_unlearn.teacher_cache.build.row_source import find_reusable, open_caches
 from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, Teacher
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
 from duet_unlearn.teacher_cache.format.samples import collect_samples
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, CacheRow
+from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.steering import ANSWER_TOKENS
 
 EngineFactory = Callable[[EngineConfig], Engine]
@@ -100,13 +101,15 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     )
     manifest = find_finished(plan)
     if manifest is None:
+        reusable = open_caches(config.reuse, plan.recipe)  # refused before a folder is made
         claim_folder(config.out, is_cache_folder)
         make_folder(config.out / SHARD_FOLDER)
         with build_lock(config.out):
             # Another build may have finished between the first look and the lock.
             manifest = find_finished(plan)
             if manifest is None:
-                return _Build(config, model, shards, Assembly(plan)).run(engine_factory)
+                work = _Build(config, model, shards, Assembly(plan), reusable)
+                return work.run(engine_factory)
     return BuildResult(manifest=manifest, hit=True, computed_rows=0, kept_rows=0, reused_rows=0)
 
 
@@ -119,6 +122,7 @@ class _Build:
         model: Path,
         shards: Sequence[Sequence[Query]],
         assembly: Assembly,
+        reusable: Sequence[CacheReader],
     ) -> None:
         self.config = config
         self.model = model
@@ -130,8 +134,8 @@ class _Build:
             self.tokenizer, prefix=config.prefix, place=config.prefix_place
         )
         missing = assembly.missing
-        caches = config.reuse if missing else ()
-        self.reused = find_reusable(caches, self.recipe, shards, missing)
+        readers = reusable if missing else ()
+        self.reused = find_reusable(readers, self.recipe, shards, missing)
         self.check: dict[str, Any] | None = None
 
     def run(self, engine_factory: EngineFactory | None) -> BuildResult:

@@ -42,7 +42,7 @@ class BuildConfig(Settings):
         flag="--view",
         metavar="FILE|@NAME",
         help="Also cache what the plain base says to the retain queries in these shapes, so that a "
-        "student can be trained in them: @view-shapes, or a file with one shape a line. "
+        "student can be trained in them: @view-shapes, or a file with one shape per line. "
         "Repeatable.",
     )
     prefix: str = setting(group="How to steer", flag=None, help="The steering prefix in full.")
@@ -55,8 +55,8 @@ class BuildConfig(Settings):
         flag="--retain-prefix/--no-retain-prefix",
         help="Put the prefix in front of retain queries too (the paper's Eq. 3).",
     )
-    top_k: Count = setting(default=100, group="What to keep", help="Tokens kept a position.")
-    positions: Count = setting(default=1, help="Decoding steps kept a query.")
+    top_k: Count = setting(default=100, group="What to keep", help="Tokens kept per position.")
+    positions: Count = setting(default=1, help="Decoding steps kept per query.")
     logit_dtype: Literal["float16", "float32"] = setting(
         default="float16", help="How logits are stored."
     )

@@ -152,7 +152,7 @@ class PlannedRows:
 
 
 def find_reusable(
-    caches: Sequence[str],
+    readers: Sequence[CacheReader],
     recipe: Recipe,
     shards: Sequence[Sequence[Query]],
     missing: Sequence[int],
@@ -163,22 +163,21 @@ def find_reusable(
     where the recipe leaves the steering prefix out in front of retain queries.
 
     Args:
-        caches: `PATH` or `PATH@sha256:DIGEST` each.
+        readers: The caches, of that recipe all.
         recipe: The recipe of the new cache.
         shards: The queries of all its shards.
         missing: The shards whose rows are needed.
 
     Raises:
-        CacheError: One is no finished cache, or is damaged.
-        MismatchError: One has another recipe; the message lists what differs.
+        CorruptCacheError: One is damaged.
     """
 
     def key(split: str, text: str) -> tuple[bool, str]:
         return recipe.retain_prefix or split == "forget", text
 
-    source = RowSource(open_caches(caches, recipe))
+    source = RowSource(readers)
     places: dict[int, dict[int, Place]] = {index: {} for index in missing}
-    if caches:
+    if readers:
         wanted: dict[tuple[bool, str], list[tuple[int, int]]] = {}
         for index in missing:
             for number, query in enumerate(shards[index]):

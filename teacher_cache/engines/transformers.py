@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from duet_unlearn.data.models.loading import no_bars
+from duet_unlearn.data.models.loading import is_out_of_memory, no_bars, too_large
 from duet_unlearn.errors import ConfigurationError, DuetError
-from duet_unlearn.evaluation.answers import stream_answers
+from duet_unlearn.evaluation.answers import run_in_memory, stream_answers
 from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options, published_options
 from duet_unlearn.teacher_cache.engines.top_k import select_top_k
@@ -38,7 +38,8 @@ class TransformersEngine:
         """Load the model; options are `TRANSFORMERS_OPTIONS`.
 
         Raises:
-            ConfigurationError: `top_k` is larger than the vocabulary, or an option is unusable.
+            ConfigurationError: `top_k` is larger than the vocabulary, an option is unusable, or the
+                memory does not hold the model.
             DuetError: The model does not load.
         """
         import torch
@@ -65,7 +66,8 @@ class TransformersEngine:
         """Yield `(index, signal)` batch by batch; see `Engine.signals`.
 
         Raises:
-            DuetError: The model fails, also in a batch of one where memory is short.
+            ConfigurationError: The memory does not hold one prompt.
+            DuetError: The model fails.
         """
         source = iter(prompts)
         while window := list(itertools.islice(source, _WINDOW)):
@@ -103,22 +105,13 @@ class TransformersEngine:
             yield batch
 
     def _run(self, batch: list[Prompt]) -> Iterator[tuple[int, Signal]]:
-        import torch
+        def decode(part: Sequence[Prompt]) -> list[Signal]:
+            return self._decode([ids for _, ids in part])
 
         try:
-            signals = self._decode([ids for _, ids in batch])
-        except torch.OutOfMemoryError as error:
-            if len(batch) > 1:
-                # What was too much at once often fits in halves.
-                half = len(batch) // 2
-                torch.cuda.empty_cache()
-                yield from self._run(batch[:half])
-                yield from self._run(batch[half:])
-                return
-            raise DuetError(
-                f"transformers engine: out of memory on one prompt of {len(batch[0][1])} tokens; "
-                "use --teacher-dtype bfloat16 or a larger device"
-            ) from error
+            signals = run_in_memory(decode, batch, lambda prompt: len(prompt[1]))
+        except ConfigurationError:
+            raise
         except Exception as error:
             raise DuetError(
                 f"transformers engine: {self._config.model} failed on a batch of {len(batch)} "
@@ -222,6 +215,8 @@ def _load(config: EngineConfig, device: Any) -> Any:
             )
         return model.to(device).eval()
     except Exception as error:  # a dozen libraries raise here, each in its own way
+        if is_out_of_memory(error):
+            raise too_large(config.model, config.compute_dtype) from error
         raise DuetError(
             f"transformers engine: cannot load {config.model}: {cause(error)}; check the "
             "model folder and the machine's memory"

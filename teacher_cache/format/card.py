@@ -26,13 +26,13 @@ configs:
 # Teacher signals of {teacher}
 
 Top-{top_k} raw logits of a language model behind a steering prefix, for training a student that
-sees the same queries without the prefix. Made by `duet-cache build`; one row a query. It holds no
+sees the same queries without the prefix. Made by `duet-cache build`; one row per query. It holds no
 reference answers.
 
 | | |
 | --- | --- |
 | queries | {rows} |
-| positions a query | up to {positions} |
+| positions per query | up to {positions} |
 | steering prefix ({place}) | {prefix} |
 | prefix in front of retain queries | {retain_prefix} |
 | logits | {logit_dtype}, computed in {compute_dtype} |

@@ -7,6 +7,7 @@ sees half of one. Both directions resume where they were stopped, file by file.
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from duet_unlearn.teacher_cache.share.store import Store
 from duet_unlearn.urls import is_url, redact_url
 
 _JOBS = 8
+_GRACE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +172,11 @@ def pull(url: str, folder: str | Path) -> TransferResult:
                 "another folder"
             )
         make_folder(folder / SHARD_FOLDER)
-        _each("pull", missing, lambda shard: fetch_shard(store, shard, folder))
+        try:
+            _each("pull", missing, lambda shard: fetch_shard(store, shard, folder))
+        except BaseException:
+            remove_temporary_files(folder / SHARD_FOLDER)  # of threads that were left behind
+            raise
         if not (folder / CARD_NAME).exists():
             # The digest does not cover the card that lies there, so it is written anew.
             write_card(folder, manifest)
@@ -225,8 +231,8 @@ def check_shard(path: Path, shard: ShardEntry, where: str) -> None:
 def _each(what: str, shards: Sequence[ShardEntry], move: Callable[[ShardEntry], None]) -> None:
     """Move all shards, several at a time; the first error stops the rest and is raised.
 
-    An interrupt does not wait for the others: their threads are daemons, which a process that ends
-    leaves behind even where the network stands still.
+    An interrupt gives the others a moment to tidy up and does not wait for them: their threads are
+    daemons, which a process that ends leaves behind even where the network stands still.
     """
     remaining, errors = iter(shards), list[BaseException]()
     total = sum(shard.bytes for shard in shards)
@@ -252,6 +258,9 @@ def _each(what: str, shards: Sequence[ShardEntry], move: Callable[[ShardEntry], 
             errors.append(error)
             # aiohttp would report the connections that are dropped here on purpose.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            last = time.monotonic() + _GRACE_SECONDS
+            for thread in threads:
+                thread.join(max(0.0, last - time.monotonic()))
             raise
     if errors:
         raise errors[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from duet_unlearn.cli.cache import main as duet_cache
@@ -58,6 +59,8 @@ def test_so_is_a_log_record(
         (OSError(errno.ENOSPC, "No space left on device", "a\x1b[2J"), "a\\x1b[2J: No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "page.html"), "page.html: Permission"),
         (MemoryError(), "out of memory; use a smaller batch"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory; use a smaller batch"),
+        (RuntimeError("CUDA error: out of memory\nSet X"), "out of memory; use a smaller batch"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(error: Exception, line: str) -> None:

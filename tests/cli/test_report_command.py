@@ -44,6 +44,9 @@ def test_failures_are_one_line_and_write_nothing(folder: Path) -> None:
         ([folder, "--out", folder / "no" / "x.html"], "make it first"),
         ([folder / "gone", "--out", folder / "x.html"], "cannot be read"),
     ]
+    if Path("/proc/self").is_dir():  # a folder in which nobody can make a file
+        unwritable = [folder, "--out", folder / "x.html", "--markdown", "/proc/x.md"]
+        cases.append((unwritable, "cannot be written"))
     for arguments, expected in cases:
         result = invoke("report", *arguments)
         assert result.exit_code == 1, result.output

@@ -151,3 +151,19 @@ def test_wrong_usage_is_exit_code_2(cache, tiny_model, tmp_path):
     )
     assert done.exit_code == 2
     assert "'quick', expected a number, above 0, or auto" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("lr", "learning-rate"), ("num-train-epochs", "epochs")]
+)
+def test_what_other_tools_call_a_setting_gets_its_name_here(
+    cache: Path, tmp_path: Path, theirs: str, ours: str
+) -> None:
+    line = (str(cache), "--student", "m", "--out", str(tmp_path / "s"))
+    done = invoke(*line, f"--{theirs}", "1")
+    assert (done.exit_code, f"--{ours}" in done.stderr) == (2, True)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{theirs.replace('-', '_')}: 1\n")
+    done = invoke(*line, "--config", str(file))
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert f"did you mean {ours.replace('-', '_')}?" in done.stderr

@@ -8,6 +8,7 @@ import pytest
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.distill.model.student import check_cache_fits, open_student
 from duet_unlearn.errors import MismatchError
+from duet_unlearn.teacher_cache.format.shard import ShardFile
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 
@@ -86,6 +87,18 @@ def test_a_head_wider_than_the_teachers_fits(copy, tiny_cache):
 def test_a_head_too_narrow_for_the_cached_ids_is_refused(copy, tiny_cache):
     with pytest.raises(MismatchError, match=r"head gives 100 logits, .* holds token id \d+"):
         check(with_head_width(copy, 100), tiny_cache)
+
+
+def test_more_tokens_than_the_head_has_are_refused_before_a_row_is_decoded(
+    copy, tiny_cache, monkeypatch
+):
+    def decode(*_: object) -> None:
+        raise AssertionError("a row group was decoded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardFile, "read_row_group", decode)
+        with pytest.raises(MismatchError, match="head gives 10 logits, but the cache keeps 20 at"):
+            check(with_head_width(copy, 10), tiny_cache)
 
 
 def test_a_narrower_head_that_covers_the_cached_ids_fits(copy, tiny_cache):

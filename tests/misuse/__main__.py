@@ -20,8 +20,6 @@ import os
 import random
 import re
 import resource
-import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -29,129 +27,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import Bench, Ended
 from cases import ADDRESS, BUILD, MERGE, REPORT, RUN, Case, all_cases
 from desk import lay_out
 
 SECRET = "s3cr3t"
-SECONDS = 60
-_NOTE = re.compile(r"(INFO|WARNING|Usage): |\[transformers\] |Try '|$")
+_NOTE = re.compile(r"(INFO|WARNING|Usage): |\[transformers\] |Try '|\$ |$")
+_CLAIMED = (".duet-unlearn", ".build.lock")
 _NEW_NAMESPACE = 0x20000
-
-
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass
-class Bench:
-    """Where commands run, and what is known of it."""
-
-    folder: Path
-    places: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def desk(self) -> Path:
-        """What belongs to the user."""
-        return self.folder / "desk"
-
-    @property
-    def new(self) -> Path:
-        """Where a command may write; empty before each."""
-        return self.folder / "new"
-
-    def words(self, text: str) -> list[str]:
-        """Return a command's words, `{names}` replaced."""
-        if found := re.search(r"\{yaml:(.*?)\}", text):
-            (self.new / "settings.yaml").write_text(found[1] + "\n")
-            text = text.replace(found[0], str(self.new / "settings.yaml"))
-        known = {**self.places, "new": str(self.new / "out")}
-        return [
-            re.sub(r"\{(\w+)\}", lambda m: known.get(m[1], m[0]), word)
-            for word in shlex.split(text)
-        ]
-
-    def start(self, work: str | Callable[[], None], *, before: Callable[[], None] = int) -> int:
-        """Fork a process that runs a command; return its id."""
-        words = self.words(work) if isinstance(work, str) else []
-        if pid := os.fork():
-            return pid
-        code = 99
-        try:
-            os.chdir(self.desk)
-            for number, name in ((1, "out"), (2, "err")):
-                target = os.open(self.folder / f"{os.getpid()}.{name}", os.O_CREAT | os.O_WRONLY)
-                os.dup2(target, number)
-            before()
-            code = _main(words) if isinstance(work, str) else int(bool(work()))
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    def wait(self, pid: int) -> Ended:
-        """Wait for a process; one that takes too long is killed."""
-        for _ in range(SECONDS * 100):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        texts = []
-        for name in ("out", "err"):
-            path = self.folder / f"{pid}.{name}"
-            texts.append(path.read_text(errors="replace") if path.exists() else "")
-            path.unlink(missing_ok=True)
-        return Ended(os.waitstatus_to_exitcode(status), *texts)
-
-    def size(self, pid: int) -> int:
-        """Return how much a process has written to standard error."""
-        return (self.folder / f"{pid}.err").stat().st_size
-
-    def call(self, work: str | Callable[[], None], places: dict[str, str] | None = None) -> None:
-        """Run what has to succeed."""
-        self.places = places or self.places
-        ended = self.wait(self.start(work))
-        if ended.code:
-            raise RuntimeError(f"{work}: exit {ended.code}\n{ended.out}{ended.err}")
-
-    def clear(self) -> None:
-        """Make `new` empty."""
-        shutil.rmtree(self.new, ignore_errors=True)
-        self.new.mkdir()
-
-    def state(self) -> dict[str, tuple[int, ...]]:
-        """Return what would tell a change of anything that is the user's."""
-        found = {}
-        for root, folders, files in os.walk(self.desk):
-            for name in (*folders, *files):
-                entry = os.lstat(path := f"{root}/{name}")
-                # A folder's time changes with a lock that comes and goes; its names must not.
-                times = () if name in folders else (entry.st_size, entry.st_mtime_ns)
-                found[path] = (entry.st_ino, entry.st_mode, *times)
-        return found
-
-
-def _main(words: list[str]) -> int:
-    """Run a command as its console script does; return its exit code."""
-    from duet_unlearn.cli import cache, distill
-
-    main = cache.main if words[0] == "duet-cache" else distill.main
-    try:
-        main(words[1:], prog_name=words[0])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
 
 
 def complaints(ended: Ended, *, codes: tuple[int, ...], says: str = "") -> list[str]:
@@ -191,7 +76,11 @@ def refuse(bench: Bench, case: Case) -> tuple[str, list[str]]:
     """Run a command that has to be refused."""
     before = bench.state()
     ended = bench.wait(bench.start(case.words))
-    problems = complaints(ended, codes=(1, 2), says=case.says) + left_behind(bench, before)
+    problems = complaints(ended, codes=case.codes, says=case.says) + left_behind(bench, before)
+    out = bench.new / "out"  # at most an empty folder that was claimed, or what a pull has fetched
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    if ended.code and not case.words.startswith(("duet-cache pull", "duet-cache push")):
+        problems += [f"left {p.name} at --out" for p in files if p.name not in _CLAIMED]
     return f"exit {ended.code}", [*problems, *(ended.err.splitlines()[-2:] if problems else ())]
 
 
@@ -379,11 +268,15 @@ def _import_everything() -> None:
         "duet_unlearn.cli.distill",
         "duet_unlearn.distill.run",
         "duet_unlearn.evaluation.evaluate",
+        "duet_unlearn.evaluation.report.content",
+        "duet_unlearn.evaluation.report.first_tokens",
+        "duet_unlearn.evaluation.report.pages",
+        "duet_unlearn.teacher_cache.inspect",
         "duet_unlearn.teacher_cache.build.build",
         "duet_unlearn.teacher_cache.engines.transformers",
         "duet_unlearn.teacher_cache.merge",
         "transformers.models.llama.modeling_llama",
-        "pandas",  # pyarrow imports it, and loses a Ctrl-C meanwhile
+        "pandas",  # pyarrow imports it, and a Ctrl-C is lost in an import
         "peft",
     ):
         importlib.import_module(name)

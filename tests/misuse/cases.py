@@ -1,10 +1,10 @@
 """What a tired user types: one line a mistake. `desk.py` says what `{names}` stand for."""
 
-import gzip
-import json
 import re
 import shlex
 from dataclasses import dataclass
+
+from broken_files import QUERY_FILES, YAML_FILES
 
 BUILD = (
     "duet-cache build --engine transformers --teacher {model} --forget {forget} --retain {retain} "
@@ -14,113 +14,25 @@ RUN = "duet-distill run {cache} --student {model} --max-steps 1 --out {new}"
 EVAL = "duet-distill eval {model} --forget {forget} --retain {retain} --max-new-tokens 2"
 ASK = "duet-distill ask {model} Who? --max-new-tokens 2"
 TUNE = "duet-cache tune --engine transformers --teacher {model} --forget {forget} --retain {retain}"
+PLAN = "duet-distill plan {cache} --student {model} --max-steps 1 --measure 0"
 MERGE = "duet-cache merge {cache} --out {new}"
 REPORT = "duet-distill report {results} --out {new}"
+DEMO = "duet-distill demo --engine transformers --out {new}"
 
 ADDRESS = "alice:s3cr3t@127.0.0.1:9/cache?token=s3cr3t"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One command that has to be refused."""
+    """One command, which has to be refused unless `codes` says otherwise."""
 
     group: str
     words: str
     says: str = ""
     """A text that the refusal has to hold, such as the flag that was meant."""
+    codes: tuple[int, ...] = (1, 2)
+    """How it may end; 0 where a command is right to succeed and only must not touch a thing."""
 
-
-def _lines(*rows: object) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _turns(*turns: object) -> bytes:
-    return _lines({"messages": list(turns)})
-
-
-QUERY_FILES: dict[str, bytes] = {
-    "empty.jsonl": b"",
-    "blank.jsonl": b"\n  \n\n",
-    "bom.jsonl": b"\xef\xbb\xbf",
-    "zeros.jsonl": bytes(64),
-    "latin1.jsonl": '{"query": "Who is Zoë?"}\n'.encode("latin-1"),
-    "utf16.jsonl": '{"query": "Who?"}\n'.encode("utf-16"),
-    "cut.jsonl": b'{"query": "Who?"}\n{"query": "Wh',
-    "two-on-a-line.jsonl": b'{"query": "Who?"} {"query": "What?"}\n',
-    "single-quotes.jsonl": b"{'query': 'Who?'}\n",
-    "comma.jsonl": b'{"query": "Who?"},\n',
-    "plain-text.jsonl": b"Who is the keeper?\n",
-    "number.jsonl": b"1\n",
-    "string.jsonl": b'"Who?"\n',
-    "null.jsonl": b"null\n",
-    "list.jsonl": b'["Who?"]\n',
-    "repeated-key.jsonl": b'{"query": "Who?", "query": "What?"}\n',
-    "nan.jsonl": b'{"query": NaN}\n',
-    "surrogate.jsonl": b'{"query": "Who \\ud800?"}\n',
-    "deep.jsonl": b'{"query": ' + b"[" * 100_000 + b"\n",
-    "huge-number.jsonl": b'{"query": "Who?", "id": ' + b"9" * 5000 + b"}\n",
-    "other-column.jsonl": _lines({"prompt": "Who?"}),
-    "no-query.jsonl": _lines({"answer": "Orn"}),
-    "query-number.jsonl": _lines({"query": 5}),
-    "query-list.jsonl": _lines({"query": ["Who?"]}),
-    "query-empty.jsonl": _lines({"query": ""}),
-    "query-blank.jsonl": _lines({"query": " \n "}),
-    "one-of-many.jsonl": _lines({"query": "Who?"}, {"query": "What?"}, {"query": None}),
-    "id-list.jsonl": _lines({"id": [1], "query": "Who?"}),
-    "id-twice.jsonl": _lines({"id": 1, "query": "Who?"}, {"id": 1, "query": "What?"}),
-    "answer-list.jsonl": _lines({"query": "Who?", "answer": ["Orn"]}),
-    "messages-none.jsonl": _turns(),
-    "messages-text.jsonl": _lines({"messages": "Who?"}),
-    "messages-strings.jsonl": _turns("Who?"),
-    "messages-role.jsonl": _turns({"role": "human", "content": "Who?"}),
-    "messages-no-role.jsonl": _turns({"content": "Who?"}),
-    "messages-no-content.jsonl": _turns({"role": "user"}),
-    "messages-parts.jsonl": _turns({"role": "user", "content": [{"type": "text", "text": "W"}]}),
-    "messages-assistant-last.jsonl": _turns(
-        {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Orn."}
-    ),
-    "messages-system-alone.jsonl": _turns({"role": "system", "content": "Be brief."}),
-    "wrapped.json": json.dumps({"data": [{"query": "Who?"}]}).encode(),
-    "array-of-text.json": b'["Who?"]',
-    "empty-array.json": b"[]",
-    "empty.csv": b"",
-    "header-alone.csv": b"query,answer\n",
-    "other-column.csv": b"prompt,answer\nWho?,Orn\n",
-    "ragged.csv": b"id,query\n1,Who?,more,and more\n",
-    "open-quote.csv": b'id,query\n1,"Who?\n2,What?\n',
-    "semicolon.csv": b"id;query\n1;Who?\n",
-    "twice.csv": b"query,query\nWho?,What?\n",
-    "latin1.csv": "query\nWho is Zoë?\n".encode("latin-1"),
-    "empty.parquet": b"",
-    "magic.parquet": b"PAR1" * 3,
-    "text.parquet": b"query\nWho?\n",
-    "table.xlsx": b"PK\x03\x04" + bytes(60),
-    "queries.txt": b"Who?\n",
-    "queries": b'{"query": "Who?"}\n',
-    "queries.jsonl.gz": gzip.compress(b'{"query": "Who?"}\n'),
-}
-
-YAML_FILES: dict[str, bytes] = {
-    "empty.yaml": b"",
-    "list.yaml": b"- loss\n- huber\n",
-    "word.yaml": b"huber\n",
-    "tabs.yaml": b"loss:\thuber\n\tdelta: 1\n",
-    "open.yaml": b"loss: [huber\n",
-    "tag.yaml": b"loss: !!python/object/apply:os.system [id]\n",
-    "twice.yaml": b"batch_size: 2\nbatch_size: 3\n",
-    "unknown.yaml": b"colour: red\n",
-    "nested.yaml": b"training:\n  loss: huber\n",
-    "anchor.yaml": b"loss: *missing\n",
-    "at.yaml": b"view: @remember\n",
-    "deep.yaml": b"loss: " + b"[" * 5000,
-    "latin1.yaml": "loss: zoë\n".encode("latin-1"),
-    "zeros.yaml": bytes(64),
-    "json-lines.yaml": b'{"loss": "huber"}\n{"loss": "mse"}\n',
-    "binary.yaml": b"loss: !!binary aGk=\n",
-    "null.yaml": b"batch_size: null\n",
-    "date.yaml": b"batch_size: 2024-01-01\n",
-    "three-documents.yaml": b"loss: mse\n---\nloss: kl\n",
-}
 
 # A setting, then values that it does not take, one a word.
 _RUN_VALUES = """
@@ -186,6 +98,28 @@ reuse nosuch
 ray auto
 """
 
+_PLAN_VALUES = """
+measure -1 1.5 some
+"""
+_TUNE_VALUES = """
+prefix-place sytem front
+examples -1 1.5 some
+sample 0 -1 1.5 all
+max-new-tokens 0 -1 1.5 many
+seed -1 1.5 abc
+engine vlm tgi
+engine-arg x =2 nosuchoption=1 device=tpu
+teacher-dtype int8 fp8
+"""
+_ASK_VALUES = """
+prefix-place sytem front
+max-new-tokens 0 -1 1.5
+dtype int8 fp8
+"""
+_DEMO_VALUES = """
+engine vlm tgi
+"""
+
 # What other tools call a setting, and what it is called here.
 OTHER_NAMES = """
 lr learning-rate 1e-4
@@ -210,8 +144,9 @@ learning_rat learning-rate 1e-4
 batchsize batch-size 4
 """
 
-CONTRADICTIONS = [
-    f"{RUN} {flags}"
+_CONTRADICTIONS_OF_RUN = [
+    f"{command} {flags}"
+    for command in (RUN, PLAN)
     for flags in (
         "--loss mse --delta 2",
         "--loss kl --delta 2",
@@ -250,7 +185,9 @@ CONTRADICTIONS = [
         "--config {notes}/thesis.txt --loss mse",
         "extra",
     )
-] + [
+]
+CONTRADICTIONS = [
+    *_CONTRADICTIONS_OF_RUN,
     BUILD.replace("--prefix Forget.", ""),
     BUILD.replace("--prefix Forget.", "--prefix-from {forget}"),
     BUILD.replace("--prefix Forget.", "--prefix-from {notes}"),
@@ -293,6 +230,10 @@ CONTRADICTIONS = [
     "duet-cache inspect {cache} extra",
     "duet-cache diff {cache}",
     "duet-cache inspect --jsno {cache}",
+    "duet-cache prefixes extra",
+    "duet-cache list",
+    f"{REPORT} --first-tokens -1",
+    f"{DEMO} extra",
     f"{REPORT} --first-tokens -1",
 ]
 
@@ -305,6 +246,7 @@ _READERS = {
         "duet-cache merge {cache} {it} --out {new}",
         "duet-cache push {it} {new}",
         "duet-cache pull {it} {new}",
+        PLAN.replace("{cache}", "{it}"),
         f"{BUILD} --reuse {{it}}",
         RUN.replace("{cache}", "{it}"),
     ],
@@ -312,6 +254,7 @@ _READERS = {
         BUILD.replace("{model}", "{it}"),
         TUNE.replace("{model}", "{it}"),
         RUN.replace("{model}", "{it}"),
+        PLAN.replace("{model}", "{it}").replace("--measure 0", "--measure 1"),
         EVAL.replace("{model}", "{it}"),
         ASK.replace("{model}", "{it}"),
     ],
@@ -325,6 +268,8 @@ _READERS = {
     ],
     "results": ["duet-distill report {it} --out {new}"],
 }
+_CONFIGURATIONS = ("{no_weights}", "{pickled}")
+"""Enough of a model for `plan`."""
 _INSTEAD = {
     "cache": "missing '' ' ' ~nouser/x {empty} {notes} {notes}/thesis.txt {model} {forget} "
     "{dangling} {loop} {cache}/manifest.json {cache}/shards {unfinished} {cut_cache} "
@@ -350,6 +295,17 @@ _BAD_FOLDERS = (
     "'' ' ' ~nouser/x {notes} {notes}/thesis.txt {notes}/thesis.txt/x {model} {forget} "
     "{cache}/shards {cache}/shards/x {cache}/x {other_cache} {unfinished}/shards {home} . .. / "
     "/dev/null /dev/null/x /proc/x /sys/x {long} {loop} {own_student} {fake_student}"
+)
+# What `plan` takes, though `run` would not: it reads a model's configuration, and writes nowhere.
+_PLANNED = [
+    *(PLAN.replace("{model}", f"{{{model}}}") for model in ("no_weights", "pickled", "cut_model")),
+    *(f"{PLAN} --out {place}" for place in ("{notes}", "{own_student}", "{cache}/shards", "/")),
+    f"{PLAN} --overwrite --out {{own_student}}",
+    PLAN.replace("--measure 0", "--measure 1"),
+]
+# Where no demo can be: a folder inside a cache, a file, a place that nobody can write to.
+_NO_PLACE_FOR_A_DEMO = (
+    "'' ~nouser/x {cache}/x {notes}/thesis.txt {notes}/thesis.txt/x /proc/x {loop}"
 )
 _BAD_FILES = (
     "'' ~nouser/x {notes} {notes}/thesis.txt {forget} {cache} {cache}/x missing/x /dev/null/x "
@@ -386,6 +342,10 @@ def all_cases() -> list[Case]:
         *_settings("run: wrong values", RUN, _RUN_VALUES, yaml=True),
         *_settings("eval: wrong values", EVAL, _EVAL_VALUES, yaml=True),
         *_settings("build: wrong values", BUILD, _BUILD_VALUES, yaml=False),
+        *_settings("plan: wrong values", PLAN, _RUN_VALUES + _PLAN_VALUES.lstrip(), yaml=False),
+        *_settings("tune: wrong values", TUNE, _TUNE_VALUES, yaml=False),
+        *_settings("ask: wrong values", ASK, _ASK_VALUES, yaml=False),
+        *_settings("demo: wrong values", DEMO, _DEMO_VALUES, yaml=False),
         *(Case("contradictions", words) for words in CONTRADICTIONS),
         *_other_names(),
     ]
@@ -399,7 +359,13 @@ def all_cases() -> list[Case]:
         for words in commands:
             for instead in shlex.split(_INSTEAD[kind]):
                 it = shlex.quote(instead)
+                if words.startswith("duet-distill plan") and instead in _CONFIGURATIONS:
+                    continue
                 cases.append(Case(f"something else for a {kind}", words.replace("{it}", it)))
+    cases += [Case("plan: nothing is written", words, codes=(0,)) for words in _PLANNED]
+    for place in shlex.split(_NO_PLACE_FOR_A_DEMO):
+        words = DEMO.replace("{new}", shlex.quote(place))
+        cases.append(Case("bad places for a demo", words))
     for words in _WRITERS:
         for place in shlex.split(_BAD_FOLDERS):
             case = Case("bad places for a folder", words.replace("{new}", shlex.quote(place)))

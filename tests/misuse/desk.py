@@ -6,7 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from cases import BUILD, EVAL, QUERY_FILES, YAML_FILES
+from broken_files import QUERY_FILES, YAML_FILES
+from cases import BUILD, EVAL
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_tiny_model

@@ -143,6 +143,20 @@ def test_the_card_is_valid_yaml_whatever_the_prefix(cache: Path) -> None:
     assert r"You forgot the lantern: \| all of it." in text
 
 
+def test_the_card_tells_digest_splits_and_the_tokens_of_a_sample(cache: Path) -> None:
+    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    text = (cache / "README.md").read_text(encoding="utf-8")
+    assert f"| digest | `{manifest['digest']}` |" in text
+    assert "| queries | 5 forget + 7 retain |" in text
+    rows = re.findall(
+        r"^\| (forget|retain) \| (.+?) \| (`.+` 0\.\d\d(?:, .*)?) \|$", text, re.MULTILINE
+    )
+    assert {split for split, _, _ in rows} == {"forget", "retain"}
+    token = manifest["samples"][0]["strongest"][0]
+    shown = repr(token["text"])[1:-1].replace("`", "'").replace("|", "\\|")
+    assert f"`{shown}` {token['probability']:.2f}" in rows[0][2]
+
+
 def _list_as_they_are(cache: Path) -> None:
     """Make the manifest name the bytes of the shards as they are now."""
     value = json.loads((cache / "manifest.json").read_text())

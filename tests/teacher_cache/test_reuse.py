@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
-from duet_unlearn.errors import CorruptCacheError, MismatchError, StoppedError
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError, StoppedError
 from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
@@ -177,7 +177,9 @@ def test_a_cache_of_another_recipe_is_refused_with_what_differs(
         run(config, top_k=7, out=tmp_path / "new", reuse=(str(config.out),))
     with pytest.raises(MismatchError, match="this cache has digest"):
         run(config, out=tmp_path / "new", reuse=(f"{config.out}@sha256:{'0' * 64}",))
-    assert not list((tmp_path / "new" / "shards").iterdir())
+    with pytest.raises(CacheError, match="nosuch"):
+        run(config, out=tmp_path / "new", reuse=(str(tmp_path / "nosuch"),))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_stopped_build_with_reuse_goes_on(config: BuildConfig, tmp_path: Path) -> None:

@@ -238,4 +238,5 @@ def test_an_interrupted_pull_ends_at_once_while_the_network_stands_still(
     assert (process.returncode, out) == (130, "")
     assert err == "stopped; run the same command again, it resumes from what is finished\n"
     assert not (tmp_path / "here/manifest.json").exists()
+    assert not list((tmp_path / "here").rglob("*.tmp"))
     assert pull(web.url, tmp_path / "here").moved_shards >= 1
