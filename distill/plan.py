@@ -85,7 +85,7 @@ class Plan:
     steps_per_epoch: int
     steps: int
     longest_batch: tuple[int, int]
-    """Sequences and tokens each of the largest forward pass, padding included."""
+    """Rows and tokens each of the largest forward pass, padding included; a tree is one row."""
     memory: dict[str, int]
     """Estimated, one process: weights, gradients, optimizer, activations, process and their sum."""
     disk: dict[str, int]
@@ -109,6 +109,7 @@ def plan(config: PlanConfig) -> Plan:
         CacheError: The cache is unfinished or damaged.
         MismatchError: The cache's tokens are not the student's.
     """
+    from duet_unlearn.distill.model.token_tree import may_merge
     from duet_unlearn.distill.training.arguments import training_arguments
 
     student = _find_student(config.student)
@@ -121,8 +122,8 @@ def plan(config: PlanConfig) -> Plan:
     sampler = sampler_of(objective.order, job)
     if sampler.steps_per_epoch > _LOOKED_AT:
         notes.append(f"lengths are those of the first {_LOOKED_AT} steps")
-    lengths = _look(objective, sampler)
     model, trained = _without_numbers(student, job)
+    lengths = _look(objective, sampler, in_trees=may_merge(model))
     reader: CacheReader | None = getattr(objective, "reader", None)
     epochs = int(job.epochs)
     steps = job.max_steps or epochs * sampler.steps_per_epoch
@@ -171,12 +172,15 @@ def _prepare(objective: Objective, student: Student, config: RunConfig) -> list[
     return []
 
 
-def _look(objective: Objective, sampler: StepSampler) -> Lengths:
+def _look(objective: Objective, sampler: StepSampler, *, in_trees: bool) -> Lengths:
+    from duet_unlearn.distill.model.token_tree import merge
+
     dataset, shapes, scored, longest = objective.dataset, [(0, 0)], 0, 0
     for _, draws in zip(range(_LOOKED_AT * sampler.accumulation), sampler, strict=False):
         examples = [dataset[draw] for draw in draws]
         batch = objective.collate(examples)
-        shapes.append(tuple(batch["input_ids"].shape))
+        tree = merge(batch) if in_trees else None
+        shapes.append(tuple((batch["input_ids"] if tree is None else tree.input_ids).shape))
         scored = max(scored, int(batch["position_mask"].sum()))
         longest = max(
             longest,
