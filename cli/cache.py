@@ -82,3 +82,6 @@ for command in (
     diff_command,
 ):
     main.add_command(command)
+
+if __name__ == "__main__":  # python -m duet_unlearn.cli.cache
+    main(prog_name="duet-cache")

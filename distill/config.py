@@ -39,8 +39,10 @@ AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
 AUTO_LORA_TIMES = 10
 # Passes over the queries follow from the steps that were enough where it was measured.
 AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
-# With views a step has twice the sequences.
-AUTO_LORA_STEPS_IN_VIEWS = 50
+AUTO_BATCH = 16
+# With views a query is two sequences, and many small steps of an adapter forget and keep more than
+# few large ones: docs/real-model.md.
+AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 8, 100
 
 _EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
 
@@ -181,10 +183,11 @@ class RunConfig(Settings):
     max_steps: Count | None = setting(
         default=None, help="Stop after this many optimizer steps, whatever --epochs says."
     )
-    batch_size: Count = setting(
-        default=16,
+    batch_size: Count | Auto = setting(
+        default=AUTO,
         aliases=("per-device-train-batch-size", "train-batch-size"),
-        help="Queries per optimizer step, over all processes and micro-batches.",
+        help="Queries per optimizer step, over all processes and micro-batches; auto is "
+        f"{AUTO_BATCH}, with LoRA and views {AUTO_LORA_BATCH_IN_VIEWS}.",
     )
     weight_decay: NotNegative = setting(default=0.0, help="AdamW's weight decay.")
     max_grad_norm: NotNegative = setting(
@@ -298,7 +301,8 @@ class RunConfig(Settings):
         self._check_evaluation()
         check_trained(self)
         check_trainer_args(self.trainer_args)
-        if self.gradient_accumulation_steps > self.batch_size:
+        # Of `auto` it is known later, and checked then.
+        if self.batch_size != AUTO and self.gradient_accumulation_steps > int(self.batch_size):
             raise ConfigurationError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at "
                 f"most batch_size ({self.batch_size}): a micro-batch needs at least one query"
@@ -316,17 +320,20 @@ class RunConfig(Settings):
             in_views: Whether each query is also trained in a view.
         """
         lora, rank = self.lora_rank is not None, self.lora_rank or 0
-        rate, epochs = self.learning_rate, self.epochs
+        rate, epochs, batch = self.learning_rate, self.epochs, self.batch_size
         if rate == AUTO:
             rate = (AUTO_LORA_TIMES if lora else 1) * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
+        if batch == AUTO:
+            batch = AUTO_LORA_BATCH_IN_VIEWS if lora and in_views else AUTO_BATCH
         if epochs == AUTO:
             lora_steps = AUTO_LORA_STEPS_IN_VIEWS if in_views else AUTO_LORA_STEPS
-            wanted = (lora_steps if lora else AUTO_STEPS) / -(-rows // self.batch_size)
+            wanted = (lora_steps if lora else AUTO_STEPS) / -(-rows // int(batch))
             epochs = min(max(round(wanted), 1), AUTO_MOST_EPOCHS)
         dtype = "bfloat16" if lora and stored_dtype == "bfloat16" else "float32"
         return self.replaced(
             learning_rate=rate,
             epochs=epochs,
+            batch_size=batch,
             lora_alpha=2.0 * rank if lora and self.lora_alpha is None else self.lora_alpha,
             dtype=dtype if self.dtype == AUTO else self.dtype,
             save_dtype=stored_dtype if self.save_dtype == AUTO else self.save_dtype,

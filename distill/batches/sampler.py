@@ -105,7 +105,7 @@ def sampler_of(
         order.splits,
         order.row_groups,
         seed=config.seed,
-        batch_size=config.batch_size,
+        batch_size=int(config.batch_size),
         accumulation=config.gradient_accumulation_steps,
         num_views=order.num_views,
         view_weights=order.view_weights,

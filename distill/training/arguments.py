@@ -132,14 +132,14 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
             f"the Trainer refuses these settings: {first_line(error)}"
         ) from error
     passes = config.gradient_accumulation_steps * args.world_size
-    if passes > config.batch_size:
+    if passes > int(config.batch_size):
         raise ConfigurationError(
             f"batch_size is {config.batch_size}, expected at least {passes}: "
             f"{args.world_size} processes with {config.gradient_accumulation_steps} "
             "micro-batches need a query each"
         )
     # Informative only: the sampler makes the batches.
-    args.per_device_train_batch_size = math.ceil(config.batch_size / passes)
+    args.per_device_train_batch_size = math.ceil(int(config.batch_size) / passes)
     return args
 
 

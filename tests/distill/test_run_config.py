@@ -14,7 +14,7 @@ def config_of(**settings) -> RunConfig:
     [
         ({"loss": "l3"}, "loss is 'l3', expected one of huber, mse, kl, kl-tail, reverse-kl, jsd"),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of auto, float32, bf16, fp16"),
-        ({"batch_size": 0}, "batch_size is 0, expected a whole number, 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number, 1 or more, or auto"),
         ({"epochs": 2.5}, "epochs is 2.5, expected a whole number, 1 or more, or auto"),
         ({"epochs": True}, "epochs is True, expected a whole number, 1 or more, or auto"),
         ({"top_k": 0}, "top_k is 0, expected a whole number, 1 or more"),
