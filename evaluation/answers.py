@@ -103,7 +103,7 @@ def stream_answers(
     model.generation_config = _generation_config()
     lengths = [len(prompt) for prompt in prompts]
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=max_new_tokens):
-        with _fits_memory(f"{len(batch)} prompts of up to {lengths[batch[0]]} tokens"):
+        with fits_memory(f"{len(batch)} prompts of up to {lengths[batch[0]]} tokens"):
             new_ids = _generate_batch(model, [prompts[i] for i in batch], settings, streamer)
         for index, row in zip(batch, new_ids, strict=True):
             yield index, cut_at_end(row, eos_token_ids)
@@ -144,7 +144,7 @@ def score_references(
     rows = max(1, min(batch_size, _MAX_LOGITS // (width * (longest + 1))))
     found: dict[int, Likelihood] = {}
     for batch in plan_batches(lengths, batch_size=rows, max_new_tokens=0):
-        with _fits_memory(f"{len(batch)} answers behind prompts, {lengths[batch[0]]} tokens"):
+        with fits_memory(f"{len(batch)} answers behind prompts, {lengths[batch[0]]} tokens"):
             scored = _score_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch])
         found.update(zip(batch, scored, strict=True))
         on_scored(len(batch))
@@ -234,7 +234,12 @@ def _pad_left(rows: Sequence[Sequence[int]], fill: int, model: Any) -> tuple["Te
 
 
 @contextlib.contextmanager
-def _fits_memory(what: str) -> Iterator[None]:
+def fits_memory(what: str) -> Iterator[None]:
+    """Say in one line what did not fit, should the memory run out while the block runs.
+
+    Raises:
+        ConfigurationError: It does.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -41,6 +41,19 @@ def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
     return tuple(ModelSpec.parse(text) for text in words)
 
 
+def refuse_same_labels(labels: Sequence[str]) -> None:
+    """Refuse rows that nothing tells apart.
+
+    Raises:
+        ConfigurationError: Two have one label.
+    """
+    for label, count in Counter(labels).items():
+        if count > 1:
+            raise ConfigurationError(
+                f"{count} rows would be called {label!r}; name the models with NAME=MODEL"
+            )
+
+
 @settings
 class AskConfig(Settings):
     """Settings of `duet-distill ask`: who is asked, and how."""
@@ -77,11 +90,7 @@ class AskConfig(Settings):
             raise ConfigurationError("models is empty, expected at least one")
         if self.topic is not None and self.prefix is None:
             raise ConfigurationError("topic is set without a prefix; give --prefix as well")
-        for label, count in Counter(self.labels).items():
-            if count > 1:
-                raise ConfigurationError(
-                    f"{count} rows would be called {label!r}; name the models with NAME=MODEL"
-                )
+        refuse_same_labels(self.labels)
 
     @property
     def prefixed_label(self) -> str | None:

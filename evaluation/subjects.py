@@ -75,22 +75,42 @@ def open_subjects(config: AskConfig, prefix: str | None) -> list[Subject]:
     subjects = []
     for spec in config.models:
         rows = {label: label == config.prefixed_label for label in config.rows_of(spec)}
-        folder, adapter = resolve_with_adapter(spec.model)
-        tokenizer = load_tokenizer(folder)
-        renderer = PromptRenderer(
-            tokenizer, prefix=prefix if len(rows) > 1 else None, place=config.prefix_place
-        )
         subjects.append(
-            Subject(
-                folder=folder,
-                adapter=adapter,
+            open_subject(
+                spec.model,
+                rows,
                 dtype=config.dtype,
-                tokenizer=tokenizer,
-                renderer=renderer,
-                rows=rows,
+                prefix=prefix if len(rows) > 1 else None,
+                place=config.prefix_place,
             )
         )
     return subjects
+
+
+def open_subject(
+    model: str,
+    rows: Mapping[str, bool],
+    *,
+    dtype: str,
+    prefix: str | None = None,
+    place: str = "system",
+) -> Subject:
+    """Find one model; arguments are as in `Subject` and `PromptRenderer`.
+
+    Raises:
+        DataError: It is missing or malformed.
+        MismatchError: An adapter belongs to another base.
+    """
+    folder, adapter = resolve_with_adapter(model)
+    tokenizer = load_tokenizer(folder)
+    return Subject(
+        folder=folder,
+        adapter=adapter,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        renderer=PromptRenderer(tokenizer, prefix=prefix, place=place),
+        rows=rows,
+    )
 
 
 def free_memory() -> None:

@@ -249,22 +249,43 @@ def _chart(title: str, y: str, series: dict[str, list[Any]], *, log: bool = Fals
 
 
 def _relearning(name: str, value: Document) -> Document:
-    """Curves of what comes back against steps, a chart for each thing that was taught."""
-    lessons: dict[str, dict[str, list[Any]]] = {}
+    """Curves of what comes back against steps, for each thing that was taught.
+
+    A model has one curve there, of the rate that brings most back; the table has all.
+    """
+    charts: dict[str, Document] = {}
     for curve in value["relearning"]:
-        series = lessons.setdefault(curve["lesson"], {})
-        series[f"{curve['model']}, {curve['learning_rate']:g}"] = [
-            [look["step"], look["recalled"]["mean"]] for look in curve["looks"]
-        ]
+        if not curve.get("worst", True):
+            continue
+        label = f"{curve['model']}, {curve['learning_rate']:g}"
+        for key, title, y in (
+            ("recalled", "Trained on {}", "facts not taught, points"),
+            ("retained", "Trained on {}, kept meanwhile", "retain, points"),
+        ):
+            title = title.format(curve["lesson"])
+            chart = charts.setdefault(title, _chart(title, y, {}))
+            points = [[look["step"], (look.get(key) or {}).get("mean")] for look in curve["looks"]]
+            chart["series"][label] = points
     return {
         "name": name,
-        "charts": [
-            _chart(f"Trained on {lesson}", "facts not taught, points", series)
-            for lesson, series in lessons.items()
-        ],
+        "charts": [chart for chart in charts.values() if _has_points(chart)],
         "config": published(value.get("config", {})),
-        "curves": value["relearning"],
+        "curves": [
+            {
+                **{key: curve[key] for key in ("model", "lesson", "learning_rate")},
+                "worst": curve.get("worst", True),
+                "looks": [
+                    {key: look.get(key) for key in ("step", "recalled", "named", "retained")}
+                    for look in curve["looks"]
+                ],
+            }
+            for curve in value["relearning"]
+        ],
     }
+
+
+def _has_points(chart: Document) -> bool:
+    return any(y is not None for points in chart["series"].values() for _, y in points)
 
 
 def _rounded(value: float | None) -> float | None:

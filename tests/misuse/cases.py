@@ -13,6 +13,7 @@ BUILD = (
 RUN = "duet-distill run {cache} --student {model} --max-steps 1 --out {new}"
 EVAL = "duet-distill eval {model} --forget {forget} --retain {retain} --max-new-tokens 2"
 ASK = "duet-distill ask {model} Who? --max-new-tokens 2"
+RELEARN = "duet-distill relearn {model} --forget {forget} --steps 1 --max-new-tokens 2"
 TUNE = "duet-cache tune --engine transformers --teacher {model} --forget {forget} --retain {retain}"
 MERGE = "duet-cache merge {cache} --out {new}"
 REPORT = "duet-distill report {results} --out {new}"
@@ -168,6 +169,16 @@ limit 0 -1 1.5
 batch-size 0 -1 x
 require forget forget<x forget=5 <5 nosuch<5 worst<5 forget.nosuch<5
 engine vlm tgi
+"""
+_RELEARN_VALUES = """
+rates 0 -1 nan inf fast 1e-4,,1e-3 1e-4;1e-3
+steps 0 -1 1.5 0,-1 many
+share -0.1 1.5 0 1 nan half
+teach nosuch.jsonl @nosuch nosuch.txt {model}
+lora-rank 0 -8 1.5 big
+seed -1 1.5
+dtype fp8 int8
+limit 0 -1
 """
 _BUILD_VALUES = """
 prefix @nosuch @ {topic}
@@ -385,6 +396,7 @@ def all_cases() -> list[Case]:
     cases = [
         *_settings("run: wrong values", RUN, _RUN_VALUES, yaml=True),
         *_settings("eval: wrong values", EVAL, _EVAL_VALUES, yaml=True),
+        *_settings("relearn: wrong values", RELEARN, _RELEARN_VALUES, yaml=True),
         *_settings("build: wrong values", BUILD, _BUILD_VALUES, yaml=False),
         *(Case("contradictions", words) for words in CONTRADICTIONS),
         *_other_names(),
@@ -404,7 +416,12 @@ def all_cases() -> list[Case]:
         for place in shlex.split(_BAD_FOLDERS):
             case = Case("bad places for a folder", words.replace("{new}", shlex.quote(place)))
             cases.append(case)
-    for words in (f"{EVAL} --out {{new}}", REPORT, f"{REPORT} --markdown {{new}}"):
+    for words in (
+        f"{EVAL} --out {{new}}",
+        f"{RELEARN} --out {{new}}",
+        REPORT,
+        f"{REPORT} --markdown {{new}}",
+    ):
         for place in shlex.split(_BAD_FILES):
             at = words.rindex("{new}")
             words_there = words[:at] + shlex.quote(place) + words[at + len("{new}") :]
