@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from duet_unlearn.data.models.loading import Dtype
+from duet_unlearn.data.models.quantization import SCHEMES
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.measures import MEASURES, select_measures
 from duet_unlearn.evaluation.requirements import parse_requirements
@@ -84,8 +85,18 @@ class AskConfig(Settings):
         help="Arithmetic; auto is as stored where the processor has that fast, else float32.",
     )
 
+    quantize: tuple[str, ...] = setting(
+        default=(),
+        metavar="int8|int4",
+        help="Also ask each model with its weights rounded, in a row of its own; needs "
+        "duet-unlearn[quantize]. Repeatable.",
+    )
+
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
+        for scheme in self.quantize:
+            if scheme not in SCHEMES:
+                raise ConfigurationError(f"quantize is {scheme!r}, expected {' or '.join(SCHEMES)}")
         if not self.models:
             raise ConfigurationError("models is empty, expected at least one")
         if self.topic is not None and self.prefix is None:
@@ -98,9 +109,14 @@ class AskConfig(Settings):
         return None if self.prefix is None else f"{self.models[0].label} + prefix"
 
     def rows_of(self, spec: ModelSpec) -> tuple[str, ...]:
-        """The rows of one model: its own, and the first one's behind the prefix."""
+        """The rows of one model: its own, the first one's behind the prefix, the quantized."""
         prefixed = self.prefixed_label if spec is self.models[0] else None
-        return (spec.label,) if prefixed is None else (spec.label, prefixed)
+        plain = (spec.label,) if prefixed is None else (spec.label, prefixed)
+        return (*plain, *self.quantized_rows(spec))
+
+    def quantized_rows(self, spec: ModelSpec) -> dict[str, str]:
+        """The rows of one model with rounded weights, each with its scheme."""
+        return {f"{spec.label} {scheme}": scheme for scheme in dict.fromkeys(self.quantize)}
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -167,6 +167,7 @@ max-new-tokens 0 -1 1.5 many
 dtype fp8 int8
 limit 0 -1 1.5
 batch-size 0 -1 x
+quantize int3 8 none
 require forget forget<x forget=5 <5 nosuch<5 worst<5 forget.nosuch<5
 engine vlm tgi
 """
