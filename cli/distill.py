@@ -9,6 +9,7 @@ from duet_unlearn.cli.ask import ask_command
 from duet_unlearn.cli.demo import demo_command
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
 from duet_unlearn.cli.evaluate import eval_command
+from duet_unlearn.cli.membership import membership_command
 from duet_unlearn.cli.plan import plan_command
 from duet_unlearn.cli.relearn import relearn_command
 from duet_unlearn.cli.report import report_command
@@ -33,6 +34,7 @@ main.add_command(run_command)
 main.add_command(eval_command)
 main.add_command(ask_command)
 main.add_command(relearn_command)
+main.add_command(membership_command)
 main.add_command(report_command)
 main.add_command(demo_command)
 

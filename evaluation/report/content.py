@@ -47,9 +47,13 @@ def make_content(
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
             evaluations.append(_evaluation(name, document, sources))
-    with reading("a student's record or a relearning", "leave its folder out, or make it again"):
+    with reading(
+        "a student's or a stress test's record",
+        "leave its folder out, or make it again",
+    ):
         students = [_student(student) for student in sources.students]
         relearnings = [_relearning(name, value) for name, value in sources.relearnings]
+        memberships = [_membership(name, value) for name, value in sources.memberships]
     computed = {found["query"] for found in first_tokens}
     cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
     return {
@@ -60,6 +64,7 @@ def make_content(
         "evaluations": evaluations,
         "first_tokens": [*first_tokens, *(c for c in cached if c["query"] not in computed)],
         "relearning": relearnings,
+        "membership": memberships,
         "students": students,
         "caches": [
             published({key: value for key, value in summary.items() if key != "samples"})
@@ -93,7 +98,11 @@ def _evaluation(name: str, document: Document, sources: Sources) -> Document:
     return {
         "name": name,
         "verdicts": judge(document),
-        "not_tested": not_tested(document, relearned=bool(sources.relearnings)),
+        "not_tested": not_tested(
+            document,
+            relearned=bool(sources.relearnings),
+            membership=bool(sources.memberships),
+        ),
         "labels": labels,
         "models": models,
         "columns": columns,
@@ -281,6 +290,30 @@ def _relearning(name: str, value: Document) -> Document:
             }
             for curve in value["relearning"]
         ],
+    }
+
+
+def _membership(name: str, value: Document) -> Document:
+    """Return the AUC of each model and score."""
+    found = {(row["model"], row["score"]): row for row in value["membership"]}
+    models = dict.fromkeys(model for model, _ in found)
+    first = next(iter(found.values()))
+    return {
+        "name": name,
+        "scores": [{"score": key, "description": text} for key, text in value["scores"].items()],
+        "rows": [
+            {
+                "label": model,
+                "cells": [
+                    {key: found[model, score][key] for key in ("auc", "low", "high")}
+                    for score in value["scores"]
+                ],
+            }
+            for model in models
+        ],
+        "forget": first["count"],
+        "holdout": first["against"],
+        "config": published(value.get("config", {})),
     }
 
 

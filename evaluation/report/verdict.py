@@ -95,10 +95,11 @@ def _sentences(
         yield f"{what} even break {base} + prefix, which proves little."
 
 
-def not_tested(document: dict[str, Any], *, relearned: bool) -> str:
+def not_tested(document: dict[str, Any], *, relearned: bool, membership: bool = False) -> str:
     """Return what an auditor would still ask for."""
     missing = [] if document["attacks"] else ["attacks"]
     missing += [] if relearned else ["relearning"]
+    missing += [] if membership else ["membership"]
     if not any(row.get("quantized") for row in document["models"]):
         missing.append("quantized weights")
     if not any(s["split"] == "general" for s in document["sets"]):

@@ -14,6 +14,7 @@ RUN = "duet-distill run {cache} --student {model} --max-steps 1 --out {new}"
 EVAL = "duet-distill eval {model} --forget {forget} --retain {retain} --max-new-tokens 2"
 ASK = "duet-distill ask {model} Who? --max-new-tokens 2"
 RELEARN = "duet-distill relearn {model} --forget {forget} --steps 1 --max-new-tokens 2"
+MEMBERSHIP = "duet-distill membership {model} --forget {forget} --holdout {retain}"
 TUNE = "duet-cache tune --engine transformers --teacher {model} --forget {forget} --retain {retain}"
 MERGE = "duet-cache merge {cache} --out {new}"
 REPORT = "duet-distill report {results} --out {new}"
@@ -180,6 +181,12 @@ lora-rank 0 -8 1.5 big
 seed -1 1.5
 dtype fp8 int8
 limit 0 -1
+"""
+_MEMBERSHIP_VALUES = """
+form chatty
+limit 0 -1
+batch-size 0
+dtype fp8
 """
 _BUILD_VALUES = """
 prefix @nosuch @ {topic}
@@ -398,6 +405,7 @@ def all_cases() -> list[Case]:
         *_settings("run: wrong values", RUN, _RUN_VALUES, yaml=True),
         *_settings("eval: wrong values", EVAL, _EVAL_VALUES, yaml=True),
         *_settings("relearn: wrong values", RELEARN, _RELEARN_VALUES, yaml=True),
+        *_settings("membership: wrong values", MEMBERSHIP, _MEMBERSHIP_VALUES, yaml=False),
         *_settings("build: wrong values", BUILD, _BUILD_VALUES, yaml=False),
         *(Case("contradictions", words) for words in CONTRADICTIONS),
         *_other_names(),
