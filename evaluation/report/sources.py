@@ -130,7 +130,7 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
         sources.memberships.append((path.name, value))
     elif named:
         raise DataError(
-            f"{path}: no evaluation (format {REPORT_FORMAT}), relearning or membership "
+            f"{path}: neither an evaluation (format {REPORT_FORMAT}), relearning nor membership "
             "test; name a file of `duet-distill eval --out`, `relearn --out` or `membership --out`"
         )
 
