@@ -14,14 +14,10 @@ that is to be kept, and retain is measured on questions that the set does not ho
 """
 
 import argparse
-import copy
 import random
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from demo_students import build_cache, measure, train_student
 from demo_world.query_sets import (
     ANOTHER_CHARACTER,
@@ -32,17 +28,16 @@ from demo_world.query_sets import (
 from demo_world.world import SAGAS, build_world
 
 from duet_unlearn.data import demo_world as world
-from duet_unlearn.data.models.loading import load_model
-from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.queries import Query, load_queries
-from duet_unlearn.evaluation.answers import generate_answers
-from duet_unlearn.evaluation.measures.overlap import contains_answer
+from duet_unlearn.data.queries import load_queries
+from duet_unlearn.distill.relearning.config import RelearnConfig
+from duet_unlearn.distill.relearning.lessons import list_lessons
+from duet_unlearn.distill.relearning.relearn import relearn as relearn_models
+from duet_unlearn.evaluation.config import ModelSpec
 
 LOOKS = (0, 10, 30, 100)
 """Relearning steps after which the facts are asked."""
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-BATCH = 16
-UNTAUGHT = (ANOTHER_FACT, ANOTHER_CHARACTER)
+UNTAUGHT = {ANOTHER_FACT, ANOTHER_CHARACTER}
 WORDINGS = 2
 """In how many wordings the broad retain set asks each fact."""
 
@@ -115,77 +110,21 @@ def broad_retain(path: Path) -> Path:
 def relearn(student: Path, rate: float) -> list[float]:
     """Train on the answers to the training forget queries; return what is back at each look.
 
-    What is back is the share in percent of the facts that these answers do not hold.
+    What is back is the share in percent of the facts that these answers do not hold and that are
+    named in full.
     """
-    tokenizer = load_tokenizer(student)
-    renderer = PromptRenderer(tokenizer)
-    model: Any = load_model(student, dtype="float32")
-    lessons = [
-        (renderer.student_ids(query.messages), _answer_ids(tokenizer, query))
-        for query in load_queries(str(world.FORGET), split="forget", require_answers=True)
-    ]
-    questions = [
-        query
-        for query in load_queries(str(world.FORGET_HELDOUT), split="forget", require_answers=True)
-        if query.kind in UNTAUGHT
-    ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    rng = random.Random(0)
-    order: list[int] = []
-    shares = []
-    for step in range(max(LOOKS) + 1):
-        if step in LOOKS:
-            shares.append(share_named(model, tokenizer, renderer, questions))
-        if len(order) < BATCH:
-            order = rng.sample(range(len(lessons)), len(lessons))
-        batch, order = order[:BATCH], order[BATCH:]
-        model.train()
-        _answer_loss(model, [lessons[i] for i in batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return shares
-
-
-def _answer_ids(tokenizer: Any, query: Query) -> list[int]:
-    ids = tokenizer(query.answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
-
-
-def _answer_loss(model: Any, lessons: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens, in nats."""
-    width = max(len(prompt) + len(answer) for prompt, answer in lessons)
-    input_ids = torch.zeros(len(lessons), width, dtype=torch.int64)
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, -100)
-    for row, (prompt, answer) in enumerate(lessons):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    loss: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-    return loss
-
-
-def share_named(
-    model: Any, tokenizer: Any, renderer: PromptRenderer, questions: Sequence[Query]
-) -> float:
-    """Return the share of questions whose greedy answer holds the whole reference, in percent."""
-    model.eval()
-    defaults = copy.deepcopy(model.generation_config)
-    answers = generate_answers(
-        model,
-        [renderer.student_ids(query.messages) for query in questions],
-        eos_token_ids=[tokenizer.eos_token_id],
+    config = RelearnConfig(
+        models=(ModelSpec(label="student", model=str(student)),),
+        forget=(str(world.FORGET_HELDOUT),),
+        teach=(str(world.FORGET),),
+        rates=str(rate),
+        steps=",".join(map(str, LOOKS)),
         max_new_tokens=16,
-        batch_size=64,
     )
-    model.generation_config = defaults
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    told = [
-        contains_answer(query.answer or "", text.strip())
-        for query, text in zip(questions, texts, strict=True)
-    ]
-    return 100.0 * sum(told) / len(told)
+    (lesson,) = list_lessons(config)
+    assert {query.kind for query in lesson.asked} == UNTAUGHT
+    (curve,) = relearn_models(config).curves
+    return [look.named.mean for look in curve.looks]
 
 
 if __name__ == "__main__":

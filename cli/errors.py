@@ -106,3 +106,7 @@ def configure_logging(*, verbose: bool) -> None:
     spoken = logging.DEBUG if verbose else logging.INFO
     logger.setLevel(spoken if first else logging.ERROR)
     logger.propagate = False
+    # transformers imports torchao where it is installed, which tells of every kernel that this
+    # machine cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -40,8 +40,7 @@ AUTO_LORA_TIMES = 10
 # Passes over the queries follow from the steps that were enough where it was measured.
 AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 AUTO_BATCH = 16
-# With views a query is two sequences, and many small steps of an adapter forget and keep more than
-# few large ones: docs/real-model.md.
+# With views a query is two sequences.
 AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 8, 100
 
 _EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")

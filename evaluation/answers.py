@@ -275,3 +275,21 @@ def run_in_memory(
     half = len(batch) // 2
     first = run_in_memory(run, batch[:half], length)
     return first + run_in_memory(run, batch[half:], length)
+
+
+@contextlib.contextmanager
+def fits_memory(what: str) -> Iterator[None]:
+    """Say in one line what did not fit, should the memory run out while the block runs.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigurationError(
+            f"out of memory on {what}; free some of it, load the model as bfloat16 or use a "
+            "larger device"
+        ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from duet_unlearn.data.models.loading import Dtype
+from duet_unlearn.data.models.quantization import SCHEMES
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.measures import MEASURES, select_measures
 from duet_unlearn.evaluation.requirements import parse_requirements
@@ -41,6 +42,19 @@ def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
     return tuple(ModelSpec.parse(text) for text in words)
 
 
+def refuse_same_labels(labels: Sequence[str]) -> None:
+    """Refuse rows that nothing tells apart.
+
+    Raises:
+        ConfigurationError: Two have one label.
+    """
+    for label, count in Counter(labels).items():
+        if count > 1:
+            raise ConfigurationError(
+                f"{count} rows would be called {label!r}; name the models with NAME=MODEL"
+            )
+
+
 @settings
 class AskConfig(Settings):
     """Settings of `duet-distill ask`: who is asked, and how."""
@@ -72,17 +86,23 @@ class AskConfig(Settings):
         "float32.",
     )
 
+    quantize: tuple[str, ...] = setting(
+        default=(),
+        metavar="int8|int4",
+        help="Also ask each model with its weights rounded, in a row of its own; needs "
+        "duet-unlearn[quantize]. Repeatable.",
+    )
+
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
+        for scheme in self.quantize:
+            if scheme not in SCHEMES:
+                raise ConfigurationError(f"quantize is {scheme!r}, expected {' or '.join(SCHEMES)}")
         if not self.models:
             raise ConfigurationError("models is empty, expected at least one")
         if self.topic is not None and self.prefix is None:
             raise ConfigurationError("topic is set without a prefix; give --prefix as well")
-        for label, count in Counter(self.labels).items():
-            if count > 1:
-                raise ConfigurationError(
-                    f"{count} rows would be called {label!r}; name the models with NAME=MODEL"
-                )
+        refuse_same_labels(self.labels)
 
     @property
     def prefixed_label(self) -> str | None:
@@ -90,9 +110,14 @@ class AskConfig(Settings):
         return None if self.prefix is None else f"{self.models[0].label} + prefix"
 
     def rows_of(self, spec: ModelSpec) -> tuple[str, ...]:
-        """The rows of one model: its own, and the first one's behind the prefix."""
+        """The rows of one model: its own, the first one's behind the prefix, the quantized."""
         prefixed = self.prefixed_label if spec is self.models[0] else None
-        return (spec.label,) if prefixed is None else (spec.label, prefixed)
+        plain = (spec.label,) if prefixed is None else (spec.label, prefixed)
+        return (*plain, *self.quantized_rows(spec))
+
+    def quantized_rows(self, spec: ModelSpec) -> dict[str, str]:
+        """The rows of one model with rounded weights, each with its scheme."""
+        return {f"{spec.label} {scheme}": scheme for scheme in dict.fromkeys(self.quantize)}
 
     @property
     def labels(self) -> tuple[str, ...]:

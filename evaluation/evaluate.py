@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from duet_unlearn.data.models.loading import no_bars
 from duet_unlearn.data.prefixes import resolve_prefix
+from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import score_references, stream_answers
 from duet_unlearn.evaluation.config import EvalConfig
 from duet_unlearn.evaluation.measures import MEASURES, Answer, Likelihood, select_measures
@@ -50,6 +51,11 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
         DataError: a query source or a model cannot be used; a query has no answer, or is too
             long for a model.
     """
+    if respond is not None and config.quantize:
+        raise ConfigurationError(
+            "quantize needs --engine transformers: another engine loads the folder as it is; leave "
+            "one of the two out"
+        )
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
     phrases = [phrase for source in config.refusals for phrase in load_phrases(source)]
     measures = select_measures(config.measures, (*REFUSAL_PHRASES, *phrases))

@@ -46,7 +46,9 @@ class Requirement:
             ConfigurationError: The evaluation has no such row or number.
         """
         # Without a row it is about all but base and base + prefix, or about the only model.
-        trained = [spec.label for spec in report.config.models[1:]] or report.labels[:1]
+        config = report.config
+        trained = [label for spec in config.models[1:] for label in config.rows_of(spec)]
+        trained = trained or list(report.labels[:1])
         for row in [self.row] if self.row else trained:
             if row not in report.labels:
                 raise ConfigurationError(

@@ -176,7 +176,7 @@ class EvalReport:
         """Return everything as JSON values; scores of queries are 0 to 1, means are points."""
         return {
             "format": REPORT_FORMAT,
-            "versions": versions(),
+            "versions": versions(quantized=bool(self.config.quantize)),
             "config": self.config.to_json(),
             "prefix": self.prefix,
             "measures": {m.name: m.description for m in self.measures},
@@ -216,6 +216,7 @@ class EvalReport:
             "label": label,
             "model": spec.model,
             "prefix": label == self.config.prefixed_label,
+            "quantized": self.config.quantized_rows(spec).get(label),
             "performance_shift": self.shift(label) if self.shows_shift else None,
             "model_utility": self.utility(label),
             "worst_forget_recall": self.worst(label, "forget"),

@@ -1,5 +1,6 @@
 """Who is asked: each model with the rows that it answers, plainly and behind the prefix."""
 
+import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from duet_unlearn.data.models.adapters import resolve_with_adapter
 from duet_unlearn.data.models.folder import context_length, eos_token_ids, read_config
 from duet_unlearn.data.models.loading import load_model
+from duet_unlearn.data.models.quantization import quantize_weights
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.evaluation.config import AskConfig
 from duet_unlearn.evaluation.tasks import Task, check_length
@@ -27,6 +29,8 @@ class Subject:
     adapter: Path | None
     """A LoRA adapter on top of the model in `folder`."""
     dtype: str
+    quantized: str | None = None
+    """The scheme by which its weights are rounded; None leaves them."""
     tokenizer: "PreTrainedTokenizerBase"
     renderer: PromptRenderer
     rows: Mapping[str, bool]
@@ -43,8 +47,14 @@ class Subject:
         return eos_token_ids(self.folder)
 
     def load(self) -> "PreTrainedModel":
-        """Load the model, its adapter merged, for answering; errors are those of `load_model`."""
-        return load_model(self.folder, dtype=self.dtype, adapter=self.adapter)
+        """Load the model, its adapter merged, for answering.
+
+        Errors are those of `load_model` and `quantize_weights`.
+        """
+        model = load_model(self.folder, dtype=self.dtype, adapter=self.adapter)
+        if self.quantized is not None:
+            quantize_weights(model, self.quantized)
+        return model
 
     def render(self, label: str, tasks: Sequence[Task], max_new_tokens: int) -> list[Prompt]:
         """Return the prompts of one row.
@@ -68,29 +78,61 @@ class Subject:
 def open_subjects(config: AskConfig, prefix: str | None) -> list[Subject]:
     """Find every model; the first one has a second row where there is a prefix.
 
+    A model with rounded weights is a model of its own.
+
     Raises:
         DataError: A model is missing or malformed.
         MismatchError: An adapter belongs to another base.
     """
     subjects = []
     for spec in config.models:
-        rows = {label: label == config.prefixed_label for label in config.rows_of(spec)}
-        folder, adapter = resolve_with_adapter(spec.model)
-        tokenizer = load_tokenizer(folder)
-        renderer = PromptRenderer(
-            tokenizer, prefix=prefix if len(rows) > 1 else None, place=config.prefix_place
+        quantized = config.quantized_rows(spec)
+        rows = {
+            label: label == config.prefixed_label
+            for label in config.rows_of(spec)
+            if label not in quantized
+        }
+        plain = open_subject(
+            spec.model,
+            rows,
+            dtype=config.dtype,
+            prefix=prefix if len(rows) > 1 else None,
+            place=config.prefix_place,
         )
-        subjects.append(
-            Subject(
-                folder=folder,
-                adapter=adapter,
-                dtype=config.dtype,
-                tokenizer=tokenizer,
-                renderer=renderer,
-                rows=rows,
-            )
-        )
+        subjects += [
+            plain,
+            *(
+                dataclasses.replace(plain, rows={label: False}, quantized=scheme)
+                for label, scheme in quantized.items()
+            ),
+        ]
     return subjects
+
+
+def open_subject(
+    model: str,
+    rows: Mapping[str, bool],
+    *,
+    dtype: str,
+    prefix: str | None = None,
+    place: str = "system",
+) -> Subject:
+    """Find one model; arguments are as in `Subject` and `PromptRenderer`.
+
+    Raises:
+        DataError: It is missing or malformed.
+        MismatchError: An adapter belongs to another base.
+    """
+    folder, adapter = resolve_with_adapter(model)
+    tokenizer = load_tokenizer(folder)
+    return Subject(
+        folder=folder,
+        adapter=adapter,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        renderer=PromptRenderer(tokenizer, prefix=prefix, place=place),
+        rows=rows,
+    )
 
 
 def free_memory() -> None:

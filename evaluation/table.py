@@ -32,12 +32,15 @@ def format_report(report: EvalReport) -> str:
     at = len(report.sets_of("forget"))
     together = [*scores[:at], *kinds, *scores[at:]]
     if _fits(labels, together):
-        blocks = _render("", labels, together)
+        blocks = render_columns("", labels, together)
     else:
-        blocks = [*_render("", labels, scores), *_render("Kinds of forget queries", labels, kinds)]
+        blocks = [
+            *render_columns("", labels, scores),
+            *render_columns("Kinds of forget queries", labels, kinds),
+        ]
     for name in dict.fromkeys(report.config.measures):
         columns = [_column(report, s.name, measure=name, set_name=s.name) for s in report.sets]
-        blocks += _render(f"{name}: {MEASURES[name].description}", labels, columns)
+        blocks += render_columns(f"{name}: {MEASURES[name].description}", labels, columns)
     if report.attacks:
         blocks += _attack_table(report)
     text = "\n\n".join([*blocks, _notes(report)])
@@ -46,7 +49,7 @@ def format_report(report: EvalReport) -> str:
 
 
 def _column(report: EvalReport, heading: str, *, measure: str = RECALL, **where: str) -> Column:
-    return heading, [_points(report.mean(row, measure, **where)) for row in report.labels]
+    return heading, [format_points(report.mean(row, measure, **where)) for row in report.labels]
 
 
 def _score_columns(report: EvalReport) -> list[Column]:
@@ -56,7 +59,7 @@ def _score_columns(report: EvalReport) -> list[Column]:
         for split in ("forget", "retain")
     ]
     if report.shows_shift:
-        columns.append(("shift", [_points(report.shift(row)) for row in report.labels]))
+        columns.append(("shift", [format_points(report.shift(row)) for row in report.labels]))
     return columns
 
 
@@ -97,11 +100,11 @@ def _attack_table(report: EvalReport) -> list[str]:
         for row in report.labels
     ]
     title = f"Under attack{', worst of each family' if by_family else ''}: forget / retain"
-    return _render(title, [*lines, "worst"], columns)
+    return render_columns(title, [*lines, "worst"], columns)
 
 
 def _pair(forget: float | None, retain: float | None) -> str:
-    return f"{_points(forget):>5} / {_points(retain):>5}"
+    return f"{format_points(forget):>5} / {format_points(retain):>5}"
 
 
 def _notes(report: EvalReport) -> str:
@@ -109,7 +112,7 @@ def _notes(report: EvalReport) -> str:
     counts = ", ".join(f"{s.name} {len(s.queries)}" for s in report.sets)
     notes = [
         f"Mean ROUGE-L recall of greedy answers, in points (0-100). Queries: {counts}.",
-        f"95% intervals reach at most {_points(_widest(report))} points to either side.",
+        f"95% intervals reach at most {format_points(_widest(report))} points to either side.",
         "refused: responses with a refusal phrase (a heuristic), in points.",
     ]
     if report.shows_shift:
@@ -138,8 +141,8 @@ def _widest(report: EvalReport) -> float:
     return max(max(n.mean - n.low, n.high - n.mean) for n in numbers if n is not None)
 
 
-def _render(title: str, labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
-    """Return one block of text, or several where the columns do not fit side by side."""
+def render_columns(title: str, labels: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """Return columns beside labels, in several blocks of text where not all fit side by side."""
     blocks: list[str] = []
     rest = list(columns)
     while rest:
@@ -203,6 +206,7 @@ def _shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:]}"
 
 
-def _points(value: float | None) -> str:
+def format_points(value: float | None) -> str:
+    """Return a number of points with one decimal, or a dash where there is none."""
     # Adding zero turns the -0.0 of a rounded small loss into 0.0.
     return "-" if value is None or math.isnan(value) else f"{round(value, 1) + 0.0:.1f}"

@@ -100,12 +100,12 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
     for source in sources:
         for attack in _load(source):
             known = [name for name, other in attacks.items() if other.text != attack.text]
-            name = _unused(attack.name, known)
+            name = unused_name(attack.name, known)
             attacks.setdefault(name, dataclasses.replace(attack, name=name))
     return tuple(attacks.values())
 
 
-def _unused(name: str, known: Collection[str]) -> str:
+def unused_name(name: str, known: Collection[str]) -> str:
     """Return a name, with the first number behind it that makes it differ."""
     numbered = (f"{name} ({number})" for number in itertools.count(2))
     return next(n for n in itertools.chain([name], numbered) if n not in known)
@@ -155,7 +155,9 @@ def load_sets(
         if limit is not None:
             queries = spread(queries, limit)
         alone = sum(other == split for other, _ in sources) == 1
-        name = _unused(split if alone else f"{split} {Path(source).stem}", [s.name for s in sets])
+        name = unused_name(
+            split if alone else f"{split} {Path(source).stem}", [s.name for s in sets]
+        )
         sets.append(QuerySet(name=name, split=split, source=source, queries=tuple(queries)))
     return tuple(sets)
 

@@ -47,9 +47,13 @@ def make_content(
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
             evaluations.append(_evaluation(name, document, sources))
-    with reading("a student's record or a relearning", "leave its folder out, or make it again"):
+    with reading(
+        "a student's or a stress test's record",
+        "leave its folder out, or make it again",
+    ):
         students = [_student(student) for student in sources.students]
         relearnings = [_relearning(name, value) for name, value in sources.relearnings]
+        memberships = [_membership(name, value) for name, value in sources.memberships]
     computed = {found["query"] for found in first_tokens}
     cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
     return {
@@ -60,6 +64,7 @@ def make_content(
         "evaluations": evaluations,
         "first_tokens": [*first_tokens, *(c for c in cached if c["query"] not in computed)],
         "relearning": relearnings,
+        "membership": memberships,
         "students": students,
         "caches": [
             published({key: value for key, value in summary.items() if key != "samples"})
@@ -93,7 +98,11 @@ def _evaluation(name: str, document: Document, sources: Sources) -> Document:
     return {
         "name": name,
         "verdicts": judge(document),
-        "not_tested": not_tested(document, relearned=bool(sources.relearnings)),
+        "not_tested": not_tested(
+            document,
+            relearned=bool(sources.relearnings),
+            membership=bool(sources.memberships),
+        ),
         "labels": labels,
         "models": models,
         "columns": columns,
@@ -249,22 +258,67 @@ def _chart(title: str, y: str, series: dict[str, list[Any]], *, log: bool = Fals
 
 
 def _relearning(name: str, value: Document) -> Document:
-    """Curves of what comes back against steps, a chart for each thing that was taught."""
-    lessons: dict[str, dict[str, list[Any]]] = {}
+    """Curves of what comes back against steps, for each thing that was taught.
+
+    A model has one curve there, of the rate that brings most back; the table has all.
+    """
+    charts: dict[str, Document] = {}
     for curve in value["relearning"]:
-        series = lessons.setdefault(curve["lesson"], {})
-        series[f"{curve['model']}, {curve['learning_rate']:g}"] = [
-            [look["step"], look["recalled"]["mean"]] for look in curve["looks"]
-        ]
+        if not curve.get("worst", True):
+            continue
+        label = f"{curve['model']}, {curve['learning_rate']:g}"
+        for key, title, y in (
+            ("recalled", "Trained on {}", "facts not taught, points"),
+            ("retained", "Trained on {}, kept meanwhile", "retain, points"),
+        ):
+            title = title.format(curve["lesson"])
+            chart = charts.setdefault(title, _chart(title, y, {}))
+            points = [[look["step"], (look.get(key) or {}).get("mean")] for look in curve["looks"]]
+            chart["series"][label] = points
     return {
         "name": name,
-        "charts": [
-            _chart(f"Trained on {lesson}", "facts not taught, points", series)
-            for lesson, series in lessons.items()
-        ],
+        "charts": [chart for chart in charts.values() if _has_points(chart)],
         "config": published(value.get("config", {})),
-        "curves": value["relearning"],
+        "curves": [
+            {
+                **{key: curve[key] for key in ("model", "lesson", "learning_rate")},
+                "worst": curve.get("worst", True),
+                "looks": [
+                    {key: look.get(key) for key in ("step", "recalled", "named", "retained")}
+                    for look in curve["looks"]
+                ],
+            }
+            for curve in value["relearning"]
+        ],
     }
+
+
+def _membership(name: str, value: Document) -> Document:
+    """Return the AUC of each model and score."""
+    found = {(row["model"], row["score"]): row for row in value["membership"]}
+    models = dict.fromkeys(model for model, _ in found)
+    first = next(iter(found.values()))
+    return {
+        "name": name,
+        "scores": [{"score": key, "description": text} for key, text in value["scores"].items()],
+        "rows": [
+            {
+                "label": model,
+                "cells": [
+                    {key: found[model, score][key] for key in ("auc", "low", "high")}
+                    for score in value["scores"]
+                ],
+            }
+            for model in models
+        ],
+        "forget": first["count"],
+        "holdout": first["against"],
+        "config": published(value.get("config", {})),
+    }
+
+
+def _has_points(chart: Document) -> bool:
+    return any(y is not None for points in chart["series"].values() for _, y in points)
 
 
 def _rounded(value: float | None) -> float | None:

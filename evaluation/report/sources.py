@@ -41,6 +41,7 @@ class Sources:
     evaluations: list[tuple[str, Document]] = field(default_factory=list)
     """File name and document."""
     relearnings: list[tuple[str, Document]] = field(default_factory=list)
+    memberships: list[tuple[str, Document]] = field(default_factory=list)
     students: list[StudentRun] = field(default_factory=list)
     caches: list[Document] = field(default_factory=list)
     """As `duet-cache inspect --json` has them."""
@@ -59,7 +60,7 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
     The students that an evaluation names are found where it says they are.
 
     Args:
-        paths: Folders, or JSON files of `duet-distill eval` and `relearn`.
+        paths: Folders, or JSON files of `duet-distill eval`, `relearn` and `membership`.
         summarize_cache: Reads a cache's folder; whoever calls knows caches, this package does not.
 
     Raises:
@@ -80,7 +81,7 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
         with reading(name, "write it again with `duet-distill eval --out`"):
             for row in document["models"]:
                 _read_student(Path(row["model"]).expanduser(), sources)
-    if not (sources.evaluations or sources.relearnings or sources.students or sources.caches):
+    if sources == Sources():
         raise DataError(
             f"{', '.join(map(str, paths))}: no evaluation, student or cache there; write one with "
             "`duet-distill eval --out`"
@@ -111,7 +112,7 @@ def published(value: Any) -> Any:
 
 
 def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None:
-    """Take a file in if it is an evaluation or a relearning; one that is named has to be."""
+    """Take a file in if it is a result of ours; one that is named has to be."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -125,10 +126,12 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
         sources.evaluations.append((path.name, value))
     elif "relearning" in keys:
         sources.relearnings.append((path.name, value))
+    elif "membership" in keys:
+        sources.memberships.append((path.name, value))
     elif named:
         raise DataError(
-            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a relearning; "
-            "name a file of `duet-distill eval --out` or `duet-distill relearn --out`"
+            f"{path}: neither an evaluation (format {REPORT_FORMAT}), relearning nor membership "
+            "test; name a file of `duet-distill eval --out`, `relearn --out` or `membership --out`"
         )
 
 

@@ -21,7 +21,7 @@ def index_scores(document: dict[str, Any]) -> Numbers:
 
 
 def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a verdict for each model but the reference and its prefixed self.
+    """Return a verdict for each model but the reference, plain, prefixed or quantized.
 
     Each has `model`, `state` (good, bad or open), `headline` and `text`.
     """
@@ -30,7 +30,7 @@ def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         _judge_row(document, numbers, base, row)
         for row in document["models"][1:]
-        if not row["prefix"]
+        if not row["prefix"] and row["label"] != f"{base} {row.get('quantized')}"
     ]
 
 
@@ -95,10 +95,13 @@ def _sentences(
         yield f"{what} even break {base} + prefix, which proves little."
 
 
-def not_tested(document: dict[str, Any], *, relearned: bool) -> str:
+def not_tested(document: dict[str, Any], *, relearned: bool, membership: bool = False) -> str:
     """Return what an auditor would still ask for."""
     missing = [] if document["attacks"] else ["attacks"]
     missing += [] if relearned else ["relearning"]
+    missing += [] if membership else ["membership"]
+    if not any(row.get("quantized") for row in document["models"]):
+        missing.append("quantized weights")
     if not any(s["split"] == "general" for s in document["sets"]):
         missing.append("general ability")
     if all(row["prefix"] is False for row in document["models"]):

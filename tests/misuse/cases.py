@@ -13,6 +13,8 @@ BUILD = (
 RUN = "duet-distill run {cache} --student {model} --max-steps 1 --out {new}"
 EVAL = "duet-distill eval {model} --forget {forget} --retain {retain} --max-new-tokens 2"
 ASK = "duet-distill ask {model} Who? --max-new-tokens 2"
+RELEARN = "duet-distill relearn {model} --forget {forget} --steps 1 --max-new-tokens 2"
+MEMBERSHIP = "duet-distill membership {model} --forget {forget} --holdout {retain}"
 TUNE = "duet-cache tune --engine transformers --teacher {model} --forget {forget} --retain {retain}"
 PLAN = "duet-distill plan {cache} --student {model} --max-steps 1 --measure 0"
 MERGE = "duet-cache merge {cache} --out {new}"
@@ -78,8 +80,25 @@ max-new-tokens 0 -1 1.5 many
 dtype fp8 int8
 limit 0 -1 1.5
 batch-size 0 -1 x
+quantize int3 8 none
 require forget forget<x forget=5 <5 nosuch<5 worst<5 forget.nosuch<5
 engine vlm tgi
+"""
+_RELEARN_VALUES = """
+rates 0 -1 nan inf fast 1e-4,,1e-3 1e-4;1e-3
+steps 0 -1 1.5 0,-1 many
+share -0.1 1.5 0 1 nan half
+teach nosuch.jsonl @nosuch nosuch.txt {model}
+lora-rank 0 -8 1.5 big
+seed -1 1.5
+dtype fp8 int8
+limit 0 -1
+"""
+_MEMBERSHIP_VALUES = """
+form chatty
+limit 0 -1
+batch-size 0
+dtype fp8
 """
 _BUILD_VALUES = """
 prefix @nosuch @ {topic}
@@ -341,6 +360,8 @@ def all_cases() -> list[Case]:
     cases = [
         *_settings("run: wrong values", RUN, _RUN_VALUES, yaml=True),
         *_settings("eval: wrong values", EVAL, _EVAL_VALUES, yaml=True),
+        *_settings("relearn: wrong values", RELEARN, _RELEARN_VALUES, yaml=True),
+        *_settings("membership: wrong values", MEMBERSHIP, _MEMBERSHIP_VALUES, yaml=False),
         *_settings("build: wrong values", BUILD, _BUILD_VALUES, yaml=False),
         *_settings("plan: wrong values", PLAN, _RUN_VALUES + _PLAN_VALUES.lstrip(), yaml=False),
         *_settings("tune: wrong values", TUNE, _TUNE_VALUES, yaml=False),
@@ -370,7 +391,12 @@ def all_cases() -> list[Case]:
         for place in shlex.split(_BAD_FOLDERS):
             case = Case("bad places for a folder", words.replace("{new}", shlex.quote(place)))
             cases.append(case)
-    for words in (f"{EVAL} --out {{new}}", REPORT, f"{REPORT} --markdown {{new}}"):
+    for words in (
+        f"{EVAL} --out {{new}}",
+        f"{RELEARN} --out {{new}}",
+        REPORT,
+        f"{REPORT} --markdown {{new}}",
+    ):
         for place in shlex.split(_BAD_FILES):
             at = words.rindex("{new}")
             words_there = words[:at] + shlex.quote(place) + words[at + len("{new}") :]

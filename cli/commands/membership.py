@@ -1,0 +1,48 @@
+"""`duet-distill membership`: does a model still tell what it was trained on?"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
+from duet_unlearn.cli.output import check_target, json_option, json_text, write_target
+from duet_unlearn.errors import StoppedError
+from duet_unlearn.evaluation.config import parse_models
+from duet_unlearn.evaluation.membership.config import MembershipConfig
+
+
+@click.command("membership", cls=SettingsCommand, settings=MembershipConfig)
+@click.argument("words", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--out",
+    type=FolderPath(),
+    metavar="FILE",
+    help="Also write everything to this JSON file: `duet-distill report` reads it.",
+)
+@json_option
+@click.pass_context
+def membership_command(
+    ctx: click.Context, /, words: tuple[str, ...], out: Path | None, as_json: bool, **_: Any
+) -> None:
+    """Say how well each MODEL tells the forgotten texts from a holdout of the same kind.
+
+    MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL. Reads each query
+    with its answer once, by the loss, zlib, Min-K% and Min-K%++.
+    """
+    config = read_settings(ctx, MembershipConfig, models=parse_models(words))
+    if out is not None:
+        check_target(out, '"duet-unlearn": "')  # among the versions
+    try:
+        from duet_unlearn.evaluation.membership.membership import measure_membership
+        from duet_unlearn.evaluation.membership.results import format_membership
+
+        report = measure_membership(config)
+    except KeyboardInterrupt as error:
+        raise StoppedError("stopped; start it again") from error
+    click.echo(format_membership(report), err=as_json)
+    document = json_text(report.to_json()) if as_json or out is not None else ""
+    if as_json:
+        click.echo(document)
+    if out is not None:
+        write_target(out, document + "\n")

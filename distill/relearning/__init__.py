@@ -1,0 +1,1 @@
+"""Relearning: does what was forgotten come back when a model is fine-tuned again?"""

@@ -1,0 +1,120 @@
+"""Plain fine-tuning of a model in memory on pairs of prompt and answer, looked at on the way."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from duet_unlearn.distill.relearning.lessons import Pair
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.evaluation.answers import fits_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+L = TypeVar("L")
+IGNORED = -100
+"""A label that transformers' loss passes over."""
+
+
+def fine_tune(
+    model: "PreTrainedModel",
+    pairs: Sequence[Pair],
+    look: Callable[[Any, int], L],
+    *,
+    rate: float,
+    steps: Sequence[int],
+    batch_size: int = 16,
+    lora_rank: int | None = None,
+    seed: int = 0,
+    on_step: Callable[[int], object] = lambda _count: None,
+) -> list[L]:
+    """Train on the answers by AdamW at a constant rate; return what each look found.
+
+    Every pair comes once before any comes twice. Weight decay is PyTorch's default, 0.01.
+
+    Args:
+        model: Changed in place.
+        pairs: Token ids; the loss is the mean cross-entropy of the answers' tokens.
+        look: Is given the model, in evaluation mode, and the number of steps done.
+        rate: The learning rate.
+        steps: After how many steps to look, in order.
+        batch_size: Pairs of a step, or all where there are fewer.
+        lora_rank: Of an adapter to train on all linear modules; None trains all weights.
+        seed: Decides the order, and where an adapter starts.
+        on_step: Is given 1 after each step.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step, or peft is not installed.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trained = _trainable(model, lora_rank)
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=rate)
+        batches = _batches(len(pairs), batch_size, random.Random(seed))
+        found = []
+        for step in range(max(steps) + 1):
+            if step in steps:
+                found.append(look(trained.eval(), step))
+            if step == max(steps):
+                break
+            batch = [pairs[index] for index in next(batches)]
+            trained.train()
+            with fits_memory(f"a training step of {len(batch)} lessons"):
+                loss: Any = answer_loss(trained, batch)
+                loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+            on_step(1)
+    return found
+
+
+def _trainable(model: Any, lora_rank: int | None) -> Any:
+    if lora_rank is None:
+        return model.requires_grad_(True)
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigurationError(
+            f'LoRA needs peft, which cannot be imported ({error}); pip install "duet-unlearn[lora]"'
+        ) from error
+    settings = LoraConfig(
+        r=lora_rank,
+        lora_alpha=2 * lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
+
+
+def _batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
+    size = min(size, count)
+    order: list[int] = []
+    while True:
+        if len(order) < size:
+            order = rng.sample(range(count), count)
+        batch, order = order[:size], order[size:]
+        yield batch
+
+
+def answer_loss(model: Any, pairs: Sequence[Pair]) -> "Tensor":
+    """Return the mean cross-entropy of the answers' tokens behind their prompts, in nats."""
+    import torch
+
+    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor([*prompt, *answer])
+        mask[row, :end] = 1
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    device = model.device
+    loss: Tensor = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
+    ).loss
+    return loss

@@ -1,0 +1,128 @@
+"""`duet-distill relearn`: fine-tune models on lessons and ask what the lessons do not teach.
+
+Forgetting that a few steps of fine-tuning undo is hiding ("relearning attack": Hu et al., arXiv
+2406.13356; Lynch et al., arXiv 2402.16835). Every model, lesson and learning rate starts from the
+model's own weights. A model that never knew shows what the lessons alone give away.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from duet_unlearn.data.queries import Query
+from duet_unlearn.distill.relearning.config import RelearnConfig
+from duet_unlearn.distill.relearning.fine_tuning import fine_tune
+from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons, load_answered
+from duet_unlearn.distill.relearning.results import Curve, Look, RelearnReport
+from duet_unlearn.evaluation.answers import generate_answers
+from duet_unlearn.evaluation.measures.overlap import contains_answer, rouge_l_recall
+from duet_unlearn.evaluation.statistics import Number, summarize
+from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subject
+from duet_unlearn.evaluation.tasks import Task, spread
+from duet_unlearn.progress import Progress
+
+
+def relearn(config: RelearnConfig) -> RelearnReport:
+    """Fine-tune every model on every lesson at every rate, and ask at every step named.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step, or peft is not installed.
+        DataError: A query source or a model cannot be used, or a lesson leaves nothing to ask.
+    """
+    lessons = list_lessons(config)
+    kept = load_answered(config.retain, split="retain")
+    kept = spread(kept, config.limit) if config.limit and kept else kept
+    subjects = [
+        open_subject(spec.model, {spec.label: False}, dtype=config.dtype) for spec in config.models
+    ]
+    curves: list[Curve] = []
+    for subject in subjects:
+        total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)
+        with Progress(f"teaching {subject.label}", total, "steps") as progress:
+            for lesson in lessons:
+                curves += teach(config, subject, lesson, kept, on_step=progress.update)
+    return RelearnReport(config=config, lessons=lessons, curves=tuple(curves))
+
+
+def teach(
+    config: RelearnConfig,
+    subject: Subject,
+    lesson: Lesson,
+    kept: Sequence[Query] = (),
+    *,
+    on_step: Callable[[int], object] = lambda _count: None,
+) -> list[Curve]:
+    """Return the curve of each rate for one model and one lesson.
+
+    Args:
+        config: How to teach, and when to ask.
+        subject: The model; it is loaded anew for each rate.
+        lesson: What is taught and asked.
+        kept: Further queries to ask: whether the model still answers what it should keep.
+        on_step: Is given 1 after each optimizer step.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step, or peft is not installed.
+        DataError: The model cannot be loaded, or a query is too long for it.
+    """
+    pairs = lesson.encode(subject)
+    queries = [*lesson.asked, *kept]
+    tasks = [Task(set_name=query.split, query=query) for query in queries]
+    prompts = subject.render(subject.label, tasks, config.max_new_tokens)
+    untrained: list[Look] = []
+
+    def look(model: Any, step: int) -> Look:
+        if step == 0 and untrained:  # the same weights, whatever the rate
+            return untrained[0]
+        answers = generate_answers(
+            model,
+            prompts,
+            eos_token_ids=subject.ends,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+        )
+        texts = [subject.decode(ids) for ids in answers]
+        found = _score(step, queries, texts, len(lesson.asked))
+        if step == 0:
+            untrained.append(found)
+        return found
+
+    curves = []
+    for rate in config.listed_rates:
+        looks = fine_tune(
+            subject.load(),
+            pairs,
+            look,
+            rate=rate,
+            steps=config.listed_steps,
+            batch_size=config.batch_size,
+            lora_rank=config.lora_rank,
+            seed=config.seed,
+            on_step=on_step,
+        )
+        free_memory()
+        curves.append(
+            Curve(model=subject.label, lesson=lesson.name, learning_rate=rate, looks=tuple(looks))
+        )
+    return curves
+
+
+def _score(step: int, queries: Sequence[Query], texts: Sequence[str], asked: int) -> Look:
+    """The first `asked` queries are to be forgotten, the rest is to be kept."""
+    said = list(zip(queries, texts, strict=True))
+    return Look(
+        step=step,
+        recalled=_mean(rouge_l_recall, said[:asked]),
+        named=_mean(contains_answer, said[:asked]),
+        retained=_mean(rouge_l_recall, said[asked:]) if said[asked:] else None,
+        texts=tuple(texts[:asked]),
+    )
+
+
+def _mean(score: Callable[[str, str], float], said: Sequence[tuple[Query, str]]) -> Number:
+    scores = [score(query.answer or "", text) for query, text in said]
+    number = summarize(np.array(scores, dtype=float))
+    if number is None:
+        raise ValueError("no queries: a lesson leaves at least one")
+    return number

@@ -1,0 +1,1 @@
+"""Membership: does a model tell the forgotten texts from texts of their kind that it never saw?"""

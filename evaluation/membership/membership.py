@@ -1,0 +1,105 @@
+"""`duet-distill membership`: how well each model tells forgotten texts from texts of their kind.
+
+A text is a query with its answer as they are given. What a model learned as a conversation it
+takes for new as plain text, and the other way round: so the form is a setting, and a base that was
+trained on the texts shows whether a test in that form sees anything. A model that was never trained
+on the forgotten texts separates the two sets by chance; what is far from that, above or below,
+shows that it was (MUSE, arXiv 2407.06460).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from duet_unlearn.data.models.folder import context_length, read_config
+from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.membership.config import MembershipConfig
+from duet_unlearn.evaluation.membership.passes import view_texts
+from duet_unlearn.evaluation.membership.results import MembershipReport
+from duet_unlearn.evaluation.membership.scores import SCORES
+from duet_unlearn.evaluation.statistics import Scores
+from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subject
+from duet_unlearn.evaluation.tasks import spread
+from duet_unlearn.progress import Progress
+
+
+def measure_membership(config: MembershipConfig) -> MembershipReport:
+    """Score every text with every model.
+
+    Raises:
+        ConfigurationError: The memory does not hold a batch.
+        DataError: A source or a model cannot be used, a query has no answer, a text stands on both
+            sides or is too long for a model.
+    """
+    forget = _load(config.forget, config.limit)
+    holdout = _load(config.holdout, config.limit)
+    for query in holdout:
+        if _text(query) in {_text(other) for other in forget}:
+            raise DataError(
+                f"query {query.query_id} of {', '.join(config.holdout)}: is also one of --forget; "
+                "a holdout has texts that no model was trained on"
+            )
+    queries = [*forget, *holdout]
+    subjects = [
+        open_subject(spec.model, {spec.label: False}, dtype=config.dtype) for spec in config.models
+    ]
+    encoded = [[_encode(subject, query, config.form) for query in queries] for subject in subjects]
+    scores: dict[str, dict[str, Scores]] = {}
+    texts = [(q.answer or "") if config.form == "answer" else _text(q) for q in queries]
+    for subject, pairs in zip(subjects, encoded, strict=True):
+        model = subject.load()
+        with Progress(f"reading {subject.label}", len(queries), "texts") as progress:
+            views = view_texts(
+                model,
+                texts,
+                [ids for ids, _ in pairs],
+                batch_size=config.batch_size,
+                on_viewed=progress.update,
+            )
+        scores[subject.label] = {
+            name: np.array(
+                [score.score(view.last(n)) for view, (_, n) in zip(views, pairs, strict=True)]
+            )
+            for name, score in SCORES.items()
+        }
+        del model
+        free_memory()
+    return MembershipReport(
+        config=config, forget=tuple(forget), holdout=tuple(holdout), scores=scores
+    )
+
+
+def _load(sources: Sequence[str], limit: int | None) -> list[Query]:
+    queries = [
+        query
+        for source in sources
+        for query in load_queries(source, split="forget", require_answers=True)
+    ]
+    return spread(queries, limit or len(queries))
+
+
+def _parts(query: Query) -> list[str]:
+    return [*(turn["content"] for turn in query.messages), query.answer or ""]
+
+
+def _text(query: Query) -> str:
+    return "\n\n".join(_parts(query))
+
+
+def _encode(subject: Subject, query: Query, form: str) -> tuple[list[int], int]:
+    """Return the token ids of a text and how many of the last ones are scored."""
+    renderer = subject.renderer
+    answer = list(renderer.begun_ids(query.answer or ""))
+    if form == "plain":
+        ids = renderer.plain_ids(_parts(query))
+    else:
+        ids = [*renderer.student_ids(query.messages), *answer]
+    limit = context_length(read_config(subject.folder))
+    if len(ids) < 2 or (limit is not None and len(ids) > limit):
+        raise DataError(
+            f"query {query.query_id}: {len(ids)} tokens with its answer, expected 2 to "
+            f"{limit or 'any number'} that {subject.label} reads; change it or leave it out"
+        )
+    # Nothing stands before the first token to predict it from.
+    return ids, len(answer) if form == "answer" else len(ids) - 1

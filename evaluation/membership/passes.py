@@ -1,0 +1,75 @@
+"""How likely a model finds texts, one forward pass a text."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from duet_unlearn.evaluation.answers import fits_memory, plan_batches
+from duet_unlearn.evaluation.membership.scores import TextView
+
+_MAX_LOGITS = 1 << 27
+"""Bound on rows x tokens x vocabulary of a batch: half a gigabyte of float32."""
+
+
+def view_texts(
+    model: Any,
+    texts: Sequence[str],
+    token_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    on_viewed: Callable[[int], object] = lambda _count: None,
+) -> list[TextView]:
+    """Return how a model takes each text.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        texts: The texts.
+        token_ids: Of each text, at least two.
+        batch_size: Most texts of a forward pass.
+        on_viewed: Is given the number of texts after each pass.
+
+    Raises:
+        ConfigurationError: The memory does not hold a batch.
+    """
+    lengths = [len(ids) for ids in token_ids]
+    width: int = model.config.get_text_config().vocab_size
+    rows = max(1, min(batch_size, _MAX_LOGITS // (width * max(lengths))))
+    found: dict[int, TextView] = {}
+    for batch in plan_batches(lengths, batch_size=rows, max_new_tokens=0):
+        with fits_memory(f"{len(batch)} texts of up to {lengths[batch[0]]} tokens"):
+            views = _view_batch(model, [texts[i] for i in batch], [token_ids[i] for i in batch])
+        found.update(zip(batch, views, strict=True))
+        on_viewed(len(batch))
+    return [found[index] for index in range(len(texts))]
+
+
+def _view_batch(
+    model: Any, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> list[TextView]:
+    import torch
+
+    ids_BT = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, ids in enumerate(token_ids):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        mask_BT[row, : len(ids)] = 1
+    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+    with torch.no_grad():
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    views = []
+    for row, (text, ids) in enumerate(zip(texts, token_ids, strict=True)):
+        # One row at a time: what follows holds three copies of its logits.
+        logs_TV = logits_BTV[row, : len(ids) - 1].float().log_softmax(dim=-1)
+        weights_TV = logs_TV.exp()
+        finite_TV = logs_TV.clamp(min=-1e4)  # a token that cannot stand there weighs nothing
+        mean_T = (weights_TV * finite_TV).sum(dim=-1)
+        spread_T = (weights_TV * (finite_TV - mean_T[:, None]) ** 2).sum(dim=-1).sqrt()
+        taken_T = finite_TV.gather(-1, ids_BT[row, 1 : len(ids), None])[:, 0]
+        views.append(
+            TextView(
+                text=text,
+                log_probabilities=taken_T.tolist(),
+                means=mean_T.tolist(),
+                deviations=spread_T.tolist(),
+            )
+        )
+    return views
