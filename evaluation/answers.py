@@ -80,6 +80,7 @@ def stream_answers(
     max_new_tokens: int,
     batch_size: int,
     streamer: Any = None,
+    sampled: bool = False,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the index of each prompt with its greedy answer, without the end of sequence.
 
@@ -90,12 +91,15 @@ def stream_answers(
         max_new_tokens: most tokens of an answer.
         batch_size: most prompts of a forward pass.
         streamer: is given the tokens of the one prompt as they come (transformers' `streamer`).
+        sampled: draw each token from the model's own distribution instead, by torch's generator.
 
     Raises:
         ConfigurationError: the device's memory does not hold a prompt.
     """
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
     settings = _generation_config(
-        do_sample=False,
+        do_sample=sampled,
+        **sampling,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids) or None,
@@ -114,6 +118,30 @@ def stream_answers(
         new_ids = run_in_memory(answer, batch, lengths.__getitem__)
         for index, row in zip(batch, new_ids, strict=True):
             yield index, cut_at_end(row, eos_token_ids)
+
+
+def sample_answers(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int = 0,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield what `stream_answers` does, sampled at temperature 1 from the seed."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield from stream_answers(
+            model,
+            prompts,
+            eos_token_ids=eos_token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sampled=True,
+        )
 
 
 def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:

@@ -157,6 +157,10 @@ class EvalConfig(AskConfig):
         metavar="NAME",
         help=f"Also show this measure: {', '.join(MEASURES)}. Repeatable.",
     )
+    samples: Count = setting(
+        default=8,
+        help="Answers sampled per query at temperature 1 where sampled_recall is measured.",
+    )
     refusals: tuple[str, ...] = setting(
         default=(),
         metavar="FILE",
@@ -177,7 +181,7 @@ class EvalConfig(AskConfig):
                 raise ConfigurationError(f"{name} is empty, expected at least one")
         select_measures(self.measures)
         for part in parse_requirements(self.require) if self.require else ():
-            if MEASURES[part.measure].likelihood and part.measure not in self.measures:
+            if MEASURES[part.measure].needs != "text" and part.measure not in self.measures:
                 raise ConfigurationError(
                     f"--require {part.text}: give --measure {part.measure} as well"
                 )

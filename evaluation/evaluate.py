@@ -14,22 +14,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from duet_unlearn.data.models.loading import no_bars
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.answers import score_references, stream_answers
+from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import EvalConfig
-from duet_unlearn.evaluation.measures import MEASURES, Answer, Likelihood, select_measures
+from duet_unlearn.evaluation.measures import Answer, select_measures
 from duet_unlearn.evaluation.measures.refusal import REFUSAL_PHRASES, load_phrases
+from duet_unlearn.evaluation.passes import add_passes
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.subjects import Prompt, Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Attack, Task, list_tasks, load_attacks, load_sets
 from duet_unlearn.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
 
     Args:
         config: what to ask whom.
-        respond: what answers instead of transformers; measures on likelihood need those still.
+        respond: what answers instead of transformers; measures on more than text need those still.
 
     Raises:
         ConfigurationError: the prefix, a measure or an attack cannot be used, or a batch does not
@@ -74,8 +71,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
         by_row = _answer(config, subject, rows, respond)
         if config.answers == "base" and not answers:
             tasks = _answered_by(tasks, by_row[subject.label])
-        if any(MEASURES[name].likelihood for name in config.measures):
-            _add_likelihoods(config, subject, tasks, rows, by_row)
+        add_passes(config, subject, tasks, rows, by_row)
         answers.update(by_row)
         free_memory()
     return EvalReport(
@@ -166,48 +162,3 @@ def _respond_merged(
             subject.load().save_pretrained(scratch)
         free_memory()
         yield from respond(Path(scratch), prompts, subject.ends)
-
-
-def _add_likelihoods(
-    config: EvalConfig,
-    subject: Subject,
-    tasks: Sequence[Task],
-    rows: Mapping[str, Sequence[Prompt]],
-    answers: Mapping[str, list[Answer]],
-) -> None:
-    """Add to each plain answer how likely the model finds the right one and the wrong ones."""
-    model = subject.load()
-    for label, prompts in rows.items():
-        _add_likelihoods_of_row(config, subject, model, tasks, prompts, answers[label])
-
-
-def _add_likelihoods_of_row(
-    config: EvalConfig,
-    subject: Subject,
-    model: "PreTrainedModel",
-    tasks: Sequence[Task],
-    prompts: Sequence[Prompt],
-    answers: list[Answer],
-) -> None:
-    # A base that says nothing leaves nothing to score.
-    plain = [i for i, task in enumerate(tasks) if task.attack is None and task.query.answer]
-    pairs = [
-        (index, text)
-        for index in plain
-        for text in (tasks[index].query.answer or "", *tasks[index].query.wrong_answers)
-    ]
-    with Progress(f"scoring {subject.label}", len(pairs), "given answers") as progress:
-        scored = score_references(
-            model,
-            [prompts[index] for index, _ in pairs],
-            [subject.renderer.begun_ids(text) for _, text in pairs],
-            batch_size=config.batch_size,
-            on_scored=progress.update,
-        )
-    found: dict[int, list[Likelihood]] = {index: [] for index in plain}
-    for (index, _), likelihood in zip(pairs, scored, strict=True):
-        found[index].append(likelihood)
-    for index, (reference, *wrong) in found.items():
-        answers[index] = dataclasses.replace(
-            answers[index], reference=reference, wrong=tuple(wrong)
-        )

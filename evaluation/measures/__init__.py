@@ -24,24 +24,30 @@ _TABLE = (
         "answer_probability",
         likelihood.probability_score,
         "probability of the answer, a token",
-        likelihood=True,
+        needs="likelihood",
     ),
     Measure(
         "truth_ratio",
         likelihood.truth_score,
         "the answer preferred to wrong ones",
-        likelihood=True,
+        needs="likelihood",
     ),
     Measure(
         "extraction_strength",
         likelihood.extraction_score,
         "share of the answer that follows by itself",
-        likelihood=True,
+        needs="likelihood",
+    ),
+    Measure(
+        "sampled_recall",
+        overlap.best_sampled_recall,
+        "the most that one of several sampled answers tells",
+        needs="samples",
     ),
 )
 
 MEASURES: Mapping[str, Measure] = MappingProxyType({m.name: m for m in _TABLE})
-"""All measures by name; those on text are always taken, those on likelihood where asked for."""
+"""All measures by name; those on text are always taken, others where asked for."""
 
 RECALL = "rouge_l_recall"
 REFUSAL = "refusal"
@@ -50,7 +56,7 @@ REFUSAL = "refusal"
 def select_measures(
     named: Sequence[str] = (), refusal_phrases: Sequence[str] = refusal.REFUSAL_PHRASES
 ) -> tuple[Measure, ...]:
-    """Return the measures on text, and those on likelihood that are named.
+    """Return the measures on text, and of the others those that are named.
 
     Raises:
         ConfigurationError: A name is unknown.
@@ -60,6 +66,6 @@ def select_measures(
             raise ConfigurationError(
                 f"measure {name!r} is unknown; choose from {', '.join(MEASURES)}"
             )
-    taken = [m for m in MEASURES.values() if not m.likelihood or m.name in named]
+    taken = [m for m in MEASURES.values() if m.needs == "text" or m.name in named]
     phrased = refusal.refusal_score(refusal_phrases)
     return tuple(dataclasses.replace(m, score=phrased) if m.name == REFUSAL else m for m in taken)

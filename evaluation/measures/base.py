@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Answer:
     """Of the reference answer; None where no measure asked for it."""
     wrong: tuple[Likelihood, ...] = ()
     """Of the wrong answers that the query file names."""
+    samples: tuple[str, ...] = ()
+    """Further answers, drawn at temperature 1; empty where no measure asked for them."""
 
 
 Score = Callable[[str, Answer], float | None]
@@ -43,5 +46,6 @@ class Measure:
     """As the command line and the JSON document have it."""
     score: Score = field(repr=False)
     description: str
-    likelihood: bool = False
-    """Whether it needs the likelihood of answers, a pass over the model of its own."""
+    needs: Literal["text", "likelihood", "samples"] = "text"
+    """What it looks at beside the greedy answer's text; each is a pass over the model of its own,
+    made where a measure on it is named."""

@@ -2,6 +2,7 @@
 
 import functools
 
+from duet_unlearn.evaluation.measures.base import Answer
 from duet_unlearn.evaluation.measures.words import split_words
 
 
@@ -46,3 +47,11 @@ def exact_match(reference: str, response: str) -> bool:
     """Return whether the response has the reference's words and no others."""
     wanted = split_words(reference)
     return wanted == split_words(response) if wanted else reference.strip() == response.strip()
+
+
+def best_sampled_recall(reference: str, answer: Answer) -> float | None:
+    """Score by the highest ROUGE-L recall among sampled answers: what a patient asker gets.
+
+    A greedy refusal can stand on a narrow lead; None where nothing was sampled.
+    """
+    return max((rouge_l_recall(reference, text) for text in answer.samples), default=None)

@@ -14,6 +14,7 @@ from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.evaluate import evaluate
+from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.tasks import spread
 
@@ -288,3 +289,16 @@ def test_without_reference_answers_the_base_is_right(
     same = [pair for pair, tell in zip(zip(*likely, strict=True), told, strict=False) if tell]
     assert same
     assert all(first == pytest.approx(second) for first, second in same)
+
+
+def test_sampled_answers_are_drawn_from_the_model_and_the_best_counts(config: EvalConfig) -> None:
+    settings = {"prefix": None, "attacks": (), "measures": ("sampled_recall",), "samples": 3}
+    first, again = (evaluate(config.replaced(**settings)) for _ in range(2))
+    drawn = [answer.samples for answer in first.answers["base"]]
+    assert drawn == [answer.samples for answer in again.answers["base"]]
+    assert {len(texts) for texts in drawn} == {3}
+    assert len({text for texts in drawn for text in texts}) > len(drawn)
+    scores = first.scores["base"]["sampled_recall"]
+    for task, texts, score in zip(first.tasks, drawn, scores, strict=True):
+        assert score == max(rouge_l_recall(task.query.answer or "", text) for text in texts)
+    assert first.to_json()["queries"][0]["responses"]["base"]["samples"] == list(drawn[0])
