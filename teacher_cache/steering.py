@@ -28,8 +28,9 @@ STEP = 10.0
 """Points on forget queries that a sample of this size cannot tell apart."""
 RULE = (
     "fewest points that come back on forget queries, in steps of 10; then those that may stand in "
-    "front of retain queries too; then fewest on forget queries; then most points kept on retain "
-    "queries; last come those that a third of the sample shows to be worse than six others"
+    "front of retain queries too; then least probability left to the base's own first token, which "
+    "is what training sees; then fewest points; then most points kept on retain queries; last come "
+    "those that a third of the sample shows to be worse than six others"
 )
 """How candidates are ordered."""
 VIEWS = ("@view-shapes",)
@@ -74,6 +75,9 @@ class Tuned:
     candidate: Candidate
     forget: Steering
     retain: Steering
+    first_token: float | None = None
+    """Mean probability, in points, that the first token of the base's own answer to a forget query
+    still has; None where it was not measured."""
     said: tuple[str, ...] = ()
     """Its answers to `TuneResult.asked`."""
 
@@ -88,11 +92,13 @@ class Tuned:
         return self.forget.recall <= FIFTH
 
     @property
-    def rank(self) -> tuple[float, bool, float, float]:
+    def rank(self) -> tuple[float, bool, float, float, float]:
         """What candidates are sorted by, the best first; see `RULE`."""
         step, forget = round(self.forget.recall / STEP), self.forget.recall
-        # Where retain queries go without the prefix, what it does to them teaches nobody.
-        return (step, not self.retain_prefix, forget, -self.retain.recall)
+        # An answer is refused or not, but how surely decides how surely a student will refuse.
+        first = POINTS if self.first_token is None else self.first_token
+        # Where retain queries go without the prefix, what it does to them teaches nobody: last.
+        return (step, not self.retain_prefix, first, forget, -self.retain.recall)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -105,6 +111,7 @@ class Tuned:
             "positions": POSITIONS,
             "steers": self.steers,
             **{f"forget_{key}": value for key, value in self.forget.to_json().items()},
+            "forget_first_token": None if self.first_token is None else round(self.first_token, 1),
             **{f"retain_{key}": value for key, value in self.retain.to_json().items()},
         }
 

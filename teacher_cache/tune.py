@@ -9,15 +9,17 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
 
 from duet_unlearn.data.models.folder import (
     context_length,
     eos_token_ids,
+    head_width,
     model_name,
     read_config,
     resolve_model_folder,
@@ -34,6 +36,7 @@ from duet_unlearn.teacher_cache.engines import open_engine, options
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.steering import (
     ANSWER_TOKENS,
+    POINTS,
     RULE,
     Candidate,
     Tuned,
@@ -43,6 +46,7 @@ from duet_unlearn.teacher_cache.steering import (
 
 logger = logging.getLogger(__name__)
 
+TOP_K = 100
 FINALISTS = 6
 """Candidates that are asked the whole sample: the best after a third of it."""
 REFUSAL = "I don't know."
@@ -235,7 +239,7 @@ class _Measurement:
         dtype = self.config.teacher_dtype
         return EngineConfig(
             model=self.model,
-            top_k=1,
+            top_k=min(TOP_K, head_width(read_config(self.model))),
             positions=1,
             eos_token_ids=eos_token_ids(self.model),
             compute_dtype=stored_dtype(read_config(self.model)) if dtype == "auto" else dtype,
@@ -267,10 +271,32 @@ class _Measurement:
                 return self._score(candidate, base, said[candidate])
 
             tuned = sorted((measure(candidate, few) for candidate in prompts), key=lambda t: t.rank)
-            if rest:
-                best = (measure(t.candidate, rest) for t in tuned[:FINALISTS])
-                tuned = [*sorted(best, key=lambda t: t.rank), *tuned[FINALISTS:]]
-        return base, tuned
+            best = [measure(t.candidate, rest) if rest else t for t in tuned[:FINALISTS]]
+        firsts = self._first_tokens(engine)
+        best = [self._with_first_token(engine, t, prompts[t.candidate], firsts) for t in best]
+        return base, [*sorted(best, key=lambda t: t.rank), *tuned[FINALISTS:]]
+
+    def _first_tokens(self, engine: Engine) -> dict[int, int]:
+        """Return the first token of the base's own answer to each forget query asked."""
+        plain = PromptRenderer(self.tokenizer)
+        forget = [(i, q) for i, q in enumerate(self.asked) if q.split == "forget"]
+        found = engine.signals((i, plain.student_ids(q.messages)) for i, q in forget)
+        return {index: int(signal.response_ids[0]) for index, signal in found}
+
+    def _with_first_token(
+        self,
+        engine: Engine,
+        tuned: Tuned,
+        prompts: Sequence[Sequence[int]],
+        firsts: Mapping[int, int],
+    ) -> Tuned:
+        """Return a candidate with what its prefix leaves to the base's first tokens."""
+        left = []
+        for index, signal in engine.signals((index, prompts[index]) for index in firsts):
+            at = signal.token_ids[0] == firsts[index]
+            logs = signal.logits[0][at].astype(float) - float(signal.logsumexp[0])
+            left.append(float(np.exp(logs).sum()))  # beyond the Top-K next to nothing is left
+        return replace(tuned, first_token=POINTS * sum(left) / len(left))
 
     def _rounds(self) -> tuple[list[int], list[int]]:
         """Return which queries all candidates are asked, and which the best of them alone."""

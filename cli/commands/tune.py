@@ -53,14 +53,15 @@ def render_table(result: "TuneResult") -> str:
     width = max(len(tuned.candidate.name) for tuned in result.tuned)
     best = result.tuned[0]
     lines = [
-        f"{'':{width}}  {'':6}  {'forget':>14}  {'retain':>14}",
-        f"{'prefix':{width}}  {'place':6}  {'back':>6} {'refused':>7}  {'kept':>6} {'refused':>7}"
-        "  retain prefix",
+        f"{'':{width}}  {'':6}  {'forget':>20}  {'retain':>14}",
+        f"{'prefix':{width}}  {'place':6}  {'back':>6} {'refused':>7} {'first':>5}  "
+        f"{'kept':>6} {'refused':>7}  retain prefix",
         *(_row(tuned, width) for tuned in result.tuned),
         "",
         f"back, kept: the base's own answers behind the prefix, ROUGE-L recall in points without "
         f"the words of the query, on {best.forget.queries} forget and {best.retain.queries} retain "
         "queries",
+        "first: probability left to the first token of the base's own answer, in points",
         f"ordered by: {RULE}",
         "",
         *_samples(result),
@@ -72,9 +73,10 @@ def render_table(result: "TuneResult") -> str:
 
 def _row(tuned: "Tuned", width: int) -> str:
     candidate = tuned.candidate
+    first = "-" if tuned.first_token is None else f"{tuned.first_token:.1f}"
     return (
         f"{candidate.name:{width}}  {candidate.place:6}  "
-        f"{tuned.forget.recall:6.1f} {tuned.forget.refused:7.1f}  "
+        f"{tuned.forget.recall:6.1f} {tuned.forget.refused:7.1f} {first:>5}  "
         f"{tuned.retain.recall:6.1f} {tuned.retain.refused:7.1f}  "
         f"{'yes' if tuned.retain_prefix else 'no'}"
     )

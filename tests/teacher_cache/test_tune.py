@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -18,6 +19,7 @@ from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError, DuetError
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
+from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.steering import Candidate, Steering, Tuned, draw, score
 from duet_unlearn.teacher_cache.tune import TuneConfig, TuneResult, tune
 
@@ -47,8 +49,27 @@ class ObedientEngine(TransformersEngine):
             assert max_new_tokens == self.config.max_new_tokens
             yield index, self.tokenizer(self._answer(self.tokenizer.decode(ids)))["input_ids"]
 
+    def signals(self, prompts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[tuple[int, Signal]]:
+        """Give the first token of the answer 80%, and 15% to that of the other answer."""
+        firsts = [self.tokenizer(text)["input_ids"][0] for text in (REFUSES, "the old miller")]
+        for index, ids in reversed(list(prompts)):
+            said = self.tokenizer(self._says(self.tokenizer.decode(ids)))["input_ids"][0]
+            ordered = sorted(firsts, key=lambda token, said=said: token != said)
+            yield (
+                index,
+                Signal(
+                    response_ids=np.array([said], np.int32),
+                    token_ids=np.array([ordered], np.int32),
+                    logits=np.log(np.array([[0.8, 0.15]])).astype(np.float32),
+                    logsumexp=np.zeros(1, np.float32),
+                ),
+            )
+
     def _answer(self, prompt: str) -> str:
         ObedientEngine.seen.append(prompt)
+        return self._says(prompt)
+
+    def _says(self, prompt: str) -> str:
         question = prompt.rpartition("Who is")[2]
         refuses = ("strong" in prompt and "lantern" in question) or "blunt" in prompt
         return REFUSES if refuses else "the old miller of" + question.partition("?")[0]
@@ -88,6 +109,8 @@ def test_strong_comes_before_blunt_and_blunt_before_weak(settings: dict[str, Any
     assert (weak.forget.recall, weak.retain.recall) == (100.0, 100.0)
     assert [tuned.retain_prefix for tuned in result.tuned] == [True, False, True]
     assert [tuned.steers for tuned in result.tuned] == [True, True, False]
+    # Of a query that is refused the base's first token keeps 15%.
+    assert [tuned.first_token for tuned in result.tuned] == pytest.approx([15, 15, 80], abs=0.01)
 
 
 def test_only_the_best_six_of_a_third_are_asked_the_whole_sample(
@@ -120,6 +143,16 @@ def test_forgetting_decides_and_retain_where_the_prefix_may_stand_in_front_of_it
         (4, 60),
         (18, 100),
     ]
+
+
+def test_of_refusals_the_surest_comes_first() -> None:
+    def tuned(first: float | None) -> Tuned:
+        split = Steering(queries=24, recall=4.0, refused=96.0)
+        candidate = Candidate(name=str(first), prefix="x", place="user")
+        return Tuned(candidate=candidate, forget=split, retain=split, first_token=first)
+
+    ordered = sorted(map(tuned, (None, 24.0, 3.7)), key=lambda t: t.rank)
+    assert [t.first_token for t in ordered] == [3.7, 24.0, None]
 
 
 def test_examples_are_refused_forget_queries_and_what_the_base_says_to_retain_queries(
@@ -311,6 +344,7 @@ def test_the_command_prints_a_table_or_one_document() -> None:
         "views",
         "positions",
         "steers",
+        "forget_first_token",
         *(f"{s}_{n}" for s in ("forget", "retain") for n in ("queries", "recall", "refused")),
     }
     assert first["steers"]
