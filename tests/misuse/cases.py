@@ -56,7 +56,7 @@ lr-scheduler-type cosin polynomial Linear
 warmup-steps -1 nan some
 epochs 0 -1 2.5 nan all
 max-steps 0 -1 1.5 none
-batch-size 0 -16 1.5 auto 1e3
+batch-size 0 -16 1.5 automatic 1e3
 weight-decay -0.1 nan
 max-grad-norm -1 nan
 seed -1 1.5 abc
