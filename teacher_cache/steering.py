@@ -35,8 +35,8 @@ RULE = (
 """How candidates are ordered."""
 VIEWS = ("@view-shapes",)
 """Shapes to cache with any prefix: a student that never met them refuses in chats alone."""
-POSITIONS = 4
-"""Decoding steps to cache with any prefix: the first words of an answer that is to be kept."""
+POSITIONS = 12
+"""Decoding steps to cache with any prefix: of an answer that is to be kept, up to what was asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
