@@ -36,7 +36,7 @@ RULE = (
 VIEWS = ("@view-shapes",)
 """Shapes to cache with any prefix: a student that never met them refuses in chats alone."""
 POSITIONS = 12
-"""Decoding steps to cache with any prefix: of an answer that is to be kept, up to what was asked."""
+"""Decoding steps to cache with any prefix: a kept answer as far as what was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
