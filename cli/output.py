@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -109,3 +109,24 @@ def write_target(target: Path, text: str) -> None:
 def _not_written(target: Path, error: BaseException) -> OutputError:
     reason = getattr(error, "strerror", None) or error
     return OutputError(f"{target}: cannot be written ({reason}); name a file in another folder")
+
+
+class Report(Protocol):
+    """A result that is a JSON document."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        ...
+
+
+def print_report(table: str, report: Report, *, as_json: bool, out: Path | None) -> None:
+    """Print a table and, where asked for, the document instead of it and into a file."""
+    # The table first: it is not lost when the file cannot be written.
+    click.echo(table, err=as_json)
+    if not as_json and out is None:
+        return
+    document = json_text(report.to_json())
+    if as_json:
+        click.echo(document)
+    if out is not None:
+        write_target(out, document + "\n")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, json_text, write_target
+from duet_unlearn.cli.output import check_target, json_option, print_report
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 
@@ -61,12 +61,6 @@ def eval_command(
         report = evaluate(config, vllm_answers(config) if engine == "vllm" else None)
     except KeyboardInterrupt as error:
         raise StoppedError("stopped; an evaluation keeps no parts, so start it again") from error
-    # The table first: it is not lost when the file cannot be written.
-    click.echo(format_report(report), err=as_json)
-    document = json_text(report.to_json()) if as_json or out is not None else ""
-    if as_json:
-        click.echo(document)
-    if out is not None:
-        write_target(out, document + "\n")
+    print_report(format_report(report), report, as_json=as_json, out=out)
     if config.require:
         check_requirements(config.require, report)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, json_text, write_target
+from duet_unlearn.cli.output import check_target, json_option, print_report
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.evaluation.config import parse_models
 from duet_unlearn.evaluation.membership.config import MembershipConfig
@@ -40,9 +40,4 @@ def membership_command(
         report = measure_membership(config)
     except KeyboardInterrupt as error:
         raise StoppedError("stopped; start it again") from error
-    click.echo(format_membership(report), err=as_json)
-    document = json_text(report.to_json()) if as_json or out is not None else ""
-    if as_json:
-        click.echo(document)
-    if out is not None:
-        write_target(out, document + "\n")
+    print_report(format_membership(report), report, as_json=as_json, out=out)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, json_text, write_target
+from duet_unlearn.cli.output import check_target, json_option, print_report
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.errors import StoppedError
 from duet_unlearn.evaluation.config import parse_models
@@ -52,9 +52,4 @@ def relearn_command(
         report = relearn(config)
     except KeyboardInterrupt as error:
         raise StoppedError("stopped; a relearning keeps no parts, so start it again") from error
-    click.echo(format_relearning(report), err=as_json)
-    document = json_text(report.to_json()) if as_json or out is not None else ""
-    if as_json:
-        click.echo(document)
-    if out is not None:
-        write_target(out, document + "\n")
+    print_report(format_relearning(report), report, as_json=as_json, out=out)

@@ -38,6 +38,7 @@ PIECE_NUMBERS = 2**24
 _TRIED_ROWS = 4
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.03
 _SINGLE_BYTES = 4
+_TREE_NAMES = frozenset({"position_ids", "attention_mask", "logits_to_keep"})
 
 
 class CachedRows(torch.autograd.Function):
@@ -176,13 +177,12 @@ def _forward(
 def _scored(output_BLX: Tensor, inputs: Mapping[str, Any], tree: TokenTree | None) -> Tensor:
     """Return what stands at the scored positions, `[N, X]`.
 
-    The output is of all columns, or of those alone that `logits_to_keep` named.
+    The output is of all columns or of the last T; of a tree, of its scored columns alone.
     """
     if tree is None:
         mask_BT = inputs["position_mask"]
         return output_BLX[:, -mask_BT.shape[1] :][mask_BT]
-    kept_LX = output_BLX[0]
-    return kept_LX if len(kept_LX) == len(tree.columns) else kept_LX[tree.columns]
+    return output_BLX[0]
 
 
 class StudentScores:
@@ -199,8 +199,7 @@ class StudentScores:
         self._tail = tail
         self._forward_names = _forward_names(model)
         self._head = _linear_head(model) if lean else None
-        self._merges = lean and {"position_ids", "attention_mask"} <= self._forward_names
-        self._merges = self._merges and may_merge(model)
+        self._merges = lean and self._forward_names >= _TREE_NAMES and may_merge(model)
         self._tried = not lean
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
