@@ -99,6 +99,10 @@ class BuildSide:
         """Pass on to the engine."""
         return self.engine.signals(source)
 
+    def responses(self, prompts: Any, max_new_tokens: int) -> Any:
+        """Pass on to the engine."""
+        return self.engine.responses(prompts, max_new_tokens)
+
     def describe(self) -> dict[str, Any]:
         """Pass on to the engine."""
         return dict(self.engine.describe())
