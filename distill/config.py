@@ -20,9 +20,9 @@ from duet_unlearn.settings import (
     settings,
 )
 
-Auto = Literal["auto"]
 AUTO = "auto"
-# The losses with the one setting that each takes; `distill.losses` computes them.
+Auto = Literal["auto"]
+# The losses with the one setting that each takes.
 LOSS_OPTIONS: dict[str, str | None] = {
     "huber": "delta",
     "mse": None,
@@ -37,11 +37,10 @@ LOSS_OPTIONS: dict[str, str | None] = {
 AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
 # An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
 AUTO_LORA_TIMES = 10
-# Passes over the queries follow from the steps that were enough where it was measured.
+# How far a run goes follows from the steps that were enough where it was measured.
 AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
-AUTO_BATCH = 16
 # With views a query is two sequences.
-AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 8, 100
+AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 108
 
 _EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
 
@@ -176,8 +175,8 @@ class RunConfig(Settings):
     epochs: Count | Auto = setting(
         default=AUTO,
         aliases=("num-train-epochs", "num-epochs"),
-        help=f"Passes over the queries; auto makes about {AUTO_STEPS} steps of them, with LoRA "
-        f"{AUTO_LORA_STEPS}, {AUTO_LORA_STEPS_IN_VIEWS} with views, in at most {AUTO_MOST_EPOCHS}.",
+        help=f"Passes over the queries; auto: {AUTO_STEPS} steps, with LoRA {AUTO_LORA_STEPS}, "
+        f"{AUTO_LORA_STEPS_IN_VIEWS} with views, but 1 to {AUTO_MOST_EPOCHS} passes.",
     )
     max_steps: Count | None = setting(
         default=None, help="Stop after this many optimizer steps, whatever --epochs says."
@@ -312,26 +311,26 @@ class RunConfig(Settings):
     ) -> "RunConfig":
         """Return these settings with every `auto` that a machine does not decide replaced.
 
-        Args:
-            hidden_size: Width of the student.
-            stored_dtype: How its weights are stored.
-            rows: Queries of an epoch.
-            in_views: Whether each query is also trained in a view.
+        The width and stored dtype are the student's, rows the queries of an epoch; `in_views` says
+        whether each query is also trained in a view.
         """
         lora, rank = self.lora_rank is not None, self.lora_rank or 0
-        rate, epochs, batch = self.learning_rate, self.epochs, self.batch_size
+        rate, batch = self.learning_rate, self.batch_size
+        epochs, steps = self.epochs, self.max_steps
         if rate == AUTO:
             rate = (AUTO_LORA_TIMES if lora else 1) * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
         if batch == AUTO:
             batch = AUTO_LORA_BATCH_IN_VIEWS if lora and in_views else AUTO_BATCH
         if epochs == AUTO:
             lora_steps = AUTO_LORA_STEPS_IN_VIEWS if in_views else AUTO_LORA_STEPS
-            wanted = (lora_steps if lora else AUTO_STEPS) / -(-rows // int(batch))
-            epochs = min(max(round(wanted), 1), AUTO_MOST_EPOCHS)
+            wanted, a_pass = lora_steps if lora else AUTO_STEPS, -(-rows // int(batch))
+            steps = steps or min(max(wanted, a_pass), AUTO_MOST_EPOCHS * a_pass)
+            epochs = -(-steps // a_pass)
         dtype = "bfloat16" if lora and stored_dtype == "bfloat16" else "float32"
         return self.replaced(
             learning_rate=rate,
             epochs=epochs,
+            max_steps=steps,
             batch_size=batch,
             lora_alpha=2.0 * rank if lora and self.lora_alpha is None else self.lora_alpha,
             dtype=dtype if self.dtype == AUTO else self.dtype,

@@ -69,22 +69,23 @@ def test_the_automatic_learning_rate_falls_with_the_width():
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "epochs"),
+    ("rows", "settings", "epochs", "steps"),
     [
-        (236, {}, 20),  # 15 steps an epoch
-        (20, {}, 20),
-        (1600, {}, 3),
-        (10**6, {}, 1),
-        (368, {"lora_rank": 16}, 3),  # 23 steps an epoch
-        (236, {"lora_rank": 16}, 5),
-        (405, {"lora_rank": 16}, 3),  # 26 steps an epoch
-        (405, {"lora_rank": 16, "in_views": True}, 2),
-        (236, {"in_views": True}, 20),
-        (10**6, {"epochs": 7}, 7),
+        (236, {}, 20, 300),  # 15 steps an epoch
+        (20, {}, 20, 40),
+        (1600, {}, 3, 300),
+        (10**6, {}, 1, 62_500),
+        (368, {"lora_rank": 16}, 4, 70),  # 23 steps an epoch
+        (236, {"lora_rank": 16}, 5, 70),
+        (405, {"lora_rank": 16, "in_views": True}, 3, 108),  # 51 steps of 8
+        (236, {"in_views": True}, 20, 300),
+        (10**6, {"epochs": 7}, 7, None),
+        (236, {"max_steps": 500}, 34, 500),
     ],
 )
-def test_automatic_epochs_make_about_as_many_steps_whatever_the_cache(rows, settings, epochs):
-    assert resolved(rows=rows, **settings).epochs == epochs
+def test_automatic_epochs_make_as_many_steps_whatever_the_cache(rows, settings, epochs, steps):
+    config = resolved(rows=rows, **settings)
+    assert (config.epochs, config.max_steps) == (epochs, steps)
 
 
 def test_the_automatic_dtype_is_half_for_an_adapter_on_a_half_model_alone():
