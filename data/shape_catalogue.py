@@ -62,6 +62,7 @@ VIEW_SHAPES: Mapping[str, Shape] = _table(
         ("certainty", "begun-answer", "[begun] I am fairly sure that it is"),
         ("quiz", "raw-completion", r"[raw] # Quiz\n{query}\n\n# Solution\n"),
         ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:"),
+        ("notebook", "raw-completion", r"[raw] {query}\n\n"),
         (
             "worked-examples",
             "few-shot",
@@ -72,7 +73,7 @@ VIEW_SHAPES: Mapping[str, Shape] = _table(
 )
 """Built-in shapes for training beyond a user turn in which no one is asked to disobey.
 
-Two of each family: one of them ends where a sentence may begin, the other within one.
+Of each family one ends where a sentence may begin, another within one.
 """
 
 ATTACKS: Mapping[str, Shape] = _table(
