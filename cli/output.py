@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from duet_unlearn.errors import ConfigurationError, OutputError
-from duet_unlearn.files import refuse_inside_cache, write_text
+from duet_unlearn.files import refuse_inside_cache, remove_temporary_files, write_text
 
 if TYPE_CHECKING:
     from duet_unlearn.teacher_cache.format.manifest import Manifest
@@ -100,6 +101,7 @@ def write_target(target: Path, text: str) -> None:
     Raises:
         OutputError: It cannot be written after all.
     """
+    remove_temporary_files(target.parent, re.escape(target.name))
     try:
         write_text(target, text)
     except OutputError as error:

@@ -1,6 +1,5 @@
 """Compare two caches: what differs between their recipes, and which queries only one has."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,33 +52,23 @@ class CacheDifference:
 
 
 def diff(a: str, b: str) -> CacheDifference:
-    """Compare two caches; reads their queries, not their signals.
-
-    Args:
-        a: `PATH` or `PATH@sha256:DIGEST`.
-        b: The same of the other.
+    """Compare two caches, `PATH` or `PATH@sha256:DIGEST` each; reads no signals.
 
     Raises:
         CacheError: One is no finished cache, or is damaged.
         MismatchError: One has another digest than the one given.
     """
     first, second = CacheReader.open(a), CacheReader.open(b)
-    theirs = set(map(_key, second.identities()))
-    common, only_a, ours = 0, [], set()
-    for identity in first.identities():
-        key = _key(identity)
-        ours.add(key)
-        if key in theirs:
-            common += 1
-        else:
-            only_a.append(identity)
-    only_b = tuple(identity for identity in second.identities() if _key(identity) not in ours)
+    rows = [list(reader.identities()) for reader in (first, second)]
+    ours, theirs = ({row[1:] for row in found} for found in rows)
+    only_a = tuple(row for row in rows[0] if row[1:] not in theirs)
+    only_b = tuple(row for row in rows[1] if row[1:] not in ours)
     return CacheDifference(
         names=(redact_url(a), redact_url(b)),
         digests=(first.manifest.digest, second.manifest.digest),
         recipe=tuple(first.manifest.recipe.differences(second.manifest.recipe)),
-        common=common,
-        only=(tuple(only_a), only_b),
+        common=len(rows[0]) - len(only_a),
+        only=(only_a, only_b),
     )
 
 
@@ -101,8 +90,3 @@ def _lines(difference: CacheDifference) -> Iterator[str]:
         yield from (f"  {split:<7} {name}  {text[:60]}" for name, split, text in only[:_SHOWN])
         if len(only) > _SHOWN:
             yield f"  and {len(only) - _SHOWN} more; --json lists all"
-
-
-def _key(identity: Identity) -> bytes:
-    _, split, text = identity
-    return hashlib.blake2b(f"{split}\0{text}".encode(), digest_size=16).digest()

@@ -6,7 +6,6 @@ Everything comes from the manifest, so it costs the same for any size of cache.
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.teacher_cache.format.manifest import Manifest
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.urls import redact_url, visible
@@ -22,6 +21,7 @@ def summarize(cache: str | Path) -> dict[str, Any]:
         MismatchError: It has another digest than the one given.
     """
     manifest = CacheReader.open(cache).manifest
+    positions = sum(sums.positions for sums in manifest.splits.values())
     return {
         "cache": redact_url(str(cache)),
         "digest": manifest.digest,
@@ -31,26 +31,18 @@ def summarize(cache: str | Path) -> dict[str, Any]:
         "engines": list(manifest.engines),
         "shards": len(manifest.shards),
         "bytes": manifest.num_bytes,
-        "bytes_per_logit": manifest.num_bytes / max(1, _logits(manifest)),
-        "splits": {split: _split(manifest, split) for split in SPLITS},
+        "bytes_per_logit": manifest.num_bytes / max(1, positions * manifest.recipe.top_k),
+        "splits": {
+            split: {
+                "rows": sums.rows,
+                "positions": sums.positions,
+                "mean_top_k_mass": sums.mass / max(1, sums.positions),
+                "mean_entropy_nats": sums.entropy / max(1, sums.positions),
+            }
+            for split, sums in ((split, manifest.splits[split]) for split in SPLITS)
+        },
         "samples": list(manifest.samples),
         "check": manifest.check,
-    }
-
-
-def _logits(manifest: Manifest) -> int:
-    positions = sum(manifest.splits[split].positions for split in SPLITS)
-    return positions * manifest.recipe.top_k
-
-
-def _split(manifest: Manifest, split: str) -> dict[str, Any]:
-    sums = manifest.splits[split]
-    positions = max(1, sums.positions)
-    return {
-        "rows": sums.rows,
-        "positions": sums.positions,
-        "mean_top_k_mass": sums.mass / positions,
-        "mean_entropy_nats": sums.entropy / positions,
     }
 
 

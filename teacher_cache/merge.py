@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from duet_unlearn.data.queries import fingerprint_rows, hashed_id
 from duet_unlearn.errors import ConfigurationError, MismatchError
-from duet_unlearn.files import claim_folder, make_folder
+from duet_unlearn.files import claimed_folder, make_folder
 from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache, Samples, find_finished
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import check_shard_rows, plan_shards
@@ -125,9 +125,8 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
     manifest = find_finished(plan)
     hit = manifest is not None
     if manifest is None:
-        claim_folder(out, is_cache_folder)
-        make_folder(out / SHARD_FOLDER)
-        with build_lock(out):
+        with claimed_folder(out, is_cache_folder), build_lock(out):
+            make_folder(out / SHARD_FOLDER)
             manifest = _write(plan, shards, source, readers)
     differing = _count_differing(source, selection.repeats, recipe)
     _report(selection, differing)

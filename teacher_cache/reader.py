@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from duet_unlearn.data.models.fingerprint import sha256_file
-from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache.format.manifest import (
     Manifest,
     ShardEntry,
+    check_pin,
     read_manifest,
     split_pin,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # Enough for a sampler that mixes rows of a window of groups.
 RECENT_ROW_GROUPS = 16
 _RECENT_FILES = 8
+_DAMAGED = "get the cache again, or push a sound one again with --check"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,13 +132,10 @@ class CacheReader:
             return cls(open_remote(cache))
         folder, pin = split_pin(cache)
         manifest = read_manifest(folder)
-        if pin is not None and manifest.digest != pin:
-            raise MismatchError(
-                f"{folder}: this cache has digest {manifest.digest}, expected {pin}; "
-                "get the cache that was named, or change the digest"
-            )
+        check_pin(manifest, pin, folder)
         for shard in manifest.shards:
-            check_size(folder, shard)
+            path = folder / SHARD_FOLDER / shard.name
+            check_size(path, shard, str(path))
         ensure_sound(folder, manifest)
         return cls(LocalShards(manifest, folder))
 
@@ -255,7 +254,7 @@ class CacheReader:
         if state != self._states.get(shard):
             if shard in self._files:
                 self._files.pop(shard).close()
-            check_bytes(self.folder, entry)
+            check_bytes(path, entry)
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
@@ -281,7 +280,7 @@ def file_state(path: Path) -> FileState:
     try:
         found = path.stat()
     except OSError:
-        raise CorruptCacheError(f"{path}: the shard is missing; get the cache again") from None
+        raise CorruptCacheError(f"{path}: the shard is missing; {_DAMAGED}") from None
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
@@ -313,41 +312,36 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile
     return file
 
 
-def check_size(folder: Path, shard: ShardEntry) -> None:
+def check_size(path: Path, shard: ShardEntry, where: str) -> None:
     """Check that a shard is there with the size its manifest gives.
 
     Raises:
         CorruptCacheError: It is missing or has another size.
     """
-    path = folder / SHARD_FOLDER / shard.name
-    try:
-        if not path.is_file():  # a pipe or a device would hang or never end
-            raise FileNotFoundError
-        found = path.stat().st_size
-    except OSError:
-        raise CorruptCacheError(f"{path}: the shard is missing; get the cache again") from None
-    if found != shard.bytes:
+    if not path.is_file():  # a pipe or a device would hang or never end
+        raise CorruptCacheError(f"{where}: the shard is missing; {_DAMAGED}")
+    if (found := path.stat().st_size) != shard.bytes:
         raise CorruptCacheError(
-            f"{path}: {found} bytes, the manifest says {shard.bytes}; get the cache again"
+            f"{where}: {found} bytes, the manifest says {shard.bytes}; {_DAMAGED}"
         )
 
 
-def check_bytes(folder: Path, shard: ShardEntry) -> None:
-    """Check that a shard's bytes are those that its manifest names.
+def check_bytes(path: Path, shard: ShardEntry, where: str | None = None) -> None:
+    """Check that a file's bytes are those that a manifest names; `where` names it in the message.
 
     Raises:
-        CorruptCacheError: They are not, or the shard cannot be read.
+        CorruptCacheError: They are not, or the file cannot be read.
     """
-    check_size(folder, shard)
-    path = folder / SHARD_FOLDER / shard.name
+    where = where or str(path)
+    check_size(path, shard, where)
     try:
         digest = sha256_file(path)
     except OSError as error:
-        raise CorruptCacheError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CorruptCacheError(f"{where}: cannot be read ({error.strerror})") from error
     if digest != shard.sha256:
         raise CorruptCacheError(
-            f"{path}: its bytes have {digest[:19]}, the manifest says {shard.sha256[:19]}; "
-            "get the shard again"
+            f"{where}: its bytes have {digest[:19]}, the manifest says {shard.sha256[:19]}; "
+            f"{_DAMAGED}"
         )
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from duet_unlearn.data.queries import fingerprint_rows
-from duet_unlearn.errors import CorruptCacheError, MismatchError
+from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache.format.manifest import (
     Manifest,
     ShardEntry,
+    check_pin,
     read_manifest,
     split_pin,
 )
@@ -58,16 +59,13 @@ def verify(cache: str | Path) -> VerifyReport:
             return dataclasses.replace(report, problems=tuple(problems))
     folder, pin = split_pin(cache)
     manifest = read_manifest(folder)
-    if pin not in (None, manifest.digest):
-        raise MismatchError(f"{folder}: this cache has digest {manifest.digest}, expected {pin}")
-    return _verify(folder, manifest, _unlisted(folder, manifest), _in_place)
+    check_pin(manifest, pin, folder)
+    names = {path.name for path in (folder / SHARD_FOLDER).glob("*")}
+    unlisted = sorted(names - {shard.name for shard in manifest.shards})
+    return _verify(folder, manifest, unlisted, lambda _: contextlib.nullcontext())
 
 
 _HaveShard = Callable[[ShardEntry], contextlib.AbstractContextManager[None]]
-
-
-def _in_place(_: ShardEntry) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 def _verify(
@@ -96,19 +94,12 @@ def _verify(
     return VerifyReport(manifest=manifest, problems=tuple(problems), rows=checked)
 
 
-def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    listed = {shard.name for shard in manifest.shards}
-    shards = folder / SHARD_FOLDER
-    found = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
-    return sorted(found - listed)
-
-
 def _check_shard(
     folder: Path, entry: ShardEntry, manifest: Manifest
 ) -> tuple[dict[str, SplitStatistics], list[Identity]]:
     """Return the sums and the identity of a shard's rows, or raise what is wrong with it."""
     path = folder / SHARD_FOLDER / entry.name
-    check_bytes(folder, entry)
+    check_bytes(path, entry)
     ensure_shard_sound(folder, manifest, entry)
     file = open_shard(folder, entry, manifest)
     rows: list[Identity] = []

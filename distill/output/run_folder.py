@@ -20,7 +20,14 @@ from filelock import FileLock, Timeout
 
 from duet_unlearn.data.models.adapters import RUN_FILE
 from duet_unlearn.errors import ConfigurationError, OutputError
-from duet_unlearn.files import make_folder, refuse_inside_cache, write_error, write_text
+from duet_unlearn.files import (
+    make_folder,
+    missing_folders,
+    refuse_inside_cache,
+    remove_empty,
+    write_error,
+    write_text,
+)
 
 LOG_FILE = "duet_log.jsonl"
 WORK_SUFFIX = ".unfinished"
@@ -61,6 +68,7 @@ class RunFolder:
             ConfigurationError: Another run holds it.
             OutputError: The folder cannot be written.
         """
+        missing = missing_folders(self.out.parent)
         make_folder(self.out.parent)
         lock = FileLock(self.work.with_suffix(self.work.suffix + ".lock"), timeout=0)
         try:
@@ -74,9 +82,18 @@ class RunFolder:
             raise write_error(self.out, error) from error
         try:
             yield
+        except BaseException:
+            # Refused before its first step, it leaves nothing.
+            log = self.work / LOG_FILE
+            files = {path.name for path in self.work.glob("*")}
+            empty = not log.is_file() or log.stat().st_size == 0
+            if _IDENTITY_FILE in files <= {_IDENTITY_FILE, LOG_FILE} and empty:
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
         finally:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
+            remove_empty(missing)
 
     def prepare(self, *, overwrite: bool) -> None:
         """Make the work folder, or take over the one an interrupted run left.

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from duet_unlearn.errors import ConfigurationError, OutputError
@@ -15,9 +15,8 @@ CACHE_FORMAT = "duet-teacher-cache"
 """What the manifest of a cache calls its format."""
 CLAIM_NAME = ".duet-unlearn"
 """Marks a folder that we made or found empty, until what we wrote into it proves itself."""
-_LEFTOVER = re.compile(
-    r"\.(manifest\.json|README\.md|\d{5,9}-of-\d{5,9}\.parquet)\.(\d+|[0-9a-f]{32})\.tmp"
-)
+LOCK_NAME = ".build.lock"
+_CACHE_FILE = r"manifest\.json|README\.md|\d{5,9}-of-\d{5,9}\.parquet"
 
 
 @contextlib.contextmanager
@@ -115,6 +114,40 @@ def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
             raise write_error(folder, error) from error
 
 
+@contextlib.contextmanager
+def claimed_folder(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[None]:
+    """Claim a folder for some work, which leaves nothing if it fails before it wrote anything.
+
+    Raises as `claim_folder` does.
+    """
+    missing = missing_folders(folder)
+    claim_folder(folder, is_ours)
+    try:
+        yield
+    except BaseException:
+        found = sorted(folder.rglob("*"), reverse=True)  # what is in a folder before the folder
+        if all(path.is_dir() or path.name in (CLAIM_NAME, LOCK_NAME) for path in found) and (
+            folder / CLAIM_NAME in found
+        ):
+            with contextlib.suppress(OSError):
+                for path in found:
+                    path.rmdir() if path.is_dir() else path.unlink()
+        remove_empty(missing)
+        raise
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return what of a folder and its parents is not there, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders in order, up to the first that is not empty or not there."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def refuse_inside_cache(folder: Path) -> None:
     """Refuse a folder that lies inside a cache, where nothing but its shards belongs.
 
@@ -141,11 +174,17 @@ def holds_cache(folder: Path) -> bool:
         return False
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed writers of ours left behind: `.NAME.HEX.tmp` beside a name we write."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        if _LEFTOVER.fullmatch(path.name):
-            with contextlib.suppress(OSError):
+def remove_temporary_files(folder: Path, names: str = _CACHE_FILE) -> None:
+    """Remove what killed writers of ours left behind: `.NAME.HEX.tmp` beside a name we write.
+
+    Args:
+        folder: Where to look.
+        names: A regular expression of the names; those of a cache's files unless given.
+    """
+    leftover = re.compile(rf"\.({names})\.(\d+|[0-9a-f]{{32}}){re.escape(TEMPORARY_SUFFIX)}")
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if leftover.fullmatch(path.name):
                 path.unlink()
 
 

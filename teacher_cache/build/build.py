@@ -23,7 +23,7 @@ from duet_unlearn.data.models.tokenizer import control_tokens
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, fingerprint_queries
 from duet_unlearn.errors import CacheError
-from duet_unlearn.files import claim_folder, make_folder
+from duet_unlearn.files import claimed_folder, make_folder
 from duet_unlearn.progress import Progress
 from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache, find_finished
 from duet_unlearn.teacher_cache.build.check import check_teacher
@@ -102,9 +102,8 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     manifest = find_finished(plan)
     if manifest is None:
         reusable = open_caches(config.reuse, plan.recipe)  # refused before a folder is made
-        claim_folder(config.out, is_cache_folder)
-        make_folder(config.out / SHARD_FOLDER)
-        with build_lock(config.out):
+        with claimed_folder(config.out, is_cache_folder), build_lock(config.out):
+            make_folder(config.out / SHARD_FOLDER)
             # Another build may have finished between the first look and the lock.
             manifest = find_finished(plan)
             if manifest is None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from duet_unlearn.errors import CacheError
-from duet_unlearn.files import write_error
+from duet_unlearn.files import LOCK_NAME, write_error
 
-LOCK_NAME = ".build.lock"
 PROBE_SECONDS = 1.0
 """How long to wait for a lock whose holder may just be ending."""
 _HOLDER_LENGTH = 120

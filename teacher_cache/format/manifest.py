@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
-from duet_unlearn.errors import CacheError, CorruptCacheError
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.files import user_path, write_text
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
@@ -325,6 +325,19 @@ def _check_shards(manifest: Manifest) -> None:
 def shard_name(index: int, count: int) -> str:
     """Return the file name of shard `index` of `count`."""
     return f"{index:05d}-of-{count:05d}.parquet"
+
+
+def check_pin(manifest: Manifest, pin: str | None, where: str | Path) -> None:
+    """Refuse a cache that has another digest than the one it is pinned to.
+
+    Raises:
+        MismatchError: It has.
+    """
+    if pin not in (None, manifest.digest):
+        raise MismatchError(
+            f"{where}: this cache has digest {manifest.digest}, expected {pin}; "
+            "name the cache that is meant, or change the digest"
+        )
 
 
 def split_pin(cache: str | Path) -> tuple[Path, str | None]:

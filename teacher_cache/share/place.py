@@ -19,6 +19,7 @@ from duet_unlearn.teacher_cache.format.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
     ShardEntry,
+    check_pin,
     decode_manifest,
     split_pin,
 )
@@ -76,11 +77,7 @@ def fetch_manifest(store: Store, pin: str | None) -> tuple[Manifest, bytes]:
                 f"{store.url}: unfinished, no {MANIFEST_NAME}; push the cache again, it resumes"
             )
         raise CacheError(f"{store.url}: no teacher cache there, no {MANIFEST_NAME}; check the URL")
-    if pin not in (None, found[0].digest):
-        raise MismatchError(
-            f"{store.url}: this cache has digest {found[0].digest}, expected {pin}; "
-            "get the cache that was named, or change the digest"
-        )
+    check_pin(found[0], pin, store.url)
     return found
 
 

@@ -23,9 +23,10 @@ from duet_unlearn.files import atomic_path, make_folder, write_error
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry, decode_manifest
 from duet_unlearn.teacher_cache.format.quarantine import ensure_shard_sound
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
+from duet_unlearn.teacher_cache.reader import check_bytes
 from duet_unlearn.teacher_cache.share.place import fetch_manifest, parse_location
 from duet_unlearn.teacher_cache.share.store import Store
-from duet_unlearn.teacher_cache.share.transfer import check_shard, fetch_shard
+from duet_unlearn.teacher_cache.share.transfer import fetch_shard
 from duet_unlearn.urls import redact_url
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class RemoteShards:
             with FileLock(path.with_name(f".{shard.name}.lock")):
                 if path.exists():
                     try:
-                        check_shard(path, shard, str(path))
+                        check_bytes(path, shard)
                     except CorruptCacheError:
                         logger.warning("%s: damaged; fetching it again", path)
                         path.unlink()

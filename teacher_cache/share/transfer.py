@@ -4,6 +4,7 @@ Shards go first, the card next, the manifest last: a cache is there when its man
 sees half of one. Both directions resume where they were stopped, file by file.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -14,12 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from duet_unlearn.data.models.fingerprint import sha256_file
-from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.errors import CacheError, CorruptCacheError
 from duet_unlearn.files import (
     TEMPORARY_SUFFIX,
     atomic_path,
-    claim_folder,
+    claimed_folder,
     make_folder,
     release_claim,
     remove_temporary_files,
@@ -30,11 +30,13 @@ from duet_unlearn.teacher_cache.format.card import CARD_NAME, write_card
 from duet_unlearn.teacher_cache.format.manifest import (
     Manifest,
     ShardEntry,
+    check_pin,
     is_cache_folder,
     read_manifest,
     split_pin,
 )
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
+from duet_unlearn.teacher_cache.reader import check_bytes
 from duet_unlearn.teacher_cache.share.place import (
     fetch_manifest,
     holds_cache,
@@ -55,14 +57,22 @@ class TransferResult:
     place: str
     """Where the cache is now: a URL or a folder."""
     manifest: Manifest
-    moved_shards: int
-    moved_bytes: int
-    """Bytes of the shards that were moved; the manifest and the card are not counted."""
+    moved: tuple[ShardEntry, ...]
+
+    @property
+    def moved_shards(self) -> int:
+        """Shards that were moved; 0 where everything was there already."""
+        return len(self.moved)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of these shards; the manifest and the card are not counted."""
+        return sum(shard.bytes for shard in self.moved)
 
     @property
     def hit(self) -> bool:
         """Whether everything was there already."""
-        return self.moved_shards == 0
+        return not self.moved
 
 
 def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
@@ -86,29 +96,27 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
     manifest = read_manifest(folder)
     place, wanted = parse_location(url)
     for expected in (pin, wanted):
-        if expected not in (None, manifest.digest):
-            raise MismatchError(
-                f"{folder}: this cache has digest {manifest.digest}, expected {expected}; push "
-                "the cache that was named, or change the digest"
-            )
+        check_pin(manifest, expected, folder)
     store = Store(place)
     if store.read_only:
         raise CacheError(
             f"{store.url}: {store.protocol}:// can only be read; push to s3://, hf:// or a folder"
         )
-    if store.folder is not None:
-        claim_folder(store.folder, is_cache_folder)
-    store.create()
-    finished = holds_cache(store, manifest)
-    missing = missing_shards(store, manifest, folder / CARD_NAME, finished=finished, check=check)
-    for shard in missing:
-        path = folder / SHARD_FOLDER / shard.name
-        check_shard(path, shard, str(path))
-    last = [] if finished else [n for n in (CARD_NAME, MANIFEST_NAME) if (folder / n).is_file()]
-    _send(store, folder, manifest, missing, last)
-    if store.folder is not None:
-        release_claim(store.folder)
-    return _result(store.url, manifest, missing)
+    here = store.folder
+    with claimed_folder(here, is_cache_folder) if here else contextlib.nullcontext():
+        store.create()
+        finished = holds_cache(store, manifest)
+        missing = missing_shards(
+            store, manifest, folder / CARD_NAME, finished=finished, check=check
+        )
+        for shard in missing:
+            path = folder / SHARD_FOLDER / shard.name
+            check_bytes(path, shard)
+        last = [] if finished else [n for n in (CARD_NAME, MANIFEST_NAME) if (folder / n).is_file()]
+        _send(store, folder, manifest, missing, last)
+        if here:
+            release_claim(here)
+    return TransferResult(place=store.url, manifest=manifest, moved=tuple(missing))
 
 
 def _send(
@@ -161,8 +169,7 @@ def pull(url: str, folder: str | Path) -> TransferResult:
     manifest, data = fetch_manifest(store, pin)
     here = Store(str(folder))
     finished = holds_cache(here, manifest)
-    claim_folder(folder, is_cache_folder)
-    with build_lock(folder):
+    with claimed_folder(folder, is_cache_folder), build_lock(folder):
         remove_temporary_files(folder)
         missing = missing_shards(here, manifest, folder / CARD_NAME, finished=finished, check=True)
         needed, free = sum(shard.bytes for shard in missing), shutil.disk_usage(folder).free
@@ -184,7 +191,7 @@ def pull(url: str, folder: str | Path) -> TransferResult:
             with atomic_path(folder / MANIFEST_NAME) as temporary:
                 temporary.write_bytes(data)
         release_claim(folder)
-    return _result(str(folder), manifest, missing)
+    return TransferResult(place=str(folder), manifest=manifest, moved=tuple(missing))
 
 
 def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
@@ -205,27 +212,11 @@ def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
                         f"{store.where(name)}: the manifest lists it, but it is not there; push "
                         "the cache again"
                     ) from None
-                check_shard(temporary, shard, store.where(name))
+                check_bytes(temporary, shard, store.where(name))
             return
         except CorruptCacheError:
             if last:
                 raise
-
-
-def check_shard(path: Path, shard: ShardEntry, where: str) -> None:
-    """Check that a local file has the bytes of a shard; `where` names it in the message."""
-    size = path.stat().st_size if path.is_file() else None
-    if size is None:
-        problem = "the shard is missing"
-    elif size != shard.bytes:
-        problem = f"{size} bytes, the manifest says {shard.bytes}"
-    elif (found := sha256_file(path)) != shard.sha256:
-        problem = f"its bytes have {found[:19]}, the manifest says {shard.sha256[:19]}"
-    else:
-        return
-    raise CorruptCacheError(
-        f"{where}: {problem}; that copy is damaged: push a sound one again with --check"
-    )
 
 
 def _each(what: str, shards: Sequence[ShardEntry], move: Callable[[ShardEntry], None]) -> None:
@@ -264,12 +255,3 @@ def _each(what: str, shards: Sequence[ShardEntry], move: Callable[[ShardEntry], 
             raise
     if errors:
         raise errors[0]
-
-
-def _result(place: str, manifest: Manifest, moved: Sequence[ShardEntry]) -> TransferResult:
-    return TransferResult(
-        place=place,
-        manifest=manifest,
-        moved_shards=len(moved),
-        moved_bytes=sum(shard.bytes for shard in moved),
-    )
