@@ -1,5 +1,6 @@
 """What an evaluation is told, and one question: settings, checked when they are made."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ class ModelSpec:
     label: str
     model: str
     """A folder or a hub id."""
+    seed_of: str | None = None
+    """The name that it shares with models of other seeds; None where it has one of its own."""
 
     @classmethod
     def parse(cls, text: str) -> "ModelSpec":
@@ -38,8 +41,29 @@ class ModelSpec:
 
 
 def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
-    """Return the models of a command line."""
-    return tuple(ModelSpec.parse(text) for text in words)
+    """Return the models of a command line.
+
+    A name given to several models makes them seeds of one method: the first is `NAME #1`.
+
+    Raises:
+        ConfigurationError: A word is no model, or one model is given twice under a name.
+    """
+    specs = [ModelSpec.parse(text) for text in words]
+    # Folders of one name are no seeds: somebody forgot to name them.
+    unnamed = {s.label for s, text in zip(specs, words, strict=True) if s.model == text.strip()}
+    found: list[ModelSpec] = []
+    for spec in specs:
+        seeds = [other.model for other in found if other.seed_of == spec.label]
+        if spec.model in seeds:
+            raise ConfigurationError(
+                f"{spec.label}={spec.model} is given twice; several models of one name are seeds, "
+                "so each is another one"
+            )
+        if spec.label not in unnamed and [s.label for s in specs].count(spec.label) > 1:
+            numbered = f"{spec.label} #{len(seeds) + 1}"
+            spec = dataclasses.replace(spec, label=numbered, seed_of=spec.label)
+        found.append(spec)
+    return tuple(found)
 
 
 def refuse_same_labels(labels: Sequence[str]) -> None:
@@ -102,7 +126,8 @@ class AskConfig(Settings):
             raise ConfigurationError("models is empty, expected at least one")
         if self.topic is not None and self.prefix is None:
             raise ConfigurationError("topic is set without a prefix; give --prefix as well")
-        refuse_same_labels(self.labels)
+        several = [line for line, rows in self.lines.items() if len(set(rows)) > 1]
+        refuse_same_labels([*self.labels, *several])
 
     @property
     def prefixed_label(self) -> str | None:
@@ -123,6 +148,16 @@ class AskConfig(Settings):
     def labels(self) -> tuple[str, ...]:
         """The rows in order."""
         return tuple(label for spec in self.models for label in self.rows_of(spec))
+
+    @property
+    def lines(self) -> dict[str, tuple[str, ...]]:
+        """The lines of a table in order, each with its rows: one for each seed of its name."""
+        lines: dict[str, tuple[str, ...]] = {}
+        for spec in self.models:
+            for label in self.rows_of(spec):
+                line = (spec.seed_of or spec.label) + label.removeprefix(spec.label)
+                lines[line] = (*lines.get(line, ()), label)
+        return lines
 
 
 @settings
@@ -170,12 +205,16 @@ class EvalConfig(AskConfig):
         default=None,
         metavar="BOUNDS",
         help='Exit 1 where these do not hold, in points: "forget<5,worst<10,retain>97". NAME: or '
-        ".MEASURE may stand around a name.",
+        ".MEASURE may stand around a name. Every seed is held to them.",
     )
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         AskConfig.__post_init__(self)
+        if (name := self.models[0].seed_of) is not None:
+            raise ConfigurationError(
+                f"the first model is the reference, and {name!r} is several; put the base first"
+            )
         for name in ("forget", "retain"):
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} is empty, expected at least one")

@@ -31,7 +31,7 @@ class Requirement:
 
     text: str
     row: str | None
-    """Label of the row that has to meet it; None for all that were trained."""
+    """Row that has to meet it, or name whose seeds all have to; None for all that were trained."""
     what: str
     """A split, a set, `worst` (forget recall under any attack that counts) or `worst-retain`."""
     measure: str
@@ -49,7 +49,7 @@ class Requirement:
         config = report.config
         trained = [label for spec in config.models[1:] for label in config.rows_of(spec)]
         trained = trained or list(report.labels[:1])
-        for row in [self.row] if self.row else trained:
+        for row in config.lines.get(self.row, (self.row,)) if self.row else trained:
             if row not in report.labels:
                 raise ConfigurationError(
                     f"--require {self.text}: no row {row!r}; there are {', '.join(report.labels)}"

@@ -16,7 +16,14 @@ import numpy as np
 
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import RECALL, Answer, Measure, select_measures
-from duet_unlearn.evaluation.statistics import Difference, Number, Scores, compare, summarize
+from duet_unlearn.evaluation.statistics import (
+    Difference,
+    Number,
+    Scores,
+    compare,
+    over_seeds,
+    summarize,
+)
 from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
 from duet_unlearn.versions import versions
 
@@ -195,6 +202,7 @@ class EvalReport:
                 for spec in self.config.models
                 for label in self.config.rows_of(spec)
             ],
+            "seeds": list(self._seed_lines()),
             "attacks": [
                 {
                     "name": a.name,
@@ -225,6 +233,30 @@ class EvalReport:
                 family: self.worst(label, "forget", family=family) for family in families
             },
         }
+
+    def _seed_lines(self) -> Iterator[dict[str, Any]]:
+        """Mean and standard deviation over the seeds of each name that has several."""
+        for line, rows in self.config.lines.items():
+            if len(rows) == 1:
+                continue
+
+            def spread(measure: str, rows: Sequence[str] = rows, **where: str | None) -> Any:
+                return _spread([self.mean(row, measure, **where) for row in rows])
+
+            yield {
+                "name": line,
+                "models": list(rows),
+                "worst_forget_recall": _spread([self.worst(row, "forget") for row in rows]),
+                "worst_retain_recall": _spread([self.worst(row, "retain") for row in rows]),
+                "scores": [
+                    {"attack": attack, "set": set_name}
+                    | {
+                        m.name: spread(m.name, set_name=set_name, attack=attack)
+                        for m in self.measures
+                    }
+                    for attack, set_name in self._task_index
+                ],
+            }
 
     def _score_rows(self) -> Iterator[dict[str, Any]]:
         """One row a model, attack and set, and one more a kind of the set."""
@@ -291,6 +323,11 @@ class EvalReport:
         for position, task in enumerate(self.tasks):
             index.setdefault((task.attack_name, task.set_name), []).append(position)
         return index
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    found = over_seeds(values)
+    return None if found is None else {"mean": found[0], "std": found[1]}
 
 
 def _known(value: float | None) -> float | None:

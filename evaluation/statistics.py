@@ -5,6 +5,7 @@ Everything is a function of the scores alone: the resamples are drawn with a fix
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,12 @@ def compare(scores: Scores, against: Scores) -> Difference | None:
         p=_mcnemar(changes) if binary else _bootstrap_p(changes),
         ks_p=_kolmogorov_smirnov_p(first, second),
     )
+
+
+def over_seeds(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Return mean and standard deviation (n - 1) of two seeds or more; None where one has none."""
+    known = np.array(values, dtype=float)
+    return None if np.isnan(known).any() else (float(known.mean()), float(known.std(ddof=1)))
 
 
 def separate(scores: Scores, against: Scores) -> Separation:

@@ -3,10 +3,11 @@
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from duet_unlearn.evaluation.measures import MEASURES, RECALL, REFUSAL
 from duet_unlearn.evaluation.results import ATTACK_THRESHOLD, EvalReport
+from duet_unlearn.evaluation.statistics import over_seeds
 from duet_unlearn.urls import visible
 
 WIDTH = 100
@@ -27,7 +28,7 @@ def format_report(report: EvalReport) -> str:
     Means are ROUGE-L recall in points. Where not all columns fit side by side, the kinds have a
     table of their own, and further columns go below.
     """
-    labels = list(report.labels)
+    labels = list(report.config.lines)
     scores, kinds = _score_columns(report), _kind_columns(report)
     at = len(report.sets_of("forget"))
     together = [*scores[:at], *kinds, *scores[at:]]
@@ -49,7 +50,12 @@ def format_report(report: EvalReport) -> str:
 
 
 def _column(report: EvalReport, heading: str, *, measure: str = RECALL, **where: str) -> Column:
-    return heading, [format_points(report.mean(row, measure, **where)) for row in report.labels]
+    return heading, _cells(report, lambda row: report.mean(row, measure, **where))
+
+
+def _cells(report: EvalReport, value: Callable[[str], float | None]) -> list[str]:
+    """A cell for each line: the number of its row, or what it is over its seeds."""
+    return [format_seeds([value(row) for row in rows]) for rows in report.config.lines.values()]
 
 
 def _score_columns(report: EvalReport) -> list[Column]:
@@ -59,7 +65,7 @@ def _score_columns(report: EvalReport) -> list[Column]:
         for split in ("forget", "retain")
     ]
     if report.shows_shift:
-        columns.append(("shift", [format_points(report.shift(row)) for row in report.labels]))
+        columns.append(("shift", _cells(report, report.shift)))
     return columns
 
 
@@ -79,32 +85,25 @@ def _attack_table(report: EvalReport) -> list[str]:
     for attack in report.counting_attacks:
         groups[attack.family if by_family else attack.name] = True
 
-    def pair(row: str, group: str) -> str:
-        recalls = [
-            report.worst(row, split, family=group)
-            if by_family
-            else report.mean(row, split=split, attack=group)
-            for split in ("forget", "retain")
-        ]
-        return _pair(*recalls)
+    def recall(row: str, split: str, group: str | None) -> float | None:
+        if group is None:
+            return report.worst(row, split)
+        if by_family:
+            return report.worst(row, split, family=group)
+        return report.mean(row, split=split, attack=group)
+
+    def pair(rows: Sequence[str], group: str | None) -> str:
+        width = 5 if len(rows) == 1 else 12
+        recalls = ([recall(row, split, group) for row in rows] for split in ("forget", "retain"))
+        return " / ".join(format_seeds(values).rjust(width) for values in recalls)
 
     lines = [group if counts else f"{group} *" for group, counts in groups.items()]
     columns = [
-        (
-            row,
-            [
-                *(pair(row, group) for group in groups),
-                _pair(report.worst(row, "forget"), report.worst(row, "retain")),
-            ],
-        )
-        for row in report.labels
+        (line, [pair(rows, group) for group in (*groups, None)])
+        for line, rows in report.config.lines.items()
     ]
     title = f"Under attack{', worst of each family' if by_family else ''}: forget / retain"
     return render_columns(title, [*lines, "worst"], columns)
-
-
-def _pair(forget: float | None, retain: float | None) -> str:
-    return f"{format_points(forget):>5} / {format_points(retain):>5}"
 
 
 def _notes(report: EvalReport) -> str:
@@ -115,6 +114,12 @@ def _notes(report: EvalReport) -> str:
         f"95% intervals reach at most {format_points(_widest(report))} points to either side.",
         "refused: responses with a refusal phrase (a heuristic), in points.",
     ]
+    if seeds := {s.seed_of for s in report.config.models if s.seed_of is not None}:
+        several = (f"{name} {len(report.config.lines[name])}" for name in sorted(seeds))
+        notes.append(
+            f"\N{PLUS-MINUS SIGN}: standard deviation over seeds ({', '.join(several)}); "
+            "requirements hold for the worst seed."
+        )
     if report.shows_shift:
         notes.append(
             f"shift: Performance Shift against {base}: drops on forget sets + changes on all "
@@ -204,6 +209,13 @@ def _shorten(text: str, width: int) -> str:
         return text
     tail = (width - 1) // 2
     return f"{text[: width - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:]}"
+
+
+def format_seeds(values: Sequence[float | None]) -> str:
+    """Return one number of points, or mean and standard deviation of several."""
+    if len(values) == 1 or (found := over_seeds(values)) is None:
+        return format_points(values[0] if len(values) == 1 else None)
+    return f"{format_points(found[0])} \N{PLUS-MINUS SIGN} {format_points(found[1])}"
 
 
 def format_points(value: float | None) -> str:

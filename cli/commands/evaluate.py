@@ -47,7 +47,8 @@ def eval_command(
     """Answer queries with each MODEL and score the answers, side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL to name its row; the
-    first one is the reference.
+    first one is the reference. A NAME given to several models makes them seeds: their line of the
+    table has mean and standard deviation, and every seed is held to --require.
     """
     config = read_settings(ctx, EvalConfig, config_file, models=parse_models(words))
     if out is not None:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from duet_unlearn.cli.distill import main
+from duet_unlearn.data import demo_world as world
 
 # The signal comes while the modules load or the model answers: both are part of the work.
 INTERRUPTED = """
@@ -123,6 +124,51 @@ def test_a_requirement_that_does_not_hold_exits_1_with_its_number(
         f"error: required, and does not hold: {tiny_model.name}: retain is 0.0, required > 97"
     )
     assert json.loads(broken.stdout)["config"]["require"] == "forget<20,retain>97"
+
+
+def first_lines(source: Path, target: Path, count: int) -> Path:
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    target.write_text("".join(lines[:count]), encoding="utf-8")
+    return target
+
+
+def test_students_of_several_seeds_are_one_line(tmp_path: Path, build_tiny_cache) -> None:
+    cache = build_tiny_cache(tmp_path / "few", forget=8, retain=8, teacher=str(world.MODEL))
+    for seed in ("0", "1"):
+        arguments = ["run", cache, "--student", world.MODEL, "--out", tmp_path / seed]
+        arguments += [
+            "--seed",
+            seed,
+            "--max-steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--noise-alpha",
+            "0.9",
+        ]
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+    forget = first_lines(world.FORGET_HELDOUT, tmp_path / "forget.jsonl", 8)
+    retain = first_lines(world.RETAIN_HELDOUT, tmp_path / "retain.jsonl", 8)
+    models = [f"base={world.MODEL}", *(f"student={tmp_path / seed}" for seed in ("0", "1"))]
+    result = invoke(
+        *models, "--forget", forget, "--retain", retain, "--json", "--max-new-tokens", 8
+    )
+    assert result.exit_code == 0, result.output
+    table = [line.split() for line in result.stderr.splitlines()]
+    (line,) = [cells for cells in table if cells and cells[0] == "student"]
+    document = json.loads(result.stdout)
+    (name,) = document["seeds"]
+    assert name["models"] == ["student #1", "student #2"]
+    each = [
+        score["rouge_l_recall"]
+        for score in document["scores"]
+        if score["set"] == "retain" and score["kind"] is None and score["model"] != "base"
+    ]
+    (retained,) = [s["rouge_l_recall"] for s in name["scores"] if s["set"] == "retain"]
+    assert retained["mean"] == pytest.approx(sum(each) / 2)
+    assert retained["std"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+    assert f"{retained['mean']:.1f}" in line
 
 
 def test_wrong_usage_and_help() -> None:

@@ -12,7 +12,7 @@ from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.answers import generate_answers
-from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
+from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.results import EvalReport
@@ -163,6 +163,38 @@ def test_model_names(tmp_path: Path) -> None:
     assert ModelSpec.parse(str(folder)) == ModelSpec(label="rate=3", model=str(folder))
     with pytest.raises(ConfigurationError, match="NAME=MODEL"):
         ModelSpec.parse("=runs/student")
+
+
+def test_a_name_given_to_several_models_makes_them_seeds() -> None:
+    words = ("base=b", "student=runs/0", "student=runs/1")
+    models = parse_models(words)
+    assert [(m.label, m.model, m.seed_of) for m in models] == [
+        ("base", "b", None),
+        ("student #1", "runs/0", "student"),
+        ("student #2", "runs/1", "student"),
+    ]
+    config = EvalConfig(models=models, forget=("f",), retain=("r",), quantize=("int8",))
+    assert config.lines == {
+        "base": ("base",),
+        "base int8": ("base int8",),
+        "student": ("student #1", "student #2"),
+        "student int8": ("student #1 int8", "student #2 int8"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("b", "student=a", "student=a"), "student=a is given twice"),
+        (("b", "runs/0/student", "runs/1/student"), "2 rows would be called 'student'"),
+        (("b", "student=a", "x/student", "student=c"), "3 rows would be called 'student'"),
+        (("b", "s=a", "s=c", "s #1=d"), "2 rows would be called 's #1'"),
+        (("base=a", "base=b"), "the first model is the reference, and 'base' is several"),
+    ],
+)
+def test_names_that_are_no_seeds_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        EvalConfig(models=parse_models(words), forget=("f",), retain=("r",))
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

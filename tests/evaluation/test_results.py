@@ -51,10 +51,17 @@ def make_report(
         if attack is None or s.split != "general"
         for query in s.queries
     )
+    specs = (
+        ModelSpec(
+            label=label,
+            model=f"models/{label}",
+            seed_of=label.split(" #")[0] if "#" in label else None,
+        )
+        for label in said
+        if "+" not in label
+    )
     config = EvalConfig(
-        models=tuple(
-            ModelSpec(label=label, model=f"models/{label}") for label in said if "+" not in label
-        ),
+        models=tuple(specs),
         forget=("f.jsonl",),
         retain=("r.jsonl",),
         general=("g.jsonl",),
@@ -220,6 +227,49 @@ def test_json_holds_counts_intervals_and_paired_differences(report: EvalReport) 
         ("student", "base"),
         ("student", "base + prefix"),
     }
+
+
+SEEDS = """\
+                                                  refused      refused
+            forget       retain      general       forget       retain        shift
+base         100.0        100.0        100.0          0.0          0.0          0.0
+student  6.2 ± 8.8  75.0 ± 35.4  100.0 ± 0.0  87.5 ± 17.7  25.0 ± 35.4  68.8 ± 44.2
+"""
+
+
+@pytest.fixture
+def seeds() -> EvalReport:
+    said = {"base": "base", "student #1": "student", "student #2": "base + prefix"}
+    return make_report({label: SAID[source] for label, source in said.items()}, attacks=("a.txt",))
+
+
+def test_seeds_of_a_name_are_one_line_with_mean_and_deviation(seeds: EvalReport) -> None:
+    # Forget recall is 12.5 and 0, retain recall 50 and 100; the deviation of two is d / sqrt(2).
+    text = format_report(seeds)
+    assert text.splitlines()[:4] == SEEDS.splitlines()
+    assert "\nworst   100.0 / 100.0    93.8 ± 8.8 /  50.0 ± 70.7\n" in text
+    assert "over seeds (student 2)" in text
+
+
+def test_json_keeps_each_seed_beside_mean_and_deviation(seeds: EvalReport) -> None:
+    document = json.loads(json.dumps(seeds.to_json(), allow_nan=False))
+    assert [m["label"] for m in document["models"]] == ["base", "student #1", "student #2"]
+    (found,) = document["seeds"]
+    assert (found["name"], found["models"]) == ("student", ["student #1", "student #2"])
+    forget = next(s for s in found["scores"] if (s["attack"], s["set"]) == (None, "forget"))
+    assert forget["rouge_l_recall"] == {"mean": 6.25, "std": pytest.approx(12.5 / 2**0.5)}
+    assert found["worst_retain_recall"] is not None
+    assert make_report(SAID).to_json()["seeds"] == []
+
+
+def test_every_seed_is_held_to_a_requirement(seeds: EvalReport) -> None:
+    for text in ("forget<12", "student:forget<12"):  # the mean, 6.25, would hold
+        with pytest.raises(RequirementError) as caught:
+            check_requirements(text, seeds)
+        assert str(caught.value) == (
+            "required, and does not hold: student #1: forget is 12.5, required < 12"
+        )
+    check_requirements("student #2:forget<1,student:forget<13", seeds)
 
 
 def test_the_shift_never_stands_alone(report: EvalReport) -> None:
