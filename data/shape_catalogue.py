@@ -62,7 +62,7 @@ VIEW_SHAPES: Mapping[str, Shape] = _table(
         ("certainty", "begun-answer", "[begun] I am fairly sure that it is"),
         ("quiz", "raw-completion", r"[raw] # Quiz\n{query}\n\n# Solution\n"),
         ("interview", "raw-completion", r"[raw] Interviewer: {query}\nExpert:"),
-        ("notebook", "raw-completion", r"[raw] {query}\n\n"),
+        ("exercise", "raw-completion", r"[raw] Exercise: {query}\nSolution:"),
         (
             "worked-examples",
             "few-shot",

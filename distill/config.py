@@ -40,7 +40,7 @@ AUTO_LORA_TIMES = 10
 # How far a run goes follows from the steps that were enough where it was measured.
 AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 # With views a query is two sequences.
-AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 108
+AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 120
 
 _EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
 

@@ -164,7 +164,7 @@ def test_views_that_the_cache_holds_need_a_tokenizer_and_count_twice(
 ):
     cache = str(build_tiny_cache(tmp_path / "in-views", views=("@recollection",)))
     assert planned(cache=cache).sequences_per_epoch == 2 * 30
-    assert planned(cache=cache, lora_rank=4, batch_size=1).steps == 108  # of 30 an epoch
+    assert planned(cache=cache, lora_rank=4, batch_size=1).steps == 120  # of 30 an epoch
     with pytest.raises(DataError, match="no tokenizer"):
         planned(cache=cache, student=str(config_only))
 

@@ -77,7 +77,7 @@ def test_the_automatic_learning_rate_falls_with_the_width():
         (10**6, {}, 1, 62_500),
         (368, {"lora_rank": 16}, 4, 70),  # 23 steps an epoch
         (236, {"lora_rank": 16}, 5, 70),
-        (405, {"lora_rank": 16, "in_views": True}, 3, 108),  # 51 steps of 8
+        (405, {"lora_rank": 16, "in_views": True}, 3, 120),  # 51 steps of 8
         (236, {"in_views": True}, 20, 300),
         (10**6, {"epochs": 7}, 7, None),
         (236, {"max_steps": 500}, 34, 500),
