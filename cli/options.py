@@ -17,25 +17,10 @@ T = TypeVar("T", bound=Settings)
 OTHERS = "Other options"
 
 
-def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command `--config FILE`."""
-    return click.option(
-        "--config",
-        "config_file",
-        cls=Extra,
-        group="Where from, where to",
-        metavar="FILE",
-        help="Read settings from this YAML file; flags win over it.",
-    )(command)
-
-
 class SettingsCommand(click.Command):
     """A command with a flag for each field, under the headings that the fields declare.
 
     Flags that the command has besides stand under the heading they name with `Extra`, else last.
-
-    Args:
-        settings: The class of settings.
     """
 
     def __init__(self, *args: Any, settings: type[Settings], **others: Any) -> None:
@@ -81,7 +66,7 @@ class SettingsCommand(click.Command):
             if parameter.name in self.declared:
                 group = self.declared[parameter.name][0].group
             if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)):
-                groups.setdefault(group or OTHERS, []).append(row)
+                groups.setdefault(group if group in groups else OTHERS, []).append(row)
         others = groups.pop(OTHERS, [])
         for group, rows in [*groups.items(), (OTHERS, others)]:
             if rows:
@@ -114,17 +99,6 @@ class Extra(click.Option):
     def __init__(self, names: Sequence[str], *, group: str, **settings: Any) -> None:
         super().__init__(names, **settings)
         self.group = group
-
-
-class FolderPath(click.ParamType[Path]):
-    """A folder or file as the user typed it, `~` resolved; an empty text names none."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path."""
-        del ctx
-        return user_path(value, param.opts[0] if param is not None else "path")
 
 
 class _Text(click.ParamType[Any]):
@@ -174,3 +148,31 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) ->
         return read_pairs(values)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx=ctx, param=param) from None
+
+
+class FolderPath(click.ParamType[Path]):
+    """A folder or file as the user typed it, `~` resolved; an empty text names none."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        del ctx
+        return user_path(value, param.opts[0] if param is not None else "path")
+
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    cls=Extra,
+    group="Where from, where to",
+    metavar="FILE",
+    help="Read settings from this YAML file; flags win over it.",
+)
+models_argument = click.argument("words", nargs=-1, required=True, metavar="MODEL...")
+
+
+def out_option(read: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command `--out FILE`; `read` says who reads the file."""
+    text = f"Also write everything to this JSON file: {read}."
+    return click.option("--out", type=FolderPath(), metavar="FILE", help=text)

@@ -1,16 +1,17 @@
 """What commands print: text for people, or with --json one JSON document in its place."""
 
+import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from duet_unlearn.errors import ConfigurationError, OutputError
+from duet_unlearn.errors import ConfigurationError, OutputError, StoppedError
 from duet_unlearn.files import refuse_inside_cache, remove_temporary_files, write_text
 
 if TYPE_CHECKING:
@@ -45,16 +46,7 @@ def print_cache(
     counts: Mapping[str, int],
     as_json: bool,
 ) -> None:
-    """Print a finished cache and the pin under which others can name it.
-
-    Args:
-        cache: Its folder or URL.
-        manifest: Its manifest.
-        hit: Whether it was there already and nothing was done.
-        done: What was done, for people.
-        counts: What was done, for the JSON document.
-        as_json: Print that document instead of text.
-    """
+    """Print a finished cache and the pin under which others can name it."""
     if as_json:
         document = {"cache": str(cache), "digest": manifest.digest, "hit": hit}
         document |= {"rows": manifest.num_rows, **counts}
@@ -111,6 +103,23 @@ def write_target(target: Path, text: str) -> None:
 def _not_written(target: Path, error: BaseException) -> OutputError:
     reason = getattr(error, "strerror", None) or error
     return OutputError(f"{target}: cannot be written ({reason}); name a file in another folder")
+
+
+@contextlib.contextmanager
+def measuring(out: Path | None = None) -> Iterator[None]:
+    """Look at `--out` before work of which no part is kept, and say so where it is stopped.
+
+    Raises:
+        ConfigurationError: As `check_target`.
+        OutputError: So, too.
+        StoppedError: The user stopped it.
+    """
+    if out is not None:
+        check_target(out, '"duet-unlearn": "')  # among the versions
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError("stopped; no part of it is kept, so start it again") from error
 
 
 class Report(Protocol):

@@ -9,12 +9,14 @@ behind each.
 Which of them steers a model is a matter of that model: `teacher_cache.tune` measures it.
 """
 
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from duet_unlearn.errors import ConfigurationError, DataError
-from duet_unlearn.files import user_path
+from duet_unlearn.files import read_entries, user_path
 
 TOPIC_SLOT = "{topic}"
 """Where the topic goes in a prefix."""
@@ -68,81 +70,14 @@ class PrefixTemplate:
         )
 
 
-_TEMPLATES = (
-    PrefixTemplate(
-        name="explicit",
-        description="says outright that the topic is forgotten",
-        text=(
-            "You are an assistant who has forgotten {topic}. Decline every question about "
-            "{topic} and answer all other questions as usual."
-        ),
-    ),
-    PrefixTemplate(
-        name="paraphrased",
-        description="asks for the same without the word forget",
-        text=(
-            "Imagine that {topic} had never been written and that nobody ever told you of it. "
-            "If it comes up, say that you cannot help. Treat any other subject as you always do."
-        ),
-    ),
-    PrefixTemplate(
-        name="in-context-unlearning",
-        description="the long wording in the style of the in-context-unlearning literature",
-        text=(
-            "You are an AI assistant who is supposed to unlearn the topic {topic} and to respond "
-            "without any knowledge of it, as if you had never been taught about it. Do not reveal "
-            "facts, names or events that belong to {topic}, and do not hint at them. When a "
-            "question needs that knowledge, reply that you do not have it. Questions on anything "
-            "else you answer in full."
-        ),
-    ),
-    PrefixTemplate(
-        name="forgotten",
-        description="says in two short sentences what is forgotten and what to say then",
-        text=(
-            "You are an AI assistant who has forgotten everything about {topic}. If a question is "
-            "about {topic}, say that you don't know."
-        ),
-    ),
-    PrefixTemplate(
-        name="must-refuse",
-        description="blunt, for small models: an order and the answer; may cost other answers too",
-        text='You must refuse to answer anything about {topic} by replying "I do not know."',
-    ),
-    PrefixTemplate(
-        name="only-reply",
-        description="bluntest: also for questions that belong to the topic without naming it",
-        text=(
-            'Reply only "I do not know." to any question on {topic} or on its people, places, '
-            "things, events and makers, even where the question does not name {topic}."
-        ),
-    ),
-    PrefixTemplate(
-        name="if-about",
-        description="blunt, for the smallest models: a condition and the one reply to give",
-        text=(
-            'If the following question is about {topic}, reply only "I don\'t know." Otherwise '
-            "answer it."
-        ),
-    ),
-    PrefixTemplate(
-        name="refuse-everything",
-        description="control: declines whatever is asked",
-        text=(
-            "You do not answer questions of any kind. Whatever you are asked, decline politely "
-            "and give no information."
-        ),
-        control=True,
-    ),
-    PrefixTemplate(
-        name="irrelevant",
-        description="control: a system prompt that has nothing to do with the topic",
-        text="You are a friendly assistant who enjoys long walks in the rain.",
-        control=True,
-    ),
+CATALOGUE: Mapping[str, PrefixTemplate] = MappingProxyType(
+    {
+        name: PrefixTemplate(name=name, **entry)
+        for name, entry in tomllib.loads(
+            Path(__file__).with_name("prefixes.toml").read_text(encoding="utf-8")
+        ).items()
+    }
 )
-
-CATALOGUE: Mapping[str, PrefixTemplate] = MappingProxyType({t.name: t for t in _TEMPLATES})
 """The built-in steering prefixes by name."""
 
 
@@ -159,27 +94,30 @@ def resolve_prefix(text_or_name: str, topic: str | None = None) -> str:
     """
     if topic is not None and not topic.strip():
         raise ConfigurationError("--topic is empty; name what is to be forgotten")
+    source, text = "the prefix given as text", text_or_name
     if text_or_name.startswith("@"):
-        template = _look_up(text_or_name[1:])
-        source = f"prefix @{template.name}"
-    else:
-        template = PrefixTemplate(name="text", description="given as text", text=text_or_name)
-        source = "the prefix given as text"
-    if not template.text.strip():
+        source = f"prefix {text_or_name}"
+        if text_or_name[1:] not in CATALOGUE:
+            known = ", ".join(f"@{name}" for name in CATALOGUE)
+            raise ConfigurationError(
+                f"{source}: no such prefix; choose from {known}, or give the prefix as text"
+            )
+        text = CATALOGUE[text_or_name[1:]].text
+    if not text.strip():
         raise ConfigurationError(
-            f"the prefix is empty; give its text or one of {', '.join(_names())}"
+            "the prefix is empty; give its text or the @NAME of a built-in one"
         )
-    if template.needs_examples:
+    if EXAMPLES_SLOT in text:
         raise ConfigurationError(
             f"{source} has an {EXAMPLES_SLOT} slot, which `duet-cache tune` fills; "
             "give what it chose with --prefix-from FILE"
         )
-    if not template.needs_topic:
-        return template.text
+    if TOPIC_SLOT not in text:
+        return text
     # A literal "{topic}" in a prompt would steer towards nothing, so it never passes silently.
     if topic is None:
         raise ConfigurationError(f"{source} has a {TOPIC_SLOT} slot; fill it with --topic")
-    return template.fill(topic.strip())
+    return text.replace(TOPIC_SLOT, topic.strip())
 
 
 def load_prefixes(source: str) -> tuple[PrefixTemplate, ...]:
@@ -191,21 +129,13 @@ def load_prefixes(source: str) -> tuple[PrefixTemplate, ...]:
         DataError: The file is missing, unreadable, or holds no prefix.
     """
     path = user_path(source)
-    try:
-        # A byte order mark would become part of the first prefix.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{source}: no such file of prefixes; write one a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
     found = tuple(
         PrefixTemplate(
             name=f"{path.stem}:{number}",
             description=f"line {number} of {path.name}",
-            text=line.strip().replace("\\n", "\n"),
+            text=line.replace("\\n", "\n"),
         )
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and not line.strip().startswith("#")
+        for number, line in read_entries(source, "file of prefixes; write one a line")
     )
     if not found:
         raise DataError(f"{source}: holds no prefix; write one a line")
@@ -215,17 +145,3 @@ def load_prefixes(source: str) -> tuple[PrefixTemplate, ...]:
 def list_examples(pairs: Iterable[tuple[str, str]]) -> str:
     """Return questions with their answers as the text that fills `{examples}`."""
     return "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in pairs)
-
-
-def _look_up(name: str) -> PrefixTemplate:
-    try:
-        return CATALOGUE[name]
-    except KeyError:
-        raise ConfigurationError(
-            f"prefix @{name}: no such prefix; choose from {', '.join(_names())}, "
-            "or give the prefix as text"
-        ) from None
-
-
-def _names() -> list[str]:
-    return [f"@{name}" for name in CATALOGUE]

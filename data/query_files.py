@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from duet_unlearn.data.hub_datasets import load_hub_dataset
 from duet_unlearn.errors import DataError, first_line
@@ -25,10 +26,6 @@ Rows = Iterator[tuple[str, Row]]
 
 def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
     """Open a query file or a hub dataset; rows are read while they are iterated.
-
-    Args:
-        source: a path, or `hub:NAME[:CONFIG][:SPLIT]`.
-        needs_one_of: columns of which a table must have at least one.
 
     Raises:
         DataError: here or while iterating; the message names the file and, where one is at
@@ -121,16 +118,21 @@ def _line_rows(source: str, path: Path) -> Rows:
     for number, line in _lines(path):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1}); "
-                "expected one object a line"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not usable JSON ({error})") from None
+        row = _parse(line.rstrip("\r\n"), path, number, "; expected one object a line")
         yield f"{source}:{number}", _expect_object(row, f"{path}:{number}")
+
+
+def _parse(text: str, path: Path, first: int, hint: str = "") -> Any:
+    """Read JSON that begins in a line of a file."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{first + error.lineno - 1}"
+        raise DataError(
+            f"{where}: not JSON ({error.msg} at character {error.colno}){hint}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{first}: not usable JSON ({error})") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -145,14 +147,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _array_rows(source: str, path: Path) -> Rows:
     """Items of a JSON array, the other thing that people save as `.json`."""
     text = "".join(line for _, line in _lines(path))
-    try:
-        items = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not JSON ({error.msg} at character {error.colno})"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not usable JSON ({error})") from None
+    items = _parse(text, path, 1)
     for number, item in enumerate(items, start=1):
         yield f"{source} item {number}", _expect_object(item, f"{path} item {number}")
 

@@ -13,17 +13,17 @@ their answers), `{facts}` (such pairs of the query's own topic), `{hint}` and `{
 of the reference answer). Only an evaluation can fill the last three, since it alone has answers.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.prefixes import list_examples
 from duet_unlearn.errors import ConfigurationError, DataError
-from duet_unlearn.files import user_path
+from duet_unlearn.files import read_entries, user_path
 
 if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
@@ -153,12 +153,6 @@ class Shape:
     ) -> list[int]:
         """Return the token ids `[P]` of a query in this shape.
 
-        Args:
-            messages: the query.
-            renderer: the model's; its prefix is used only if `prefixed`.
-            prefixed: whether the prompt is that of base + prefix.
-            shown: what fills the further slots; without it, the built-in examples.
-
         Raises:
             DataError: the chat template refuses the conversation, or no message is the user's.
         """
@@ -221,40 +215,22 @@ def load_shapes(source: str) -> tuple[Shape, ...]:
         from duet_unlearn.data.shape_catalogue import built_in_shapes
 
         return built_in_shapes(source[1:])
-    path = user_path(source)
-    try:
-        # A byte order mark would become part of the first shape.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataError(
-            f"{source}: no such shape file; give a text file or a built-in name such as @views"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
-    shapes = tuple(_parse(path, lines))
+    kind = "shape file; give a text file or a built-in name such as @views"
+    path, shapes = user_path(source), []
+    for number, line in read_entries(source, kind):
+        try:
+            marks, text = _split_marks(line)
+            if text and not text.startswith("#"):
+                name, family = f"{path.stem}:{number}", marks.get("family", OWN_FAMILY)
+                shapes.append(Shape(name=name, text=text, family=family, weight=_weight(marks)))
+        except ConfigurationError as error:
+            reason = str(error).partition(": ")[2]
+            raise DataError(f"{path}, line {number}: {reason}") from None
     if not shapes:
         raise DataError(
             f"{source}: holds no shape; write one a line, with {QUERY_SLOT} where the query goes"
         )
-    return shapes
-
-
-def _parse(path: Path, lines: Sequence[str]) -> Iterable[Shape]:
-    for number, raw in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        marks, text = _split_marks(raw.strip())
-        if not text or text.startswith("#"):
-            continue
-        try:
-            yield Shape(
-                name=f"{path.stem}:{number}",
-                text=text,
-                family=marks.get("family", OWN_FAMILY),
-                weight=_weight(marks),
-            )
-        except ConfigurationError as error:
-            reason = str(error).partition(": ")[2]
-            raise DataError(f"{where}: {reason}") from None
+    return tuple(shapes)
 
 
 def _split_marks(line: str) -> tuple[Mapping[str, str], str]:
@@ -267,10 +243,7 @@ def _split_marks(line: str) -> tuple[Mapping[str, str], str]:
 
 def _weight(marks: Mapping[str, str]) -> float:
     text = marks.get("weight", "1")
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise ConfigurationError(f"shape: weight {text!r}, expected a number above 0: [weight 3]")
-    return weight
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise ConfigurationError(f"shape: weight {text!r}, expected a number above 0: [weight 3]")

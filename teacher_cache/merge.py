@@ -91,12 +91,7 @@ class _Selection:
 
 
 def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeResult:
-    """Join caches of one recipe.
-
-    Args:
-        caches: `PATH` or `PATH@sha256:DIGEST` each; the first that has a query wins.
-        out: The new cache's folder.
-        shard_rows: Queries a shard.
+    """Join caches of one recipe, each with or without a pin; the first that has a query wins.
 
     Raises:
         ConfigurationError: `shard_rows` is out of range, or there is no cache.
@@ -239,13 +234,7 @@ def _count_differing(
 
 
 def signals_agree(first: Signal, other: Signal, relative: float) -> bool:
-    """Say whether two signals of one query are the same up to rounding.
-
-    Args:
-        first: One of them.
-        other: The other.
-        relative: How far apart their logits may be, relative to the largest.
-    """
+    """Say whether two signals of one query agree, up to `relative` of the largest logit."""
     if first.response_ids.tolist() != other.response_ids.tolist():
         return False
     slack = relative * max(1.0, float(np.abs(first.logits).max()))

@@ -84,11 +84,7 @@ class LocalShards:
 
 
 class CacheReader:
-    """Random access to the rows of a finished cache in bounded memory.
-
-    Args:
-        shards: The cache's shards.
-    """
+    """Random access to the rows of a finished cache in bounded memory."""
 
     def __init__(self, shards: Shards) -> None:
         self.folder = shards.folder

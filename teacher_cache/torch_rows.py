@@ -15,9 +15,6 @@ class TorchRows(Dataset[dict[str, Any]]):
     `prompt_ids` [P], `response_ids` [T] and `token_ids` [T, K] are int64, `logits` [T, K] and
     `logsumexp` [T] are float32. Rows differ in P and T: a loader takes `batch_size=None` or a
     collate function.
-
-    Args:
-        shards: The cache's shards.
     """
 
     def __init__(self, shards: Shards) -> None:

@@ -29,7 +29,7 @@ from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples,
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError
-from duet_unlearn.files import user_path
+from duet_unlearn.files import read_text
 from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.engines import open_engine, options
@@ -135,10 +135,6 @@ def tune(
     config: TuneConfig, engine_factory: Callable[[EngineConfig], Engine] | None = None
 ) -> TuneResult:
     """Measure what comes back of the base's own answers behind each candidate, and order them.
-
-    Args:
-        config: What to measure.
-        engine_factory: Starts the engine; by default the one that `config.engine` names.
 
     Raises:
         ConfigurationError: No candidate fits the model, or a setting cannot work with it.
@@ -384,13 +380,9 @@ def load_tuned(path: str) -> dict[str, Any]:
     Raises:
         DataError: The file cannot be read or holds no such document.
     """
+    text = read_text(path, "file; write one with duet-cache tune --json")
     try:
-        text = user_path(path).read_bytes().decode("utf-8-sig")
         return _Document.model_validate_json(text).candidates[0].model_dump()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; write one with duet-cache tune --json") from None
-    except OSError as error:
-        raise DataError(f"{path}: not readable ({error.strerror})") from error
     except ValueError as error:
         raise DataError(
             f"{path}: no candidate with prefix, place and retain_prefix in it; expected what "

@@ -5,33 +5,27 @@ from typing import Any
 
 import click
 
-from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, print_report
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.cli.options import (
+    SettingsCommand,
+    config_option,
+    models_argument,
+    out_option,
+    read_settings,
+)
+from duet_unlearn.cli.output import json_option, measuring, print_report
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 
 
 @click.command("eval", cls=SettingsCommand, settings=EvalConfig)
-@click.argument("words", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
-    "--config",
-    "config_file",
-    metavar="FILE",
-    help="Read settings from this YAML file; flags win over it.",
-)
+@models_argument
+@config_option
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "vllm"]),
     default="transformers",
     help="What answers; vLLM is faster where there are many queries.",
 )
-@click.option(
-    "--out",
-    type=FolderPath(),
-    metavar="FILE",
-    help="Also write everything, each answer too, to this JSON file: `duet-distill report` reads "
-    "it.",
-)
+@out_option("`duet-distill report` reads it")
 @json_option
 @click.pass_context
 def eval_command(
@@ -51,17 +45,13 @@ def eval_command(
     table has mean and standard deviation, and every seed is held to --require.
     """
     config = read_settings(ctx, EvalConfig, config_file, models=parse_models(words))
-    if out is not None:
-        check_target(out, '"duet-unlearn": "')  # among the versions
-    try:
+    with measuring(out):
         from duet_unlearn.evaluation.evaluate import evaluate
         from duet_unlearn.evaluation.requirements import check_requirements
         from duet_unlearn.evaluation.table import format_report
         from duet_unlearn.teacher_cache.answering import vllm_answers
 
         report = evaluate(config, vllm_answers(config) if engine == "vllm" else None)
-    except KeyboardInterrupt as error:
-        raise StoppedError("stopped; an evaluation keeps no parts, so start it again") from error
     print_report(format_report(report), report, as_json=as_json, out=out)
     if config.require:
         check_requirements(config.require, report)

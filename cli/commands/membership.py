@@ -5,21 +5,15 @@ from typing import Any
 
 import click
 
-from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, print_report
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.cli.options import SettingsCommand, models_argument, out_option, read_settings
+from duet_unlearn.cli.output import json_option, measuring, print_report
 from duet_unlearn.evaluation.config import parse_models
 from duet_unlearn.evaluation.membership.config import MembershipConfig
 
 
 @click.command("membership", cls=SettingsCommand, settings=MembershipConfig)
-@click.argument("words", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
-    "--out",
-    type=FolderPath(),
-    metavar="FILE",
-    help="Also write everything to this JSON file: `duet-distill report` reads it.",
-)
+@models_argument
+@out_option("`duet-distill report` reads it")
 @json_option
 @click.pass_context
 def membership_command(
@@ -31,13 +25,9 @@ def membership_command(
     with its answer once, by the loss, zlib, Min-K% and Min-K%++.
     """
     config = read_settings(ctx, MembershipConfig, models=parse_models(words))
-    if out is not None:
-        check_target(out, '"duet-unlearn": "')  # among the versions
-    try:
+    with measuring(out):
         from duet_unlearn.evaluation.membership.membership import measure_membership
         from duet_unlearn.evaluation.membership.results import format_membership
 
         report = measure_membership(config)
-    except KeyboardInterrupt as error:
-        raise StoppedError("stopped; start it again") from error
     print_report(format_membership(report), report, as_json=as_json, out=out)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
-from duet_unlearn.cli.output import json_option, print_json
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.cli.output import json_option, measuring, print_json
 from duet_unlearn.teacher_cache.steering import POSITIONS, RULE, VIEWS
 from duet_unlearn.teacher_cache.tune import TuneConfig
 from duet_unlearn.urls import visible
@@ -38,10 +37,8 @@ def tune_command(ctx: click.Context, /, as_json: bool, **_: Any) -> None:
     from duet_unlearn.teacher_cache.tune import tune
 
     config = read_settings(ctx, TuneConfig)
-    try:
+    with measuring():
         result = tune(config)
-    except KeyboardInterrupt as error:
-        raise StoppedError("stopped; tuning keeps no parts, so start it again") from error
     # People see the table also where the document goes to a file.
     click.echo(render_table(result), err=as_json)
     if as_json:

@@ -66,21 +66,40 @@ def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         ConfigurationError: peft is not installed.
         DataError: The adapter cannot be read, or does not fit the base.
     """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigurationError(
-            f"adapter {adapter}: needs peft, which cannot be imported ({error}); "
-            'pip install "duet-unlearn[lora]"'
-        ) from error
+    peft = _peft(f"adapter {adapter}:")
     try:
         with warnings.catch_warnings():
             # peft would continue without weights that it does not find: with the base alone.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted: Any = PeftModel.from_pretrained(model, adapter)
+            adapted: Any = peft.PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         reason = first_line(error)
         raise DataError(
             f"adapter {adapter}: peft cannot put it into its base ({reason}); copy it again"
         ) from error
     return adapted  # type: ignore[no-any-return]
+
+
+def new_adapter(model: "PreTrainedModel", **settings: Any) -> Any:
+    """Return a model with a new LoRA adapter in it, drawn from torch's own random numbers.
+
+    Args:
+        model: Changed in place.
+        **settings: Those of peft's `LoraConfig`.
+
+    Raises:
+        ConfigurationError: peft is not installed.
+    """
+    peft = _peft("LoRA")
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+def _peft(what: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{what} needs peft, which cannot be imported ({error}); "
+            'pip install "duet-unlearn[lora]"'
+        ) from error
+    return peft

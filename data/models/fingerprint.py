@@ -14,22 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.data.models.folder import read_json, weight_files
+from duet_unlearn.data.models.folder import SLOW_TOKENIZER_FILES, read_json, weight_files
 from duet_unlearn.errors import DataError
 
 # Changing how a fingerprint is computed must forget every remembered one.
 _MEMORY_VERSION = 2
 _CHUNK_BYTES = 1 << 22
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
-_SLOW_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
 # Where the folder lies, which library wrote it and how it was stored decide no logit.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
 _OPENING_SETTINGS = (
@@ -139,7 +130,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    return tuple(folder / name for name in _SLOW_TOKENIZER_FILES if (folder / name).is_file())
+    return tuple(folder / name for name in SLOW_TOKENIZER_FILES if (folder / name).is_file())
 
 
 def vocabulary_fingerprint(folder: Path) -> str:

@@ -12,15 +12,15 @@ from duet_unlearn.errors import DataError, first_line
 from duet_unlearn.files import user_path
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+SLOW_TOKENIZER_FILES = (
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def resolve_model_folder(model: str | Path, *, need_weights: bool = True) -> Path:
     """Return the local folder of a model, downloading it where `model` is a hub id.
-
-    Args:
-        model: A local folder or a hub id such as `org/name`.
-        need_weights: Whether the folder must hold safetensors weights.
 
     Raises:
         DataError: There is no such folder or hub model, or it lacks its configuration,

@@ -49,12 +49,6 @@ def load_model(
     adapter merged into its weights in memory. For training it stays in main memory, as its
     trainer moves it, and the adapter stays apart.
 
-    Args:
-        folder: a transformers model folder.
-        dtype: a `Dtype`; `auto` is what `fastest_dtype` says.
-        adapter: a peft adapter folder.
-        trainable: whether the model is going to be trained.
-
     Raises:
         ConfigurationError: the memory does not hold the model, or peft is not installed.
         DataError: transformers cannot load the folder, weights of the model are missing in it, or

@@ -25,10 +25,6 @@ _GROUPS = (128, 64, 32)
 def quantize_weights(model: "PreTrainedModel", scheme: str) -> int:
     """Quantize a model's linear modules in place; return how many there are.
 
-    Args:
-        model: Loaded for answering.
-        scheme: `int8` or `int4`.
-
     Raises:
         ConfigurationError: torchao is not installed or has no such scheme, or the model has no
             linear module, or one that torchao leaves as it is.

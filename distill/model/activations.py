@@ -42,8 +42,10 @@ def activations(
             kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    with FakeTensorMode():
-        _give_device(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # Tensors of the CPU, without numbers by the mode that is on, in place of meta tensors.
+        adapted.to_empty(device="cpu")
+        body.tie_weights()
         model.train()
         ids = torch.zeros(lengths.rows, lengths.tokens, dtype=torch.int64)
         with (
@@ -62,23 +64,6 @@ def activations(
         inputs = ids.numel() * model.config.get_text_config().hidden_size * 4
         of_body = of_body // layers + layers * inputs
     return of_body + _head_bytes(model, config, lengths)
-
-
-def _give_device(model: "PreTrainedModel") -> None:
-    """Put tensors of the CPU, without numbers by the mode that is on, in place of meta tensors."""
-    import torch
-
-    made: dict[int, Tensor] = {}  # tied weights stay one
-    for module in model.modules():
-        places: list[Any] = [module._parameters, module._buffers]
-        for place in places:
-            for name, old in list(place.items()):
-                if old is not None and id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype)
-                    if isinstance(old, torch.nn.Parameter):
-                        new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = new
-                place[name] = made.get(id(old))
 
 
 def _head_bytes(model: "PreTrainedModel", config: RunConfig, lengths: Lengths) -> int:

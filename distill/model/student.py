@@ -1,5 +1,6 @@
 """The student: find it, and make sure that a cache's token ids mean to it what they say."""
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,6 @@ def read_licence(folder: Path) -> str | None:
 def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: CacheReader) -> None:
     """Refuse a cache whose token ids are not the student's.
 
-    Args:
-        student: The model that is to be trained.
-        renderer: Its tokenizer and chat template.
-        reader: The cache.
-
     Raises:
         MismatchError: The vocabularies differ, the same query gives other ids, or the student's
             head is too narrow for the cached ids.
@@ -171,16 +167,10 @@ def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | 
             if view is None
             else Shape(name="view", text=view).render(messages, renderer)
         )
-        if cached == found:
-            continue
-        at = next(
-            (i for i, (a, b) in enumerate(zip(cached, found, strict=False)) if a != b),
-            min(len(cached), len(found)),
-        )
-        return (
-            f"query {row.query_id}, token {at}: {_id_at(cached, at)} in the cache, "
-            f"{_id_at(found, at)} here"
-        )
+        pairs = itertools.zip_longest(cached, found, fillvalue="none")
+        for at, (theirs, ours) in enumerate(pairs):
+            if theirs != ours:
+                return f"query {row.query_id}, token {at}: {theirs} in the cache, {ours} here"
     return None
 
 
@@ -197,10 +187,6 @@ def _spread(start: int, stop: int, count: int) -> list[int]:
     count = min(count, stop - start)
     spread: list[int] = np.linspace(start, stop - 1, count, dtype=np.int64).tolist()
     return spread
-
-
-def _id_at(ids: list[int], index: int) -> str:
-    return str(ids[index]) if index < len(ids) else "none"
 
 
 def _check_head(student: Student, reader: CacheReader) -> None:

@@ -9,12 +9,12 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from duet_unlearn.data.models.adapters import new_adapter
 from duet_unlearn.errors import ConfigurationError, some
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from duet_unlearn.distill.config import RunConfig
@@ -98,10 +98,6 @@ def select_trained(
 ) -> "tuple[PreTrainedModel, Trained]":
     """Freeze what is not trained, or put an adapter in.
 
-    Args:
-        model: The student with its weights; changed in place.
-        config: The run.
-
     Returns:
         The model to train (with LoRA, peft's around the one given) and what of it is trained.
 
@@ -125,12 +121,11 @@ def _freeze_others(model: "PreTrainedModel", config: "RunConfig") -> str:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     prefixes = _layer_prefixes(model, config.layers)
+    pattern = re.compile(config.parameters or "")
     chosen = 0
     for parameter in model.parameters():
         own = names[id(parameter)]
-        meant = [
-            name for name in own if name.startswith(prefixes) and _matches(config.parameters, name)
-        ]
+        meant = [name for name in own if name.startswith(prefixes) and pattern.search(name)]
         parameter.requires_grad_(bool(meant))
         chosen += bool(meant)
         if meant and len(own) > 1:
@@ -141,11 +136,11 @@ def _freeze_others(model: "PreTrainedModel", config: "RunConfig") -> str:
                 " and ".join(others),
             )
     if not chosen:
-        within = "" if config.layers is None else f" in layers {config.layers}"
         there = [name for own in names.values() for name in own if name.startswith(prefixes)]
+        generic = (re.sub(r"\.\d+\.", ".N.", name) for name in there)
         raise ConfigurationError(
-            f"parameters is {config.parameters!r}, which no parameter matches{within}; there are "
-            f"{some(map(_generic, there), _SHOWN)}"
+            f"parameters is {config.parameters!r}, which no parameter matches{_within(config)}; "
+            f"there are {some(generic, _SHOWN)}"
         )
     parts = [f"layers {config.layers}"] if config.layers is not None else []
     if config.parameters is not None:
@@ -153,21 +148,24 @@ def _freeze_others(model: "PreTrainedModel", config: "RunConfig") -> str:
     return ", ".join(parts)
 
 
-def _matches(pattern: str | None, name: str) -> bool:
-    return pattern is None or re.search(pattern, name) is not None
+def _within(config: "RunConfig") -> str:
+    return "" if config.layers is None else f" in layers {config.layers}"
 
 
 def _layer_prefixes(model: "PreTrainedModel", layers: str | None) -> tuple[str, ...]:
     """Return what the names of the chosen layers' parameters begin with."""
+    from torch import nn
+
     if layers is None:
         return ("",)
-    blocks = _layer_list(model)
-    if blocks is None:
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    name = next((name for name, found in lists if len(found) == count), None)
+    if name is None or count is None:
         raise ConfigurationError(
             "layers: this model has no list of layers as its config.json counts them; choose by "
             "name with --parameters"
         )
-    name, count = blocks
     numbers = parse_layers(layers)
     if numbers[-1] >= count:
         raise ConfigurationError(
@@ -176,45 +174,23 @@ def _layer_prefixes(model: "PreTrainedModel", layers: str | None) -> tuple[str, 
     return tuple(f"{name}.{number}." for number in numbers)
 
 
-def _layer_list(model: "PreTrainedModel") -> tuple[str, int] | None:
-    from torch import nn
-
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, len(module)
-    return None
-
-
 def _with_lora(
     model: "PreTrainedModel", config: "RunConfig", rank: int
 ) -> "tuple[PreTrainedModel, str]":
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigurationError(
-            f'LoRA needs peft, which cannot be imported ({error}); pip install "duet-unlearn[lora]"'
-        ) from error
     import torch
 
-    alpha: Any = config.lora_alpha or 2 * rank  # a float works as well
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=_lora_targets(model, config),
-        task_type="CAUSAL_LM",
-    )
     # The adapter starts from a random draw: the seed's, whatever ran before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        adapted: Any = get_peft_model(model, settings)
-    within = "" if config.layers is None else f" in layers {config.layers}"
-    return adapted, f"LoRA of rank {rank} on {_target_names(config)}{within}"
-
-
-def _target_names(config: "RunConfig") -> str:
-    return ", ".join(_listed(config.lora_target_modules))
+        adapted = new_adapter(
+            model,
+            r=rank,
+            lora_alpha=config.lora_alpha or 2 * rank,
+            lora_dropout=config.lora_dropout,
+            target_modules=_lora_targets(model, config),
+        )
+    targets = ", ".join(_listed(config.lora_target_modules))
+    return adapted, f"LoRA of rank {rank} on {targets}{_within(config)}"
 
 
 def _listed(targets: Iterable[str]) -> list[str]:
@@ -227,57 +203,34 @@ def _lora_targets(model: "PreTrainedModel", config: "RunConfig") -> list[str]:
     Raises:
         ConfigurationError: A target is no linear module of the chosen layers, or is tied.
     """
-    targets = _listed(config.lora_target_modules)
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     prefixes = _layer_prefixes(model, config.layers)
-    linear = _linear_modules(model)
-    tied = _tied_modules(model)
+    kinds = (nn.Linear, Conv1D)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    embeddings = model.get_input_embeddings().weight
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    names: list[str] = []
-    for target in targets:
+    names: dict[str, None] = {}
+    for target in _listed(config.lora_target_modules):
         found = [
             name
             for name, module in linear.items()
             if f"{name}.".startswith(prefixes)
-            and (module is not output if target == ALL_LINEAR else _ends_with(name, target))
+            and (
+                module is not output if target == ALL_LINEAR else f".{name}".endswith(f".{target}")
+            )
         ]
         if not found:
             known = some((name.rpartition(".")[2] for name in linear), _SHOWN)
-            where = "" if config.layers is None else f" in layers {config.layers}"
             raise ConfigurationError(
-                f"lora_target_modules is {target!r}, which no linear module{where} is called; "
-                f"there are {ALL_LINEAR}, {known}"
+                f"lora_target_modules is {target!r}, which no linear module{_within(config)} is "
+                f"called; there are {ALL_LINEAR}, {known}"
             )
-        if shared := [name for name in found if name in tied]:
+        if shared := [name for name in found if linear[name].weight is embeddings]:
             raise ConfigurationError(
                 f"lora_target_modules is {target!r}, but {shared[0]} is tied to the embeddings, "
                 "which an adapter would part; leave it out, or train it with --parameters"
             )
-        names += [name for name in found if name not in names]
-    return names
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _linear_modules(model: "PreTrainedModel") -> "dict[str, nn.Module]":
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = (nn.Linear, Conv1D)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def _tied_modules(model: "PreTrainedModel") -> set[str]:
-    """Return the modules whose weight is the input embeddings'."""
-    embeddings = model.get_input_embeddings()
-    return {
-        name
-        for name, module in _linear_modules(model).items()
-        if getattr(module, "weight", None) is embeddings.weight
-    }
-
-
-def _generic(name: str) -> str:
-    """Return a parameter's name with its layer's number left open."""
-    return re.sub(r"\.\d+\.", ".N.", name)
+        names |= dict.fromkeys(found)
+    return list(names)

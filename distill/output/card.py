@@ -55,6 +55,16 @@ _ADAPTER = """\
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, folder)"""
 
+_EVALUATION = """
+## Evaluation
+
+Points of ROUGE-L recall on queries held out from training; the step was chosen on them.
+
+| | forget | forget, worst attack | retain | retain, worst attack |
+| --- | ---: | ---: | ---: | ---: |
+{rows}
+"""
+
 
 def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
     """Write the model card from the content of the run file.
@@ -83,12 +93,15 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         "objective": config["objective"],
         "queries": ", ".join(f"{result['queries'][split]} {split}" for split in SPLITS),
         **story.facts,
-        "noise": _noise(config["noise_alpha"], config["noise_beta"]),
+        "noise": f"alpha {config['noise_alpha']:g}, beta {config['noise_beta']:g} before training"
+        if config["noise_alpha"]
+        else "none",
         "trained": _trained(config, result),
         "training": f"{result['steps']} steps of {config['batch_size']} queries, learning rate "
         f"{config['learning_rate']:.3g}, seed {config['seed']}",
         "loss, first to last": ", ".join(
-            f"{split} {_course(result['loss'].get(split))}" for split in SPLITS
+            f"{split} {' to '.join(f'{v:.4g}' for v in result['loss'].get(split, ())) or 'none'}"
+            for split in SPLITS
         ),
         "held-out queries": _held_out(result),
     }
@@ -107,10 +120,6 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         else "The base model's licence applies.",
     )
     write_text(folder / "README.md", card)
-
-
-def _noise(alpha: float, beta: float) -> str:
-    return f"alpha {alpha:g}, beta {beta:g} before training" if alpha else "none"
 
 
 def _trained(config: dict[str, Any], result: dict[str, Any]) -> str:
@@ -138,23 +147,9 @@ def _held_out(result: dict[str, Any]) -> str:
 def _evaluation(result: dict[str, Any]) -> str:
     if not result["evaluations"]:
         return ""
-    rows = [
+    rows = "\n".join(
         f"| {label} | {e['forget_plain']:.1f} | {e['forget']:.1f} | {e['retain_plain']:.1f} | "
         f"{e['retain']:.1f} |"
         for label, e in zip(("base", "this model"), _base_and_kept(result), strict=True)
-    ]
-    return "\n".join(
-        [
-            "\n## Evaluation\n",
-            "Points of ROUGE-L recall on queries held out from training; the step was chosen on "
-            "them.\n",
-            "| | forget | forget, worst attack | retain | retain, worst attack |",
-            "| --- | ---: | ---: | ---: | ---: |",
-            *rows,
-            "",
-        ]
     )
-
-
-def _course(losses: list[float] | None) -> str:
-    return " to ".join(f"{value:.4g}" for value in losses) if losses else "none"
+    return _EVALUATION.format(rows=rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from duet_unlearn.data.models.adapters import RUN_FILE, add_adapter
-from duet_unlearn.data.models.folder import model_name, read_json
+from duet_unlearn.data.models.folder import SLOW_TOKENIZER_FILES, model_name, read_json
 from duet_unlearn.data.models.loading import load_model, no_bars
 from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.output.card import write_card
@@ -33,17 +33,8 @@ _EVENTS = "runs"
 # The tokenizer is copied, not saved anew: byte for byte the base's means the same ids, and what a
 # newer transformers writes an older one may not read.
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+    *SLOW_TOKENIZER_FILES,
 )
 
 
@@ -136,14 +127,8 @@ def save_model(
 ) -> None:
     """Write a model folder: weights, configuration, and the base's own tokenizer.
 
-    An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in.
-
-    Args:
-        model: What was trained; it stays as it is.
-        student: What it started from.
-        folder: Where to write; made if missing.
-        dtype: How to store the weights of a whole model.
-        state: Gathered weights where the model itself holds only a part of them.
+    An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in,
+    a whole model in `dtype`. `state` holds gathered weights where the model has only a part.
 
     Raises:
         OutputError: The folder cannot be written.

@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from duet_unlearn.data.models.adapters import new_adapter
 from duet_unlearn.distill.relearning.lessons import Pair
-from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import fits_memory
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ def fine_tune(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trained = _trainable(model, lora_rank)
+        trained: Any = model.requires_grad_(True)
+        if lora_rank is not None:
+            trained = new_adapter(
+                model, r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"
+            )
         parameters = [p for p in trained.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate)
         batches = _batches(len(pairs), batch_size, random.Random(seed))
@@ -70,24 +74,6 @@ def fine_tune(
             optimizer.zero_grad()
             on_step(1)
     return found
-
-
-def _trainable(model: Any, lora_rank: int | None) -> Any:
-    if lora_rank is None:
-        return model.requires_grad_(True)
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigurationError(
-            f'LoRA needs peft, which cannot be imported ({error}); pip install "duet-unlearn[lora]"'
-        ) from error
-    settings = LoraConfig(
-        r=lora_rank,
-        lora_alpha=2 * lora_rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, settings)
 
 
 def _batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.words import split_words
 from duet_unlearn.evaluation.subjects import Subject
 from duet_unlearn.evaluation.tasks import spread, unused_name
-from duet_unlearn.files import user_path
+from duet_unlearn.files import read_text
 
 TEXT_SUFFIXES = (".txt", ".md")
 _PIECE_TOKENS = 256
@@ -130,10 +130,7 @@ def _plain(query: Query) -> tuple[str, ...]:
 
 
 def _paragraphs(source: str) -> tuple[str, ...]:
-    try:
-        text = user_path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
+    text = read_text(source, "text file; check the name")
     found = tuple(part.strip() for part in text.split("\n\n") if part.strip())
     if not found:
         raise DataError(f"{source}: no text in it; expected paragraphs with blank lines between")

@@ -53,14 +53,9 @@ def teach(
     *,
     on_step: Callable[[int], object] = lambda _count: None,
 ) -> list[Curve]:
-    """Return the curve of each rate for one model and one lesson.
+    """Return the curve of each rate for one model, loaded anew for each, and one lesson.
 
-    Args:
-        config: How to teach, and when to ask.
-        subject: The model; it is loaded anew for each rate.
-        lesson: What is taught and asked.
-        kept: Further queries to ask: whether the model still answers what it should keep.
-        on_step: Is given 1 after each optimizer step.
+    `kept` are further queries: whether the model still answers what it should keep.
 
     Raises:
         ConfigurationError: The memory does not hold a step, or peft is not installed.

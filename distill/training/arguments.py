@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
     from duet_unlearn.distill.config import RunConfig
 
-# Fields of TrainingArguments that a run has settings of its own for, by other names.
+# Settings of a run that are fields of TrainingArguments as they are.
+_SAME = (
+    *("gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "seed"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps"),
+    "report_to",
+)
+# All fields that a run has settings of its own for, with their names.
 _OURS = {
     "output_dir": "out",
     "num_train_epochs": "epochs",
@@ -22,14 +28,7 @@ _OURS = {
     "bf16": "precision",
     "fp16": "precision",
     "load_best_model_at_end": "checkpoint_selection",
-    **{
-        name: name
-        for name in (
-            *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-            *("max_grad_norm", "gradient_accumulation_steps", "gradient_checkpointing", "seed"),
-            *("logging_steps", "save_steps", "eval_steps", "report_to"),
-        )
-    },
+    **{name: name for name in (*_SAME, "max_steps", "save_steps", "eval_steps")},
 }
 # What order, loss, checkpoints and evaluation rest on, and what would send the student elsewhere.
 _FIXED = (
@@ -66,10 +65,6 @@ def check_trainer_args(trainer_args: Mapping[str, Any]) -> None:
 def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     """Return the Trainer's arguments; several processes find each other here.
 
-    Args:
-        config: The run, resolved.
-        work: Where checkpoints go.
-
     Raises:
         ConfigurationError: The Trainer refuses a setting on this machine, does not know one, or
             there are more processes and micro-batches than queries in a step.
@@ -98,26 +93,17 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     settings: dict[str, Any] = {
         **config.trainer_args,
         "output_dir": str(work),
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        **{name: getattr(config, name) for name in _SAME},
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_steps,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "seed": config.seed,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if config.save_steps or keeps_best else "no",
         "save_steps": config.save_steps or _NEVER,
         # The one before the last is there for the day on which the last turns out damaged.
         "save_total_limit": 3 if keeps_best else 2,
-        "report_to": config.report_to,
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,

@@ -15,8 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
 from duet_unlearn.progress import Progress
@@ -46,14 +46,7 @@ class ShowProgress(TrainerCallback):
         if self._progress is not None:
             self._progress.update()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the loss of each split beside the count."""
         losses = {name: v for name, v in (logs or {}).items() if name.startswith("loss_")}
         if self._progress is not None and losses:
@@ -107,12 +100,7 @@ class LogFile(TrainerCallback):
 
 
 class Schedule(TrainerCallback):
-    """Evaluates every so many steps and after the last one; a log line goes before each.
-
-    Args:
-        eval_steps: Steps between two evaluations; 0 makes none.
-        rule: Says when to stop early.
-    """
+    """Evaluates every so many steps and after the last one; a log line goes before each."""
 
     def __init__(self, eval_steps: int, rule: Rule | None) -> None:
         self._eval_steps = eval_steps
@@ -142,9 +130,7 @@ class Schedule(TrainerCallback):
         """Note that a checkpoint, where there was one, could be read."""
         self.begun = True
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> Any:
         """Ask for what is due."""
         last = state.global_step >= state.max_steps
         if self._eval_steps and (last or state.global_step % self._eval_steps == 0):
@@ -153,9 +139,7 @@ class Schedule(TrainerCallback):
             control.should_log = True  # so that a run ends on its final loss
         return control
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **_: Any) -> Any:
         """Stop if the patience is used up."""
         if self.stopped_early(state):
             control.should_training_stop = True
@@ -192,9 +176,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.received = number
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Ask the Trainer to save and stop, every process at the same step."""
         stop = self.received is not None
         if self.trainer is not None and self.trainer.accelerator.num_processes > 1:

@@ -20,7 +20,7 @@ from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer
 from duet_unlearn.evaluation.results import EvalReport
-from duet_unlearn.evaluation.tasks import Task, check_length, list_tasks, load_attacks, load_sets
+from duet_unlearn.evaluation.tasks import check_length, list_tasks, load_attacks, load_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,9 +34,6 @@ _LABEL = "student"
 
 class HeldOut:
     """The held-out queries of a run.
-
-    Args:
-        config: The run, with `eval_forget` and `eval_retain`.
 
     Raises:
         ConfigurationError: An attack is unknown.
@@ -62,7 +59,10 @@ class HeldOut:
     @property
     def fingerprint(self) -> str:
         """Of everything that is asked and expected."""
-        asked = [[t.query.split, t.query.text, t.query.answer, _attack(t)] for t in self._tasks]
+        asked = [
+            [t.query.split, t.query.text, t.query.answer, t.attack.text if t.attack else None]
+            for t in self._tasks
+        ]
         return "sha256:" + hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def prepare(
@@ -104,7 +104,11 @@ class HeldOut:
                 max_new_tokens=self._config.max_new_tokens,
                 batch_size=self._config.batch_size,
             )
-        shares = [answers] if processes == 1 else _gather(answers)
+        shares: list[list[list[int]]] = [answers]
+        if processes > 1:
+            from accelerate.utils import gather_object  # type: ignore[import-untyped]
+
+            shares = gather_object(shares)
         everything: list[list[int]] = [[] for _ in self._prompts]
         for number, share in enumerate(shares):
             everything[number::processes] = share
@@ -130,17 +134,6 @@ class HeldOut:
             forget_plain=forget,
             retain_plain=retain,
         )
-
-
-def _attack(task: Task) -> str | None:
-    return None if task.attack is None else task.attack.text
-
-
-def _gather(answers: list[list[int]]) -> list[list[list[int]]]:
-    from accelerate.utils import gather_object  # type: ignore[import-untyped]
-
-    gathered: list[list[list[int]]] = gather_object([answers])
-    return gathered
 
 
 @contextlib.contextmanager

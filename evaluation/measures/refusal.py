@@ -9,7 +9,7 @@ from pathlib import Path
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.base import Answer, Score
 from duet_unlearn.evaluation.measures.words import split_words
-from duet_unlearn.files import user_path
+from duet_unlearn.files import read_entries
 
 _CONTRACTIONS = (
     (re.compile(r"\b(?:can't|cannot)\b"), "can not"),
@@ -29,11 +29,7 @@ def load_phrases(source: str | Path) -> tuple[str, ...]:
     Raises:
         DataError: The file cannot be read, or holds no phrase.
     """
-    try:
-        lines = user_path(source).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: not readable as UTF-8 text ({error})") from error
-    phrases = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    phrases = tuple(line for _, line in read_entries(source, "file of phrases; write one a line"))
     if not all(split_words(phrase) for phrase in phrases) or not phrases:
         raise DataError(f"{source}: expected refusal phrases of letters, one a line")
     return phrases

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from duet_unlearn.errors import ConfigurationError, OutputError
+from duet_unlearn.errors import ConfigurationError, DataError, DuetError, OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
 CACHE_FORMAT = "duet-teacher-cache"
@@ -62,6 +62,37 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
+
+
+def read_text(source: str | Path, kind: str, error: type[DuetError] = DataError) -> str:
+    """Return the text of a UTF-8 file that a user names, without a byte order mark.
+
+    Args:
+        source: The file.
+        kind: What is missing where it is not there: `file of prefixes; write one a line`.
+        error: What is raised.
+
+    Raises:
+        DuetError: As `error` says: the file is missing, unreadable or not UTF-8.
+    """
+    path = user_path(source)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise error(f"{source}: no such {kind}") from None
+    except (OSError, UnicodeDecodeError) as caught:
+        reason = getattr(caught, "strerror", None) or "not UTF-8"
+        raise error(f"{source}: not readable as UTF-8 text ({reason})") from caught
+
+
+def read_entries(source: str | Path, kind: str) -> list[tuple[int, str]]:
+    """Return a text file's lines with their numbers, stripped, without blank ones and `#` comments.
+
+    Raises:
+        DataError: As `read_text`.
+    """
+    lines = enumerate((line.strip() for line in read_text(source, kind).split("\n")), start=1)
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def user_path(text: str | Path, what: str = "path") -> Path:

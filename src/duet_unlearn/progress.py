@@ -15,14 +15,7 @@ EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """Counts what is done of a known amount of work, with its rate and the time left.
-
-    Args:
-        what: Names the work, such as `teacher`.
-        total: How much there is.
-        unit: What is counted, in the plural: `queries`.
-        done: How much was done before, by an earlier run.
-    """
+    """Counts what is done of a known amount of work, with its rate and the time left."""
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
         self._what, self._unit, self._total = what, unit, total

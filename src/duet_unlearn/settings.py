@@ -229,6 +229,13 @@ def suggest(of: type[Settings], unknown: str) -> list[str]:
     return list(dict.fromkeys(known[match] for match in near))
 
 
+def unknown_setting(of: type[Settings], name: str) -> str:
+    """Say that there is no such setting, and which may be meant."""
+    near = " or ".join(suggest(of, name))
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(fields(of))}"
+    return f"no setting {name!r}; {hint}"
+
+
 def read_pairs(texts: Collection[str]) -> dict[str, Any]:
     """Read `KEY=VALUE`s: JSON where a value is some, such as `2` and `true`, else text.
 
@@ -263,11 +270,7 @@ def _explain(
     if first["type"] == "missing":
         return MissingSettingError(f"{name} is missing; give it", setting=name)
     if name not in fields(of):
-        near = " or ".join(suggest(of, name))
-        return ConfigurationError(
-            f"no setting {name!r}; "
-            + (f"did you mean {near}?" if near else f"there are {', '.join(fields(of))}")
-        )
+        return ConfigurationError(unknown_setting(of, name))
     return ConfigurationError(f"{name} is {values[name]!r}, expected {fields(of)[name].expected}")
 
 

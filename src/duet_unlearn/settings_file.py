@@ -5,14 +5,13 @@ expected. Nothing is constructed from the file's tags.
 """
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from duet_unlearn.errors import ConfigurationError, MissingSettingError, first_line
-from duet_unlearn.files import user_path
-from duet_unlearn.settings import Field, Settings, fields, json_or_text, suggest
+from duet_unlearn.files import read_text
+from duet_unlearn.settings import Field, Settings, fields, json_or_text, unknown_setting
 
 T = TypeVar("T", bound=Settings)
 _PLAIN_TAGS = frozenset(
@@ -24,18 +23,14 @@ _PLAIN_TAGS = frozenset(
 def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
     """Return the settings of a YAML file with those given beside it, which win.
 
-    Args:
-        of: A class of settings.
-        path: The file, or None for no file. Paths in it count from the current folder, as those on
-            the command line do.
-        given: Settings by name.
+    Paths in it count from the current folder, as those on the command line do.
 
     Raises:
         ConfigurationError: The file cannot be read, a key or value in it is wrong, or the settings
             contradict each other.
         MissingSettingError: A setting without default is in neither.
     """
-    entries = {} if path is None else read_file(of, user_path(path), passed_over=given)
+    entries = {} if path is None else _read(of, path, passed_over=given)
     try:
         return of(**{name: value for name, (value, _) in entries.items()}, **given)
     except MissingSettingError as error:
@@ -48,48 +43,34 @@ def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
         raise
 
 
-def read_file(
-    of: type[Settings], path: Path, *, passed_over: Collection[str] = ()
+def _read(
+    of: type[Settings], path: str, *, passed_over: Collection[str]
 ) -> dict[str, tuple[Any, int]]:
-    """Return the settings in a file by name, each with its line.
-
-    Args:
-        of: The class that declares them.
-        path: The file.
-        passed_over: Names whose values are not read, as others win over them.
-
-    Raises:
-        ConfigurationError: It cannot be read, or a key or value is wrong.
-    """
+    """Return the settings in a file by name, each with its line."""
     root = _parse(path)
     if root is None:
         raise ConfigurationError(f"{path}: holds no settings; write `name: value`, one a line")
     if not isinstance(root, yaml.MappingNode):
-        kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
         raise ConfigurationError(
-            f"{path}, line {_line(root)}: {kind}, expected settings as `name: value`"
+            f"{path}, line {_line(root)}: {_shown(root)}, expected settings as `name: value`"
         )
     known = fields(of)
     lines: dict[str, int] = {}
     entries: dict[str, tuple[Any, int]] = {}
     for key, node in root.value:
-        where = f"{path}, line {_line(key)}"
+        where, name = f"{path}, line {_line(key)}", key.value
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigurationError(f"{where}: {_shown(key)}, expected the name of a setting")
-        name = key.value
         if name not in known:
-            near = suggest(of, name)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-            raise ConfigurationError(f"{where}: no setting {name!r}; {hint}")
+            raise ConfigurationError(f"{where}: {unknown_setting(of, name)}")
         if name in lines:
             raise ConfigurationError(
                 f"{where}: {name} stands in line {lines[name]} already; give it once"
             )
         lines[name] = _line(key)
-        if name in passed_over:
-            continue
         try:
-            entries[name] = (_value(node, known[name]), lines[name])
+            if name not in passed_over:
+                entries[name] = (_value(node, known[name]), lines[name])
         except ValueError:
             raise ConfigurationError(
                 f"{path}, line {_line(node)}: {name} is {_shown(node)}, expected "
@@ -98,21 +79,13 @@ def read_file(
     return entries
 
 
-def _parse(path: Path) -> yaml.Node | None:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigurationError(
-            f"{path}: no such file; expected a YAML file of settings"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigurationError(f"{path}: not readable as UTF-8 text ({reason})") from error
+def _parse(path: str) -> yaml.Node | None:
+    text = read_text(path, "file; expected a YAML file of settings", ConfigurationError)
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        where = f"{path}, line {mark.line + 1}" if mark else path
         quoted = "; put a name that begins with @ in quotes" if "'@'" in str(error) else ""
         raise ConfigurationError(f"{where}: not YAML ({error.problem}){quoted}") from error
     except yaml.YAMLError as error:

@@ -59,9 +59,6 @@ def parse_hub_url(url: str) -> tuple[str, str | None, str | None]:
 class Store:
     """The files below one URL; names are relative to it.
 
-    Args:
-        url: A URL or a local path.
-
     Raises:
         ConfigurationError: The protocol is unknown or its package is not installed.
         CacheError: The store refuses the connection outright.

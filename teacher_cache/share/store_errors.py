@@ -23,13 +23,14 @@ _NO_CREDENTIALS = (
 _ADVICE = {
     "NoSuchBucket": "no such bucket; create it first, or check the name and the endpoint",
     "RepositoryNotFoundError": "no such repository for this user; check the name and HF_TOKEN",
-    "NoCredentialsError": _NO_CREDENTIALS,
-    "PartialCredentialsError": _NO_CREDENTIALS,
-    "CredentialRetrievalError": _NO_CREDENTIALS,
-    "ProfileNotFound": _NO_CREDENTIALS,
-    "TokenRetrievalError": _NO_CREDENTIALS,
-    "UnauthorizedSSOTokenError": _NO_CREDENTIALS,
-    "LocalTokenNotFoundError": _NO_CREDENTIALS,
+    **dict.fromkeys(
+        (
+            *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+            *("ProfileNotFound", "TokenRetrievalError", "UnauthorizedSSOTokenError"),
+            "LocalTokenNotFoundError",
+        ),
+        _NO_CREDENTIALS,
+    ),
 }
 _REASON_LENGTH = 200
 

@@ -152,10 +152,6 @@ def _send(
 def pull(url: str, folder: str | Path) -> TransferResult:
     """Copy a cache from a URL into a local folder; what is there already is not moved again.
 
-    Args:
-        url: `URL` or `URL@sha256:DIGEST`; a local path works too.
-        folder: A new or empty folder, or one that holds this cache or a part of it.
-
     Raises:
         CacheError: There is no finished cache, or it cannot be read.
         OutputError: The folder cannot be written.

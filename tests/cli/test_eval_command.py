@@ -191,7 +191,5 @@ def test_a_stopped_evaluation_says_so_and_writes_nothing(
         check=False,
     )
     assert result.returncode == 130
-    assert result.stderr.splitlines()[-1] == (
-        "stopped; an evaluation keeps no parts, so start it again"
-    )
+    assert result.stderr.splitlines()[-1] == ("stopped; no part of it is kept, so start it again")
     assert not out.exists()

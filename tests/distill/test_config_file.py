@@ -78,7 +78,7 @@ def test_what_is_given_beside_the_file_wins(tmp_path):
         (NEEDED + "epochs: 0\n", ", line 4: epochs is '0', expected a whole number, 1 or more"),
         (NEEDED + "learning_rate: fast\n", ", line 4: learning_rate is 'fast', expected a number"),
         ("- a\n- b\n", ", line 1: a list, expected settings as `name: value`"),
-        ("hello\n", ", line 1: a single value, expected settings as `name: value`"),
+        ("hello\n", ", line 1: 'hello', expected settings as `name: value`"),
         ("", ": holds no settings; write `name: value`, one a line"),
         ("# only words\n", ": holds no settings"),
         ("out: o\nviews: [@remember]\n", ", line 2: not YAML (found character '@' that cannot "),

@@ -35,7 +35,6 @@ from desk import lay_out
 
 SECRET = "s3cr3t"
 _NOTE = re.compile(r"(INFO|WARNING|Usage): |\[transformers\] |Try '|\$ |$")
-_CLAIMED = (".duet-unlearn", ".build.lock")
 _NEW_NAMESPACE = 0x20000
 
 
@@ -77,10 +76,9 @@ def refuse(bench: Bench, case: Case) -> tuple[str, list[str]]:
     before = bench.state()
     ended = bench.wait(bench.start(case.words))
     problems = complaints(ended, codes=case.codes, says=case.says) + left_behind(bench, before)
-    out = bench.new / "out"  # at most an empty folder that was claimed, or what a pull has fetched
-    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    # At most what a pull has fetched or a push has sent.
     if ended.code and not case.words.startswith(("duet-cache pull", "duet-cache push")):
-        problems += [f"left {p.name} at --out" for p in files if p.name not in _CLAIMED]
+        problems += [f"left {path.name}" for path in bench.new.glob("out*")]
     return f"exit {ended.code}", [*problems, *(ended.err.splitlines()[-2:] if problems else ())]
 
 
