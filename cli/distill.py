@@ -6,10 +6,12 @@ import click
 
 from duet_unlearn import __version__
 from duet_unlearn.cli.commands.ask import ask_command
+from duet_unlearn.cli.commands.attack import attack_command
 from duet_unlearn.cli.commands.demo import demo_command
 from duet_unlearn.cli.commands.evaluate import eval_command
 from duet_unlearn.cli.commands.membership import membership_command
 from duet_unlearn.cli.commands.plan import plan_command
+from duet_unlearn.cli.commands.probe import probe_command
 from duet_unlearn.cli.commands.relearn import relearn_command
 from duet_unlearn.cli.commands.report import report_command
 from duet_unlearn.cli.commands.run import run_command
@@ -34,7 +36,9 @@ main.add_command(run_command)
 main.add_command(eval_command)
 main.add_command(ask_command)
 main.add_command(relearn_command)
+main.add_command(attack_command)
 main.add_command(membership_command)
+main.add_command(probe_command)
 main.add_command(report_command)
 main.add_command(demo_command)
 

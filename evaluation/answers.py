@@ -250,7 +250,8 @@ def _score_batch(
     # The last position predicts what would follow the answer.
     logits = output.logits[:, -kept:-1].float()
     logs, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
-    targets = ids[:, -logits.shape[1] :]
+    # In front of a short answer ids of soft tokens may stand, which have no logit.
+    targets = ids[:, -logits.shape[1] :].clamp(max=logits.shape[-1] - 1)
     taken = logs.gather(-1, targets[..., None])[..., 0]
     return [
         Likelihood(

@@ -80,8 +80,8 @@ def refuse_same_labels(labels: Sequence[str]) -> None:
 
 
 @settings
-class AskConfig(Settings):
-    """Settings of `duet-distill ask`: who is asked, and how."""
+class SubjectsConfig(Settings):
+    """Which models are looked at, the first of them behind a prefix as well."""
 
     models: tuple[ModelSpec, ...] = setting(
         flag=None, help="Models side by side; the first is the reference of all differences."
@@ -96,32 +96,14 @@ class AskConfig(Settings):
     prefix_place: Literal["system", "user", "raw"] = setting(
         default="system", help="Where the prefix stands."
     )
-    attacks: tuple[str, ...] = setting(
-        default=(),
-        metavar="FILE|@NAME",
-        help="Also ask in each of these shapes: a text file, one per line with {query} in it, a "
-        "query file with a column `asked`, a built-in name, @family:NAME, @attacks or @families. "
-        "Repeatable.",
-    )
-    max_new_tokens: Count = setting(default=64, help="Longest generated answer, in tokens.")
     dtype: Dtype = setting(
         default="auto",
         help="Dtype to compute in; auto is the stored one where the hardware is fast in it, else "
         "float32.",
     )
 
-    quantize: tuple[str, ...] = setting(
-        default=(),
-        metavar="int8|int4",
-        help="Also ask each model with its weights rounded, in a row of its own; needs "
-        "duet-unlearn[quantize]. Repeatable.",
-    )
-
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
-        for scheme in self.quantize:
-            if scheme not in SCHEMES:
-                raise ConfigurationError(f"quantize is {scheme!r}, expected {' or '.join(SCHEMES)}")
         if not self.models:
             raise ConfigurationError("models is empty, expected at least one")
         if self.topic is not None and self.prefix is None:
@@ -140,9 +122,9 @@ class AskConfig(Settings):
         plain = (spec.label,) if prefixed is None else (spec.label, prefixed)
         return (*plain, *self.quantized_rows(spec))
 
-    def quantized_rows(self, spec: ModelSpec) -> dict[str, str]:
+    def quantized_rows(self, spec: ModelSpec) -> dict[str, str]:  # noqa: ARG002
         """The rows of one model with rounded weights, each with its scheme."""
-        return {f"{spec.label} {scheme}": scheme for scheme in dict.fromkeys(self.quantize)}
+        return {}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -158,6 +140,37 @@ class AskConfig(Settings):
                 line = (spec.seed_of or spec.label) + label.removeprefix(spec.label)
                 lines[line] = (*lines.get(line, ()), label)
         return lines
+
+
+@settings
+class AskConfig(SubjectsConfig):
+    """Settings of `duet-distill ask`: who is asked, and how."""
+
+    attacks: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE|@NAME",
+        help="Also ask in each of these shapes: a text file, one per line with {query} in it, a "
+        "query file with a column `asked`, a built-in name, @family:NAME, @attacks or @families. "
+        "Repeatable.",
+    )
+    max_new_tokens: Count = setting(default=64, help="Longest generated answer, in tokens.")
+    quantize: tuple[str, ...] = setting(
+        default=(),
+        metavar="int8|int4",
+        help="Also ask each model with its weights rounded, in a row of its own; needs "
+        "duet-unlearn[quantize]. Repeatable.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        for scheme in self.quantize:
+            if scheme not in SCHEMES:
+                raise ConfigurationError(f"quantize is {scheme!r}, expected {' or '.join(SCHEMES)}")
+        SubjectsConfig.__post_init__(self)
+
+    def quantized_rows(self, spec: ModelSpec) -> dict[str, str]:
+        """The rows of one model with rounded weights, each with its scheme."""
+        return {f"{spec.label} {scheme}": scheme for scheme in dict.fromkeys(self.quantize)}
 
 
 @settings

@@ -12,7 +12,7 @@ from duet_unlearn.data.models.folder import context_length, eos_token_ids, read_
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.models.quantization import quantize_weights
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.evaluation.config import AskConfig
+from duet_unlearn.evaluation.config import SubjectsConfig
 from duet_unlearn.evaluation.tasks import Task, check_length
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Subject:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
 
-def open_subjects(config: AskConfig, prefix: str | None) -> list[Subject]:
+def open_subjects(config: SubjectsConfig, prefix: str | None) -> list[Subject]:
     """Find every model; the first one has a second row where there is a prefix.
 
     A model with rounded weights is a model of its own.

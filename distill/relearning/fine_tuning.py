@@ -58,7 +58,7 @@ def fine_tune(
             )
         parameters = [p for p in trained.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate)
-        batches = _batches(len(pairs), batch_size, random.Random(seed))
+        batches = draw_batches(len(pairs), batch_size, random.Random(seed))
         found = []
         for step in range(max(steps) + 1):
             if step in steps:
@@ -76,7 +76,8 @@ def fine_tune(
     return found
 
 
-def _batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
+def draw_batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Yield batches of indices without end; each index comes once before any comes twice."""
     size = min(size, count)
     order: list[int] = []
     while True:

@@ -13,6 +13,13 @@ SERIES_STYLES = 8
 Point = tuple[float, float]
 
 
+def make_chart(
+    title: str, y: str, series: dict[str, list[Any]], *, x: str = "step", log: bool = False
+) -> dict[str, Any]:
+    """Return a chart as a report's content has it; each series is points `[x, y]`."""
+    return {"title": title, "x": x, "y": y, "log": log, "series": series}
+
+
 def lay_out(chart: dict[str, Any]) -> dict[str, Any] | None:
     """Return the pixels of a chart: axes with ticks, a line and dots a series; None without points.
 

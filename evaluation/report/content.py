@@ -9,6 +9,7 @@ from duet_unlearn.data.models.folder import model_name
 from duet_unlearn.data.shapes import load_shapes
 from duet_unlearn.errors import DuetError
 from duet_unlearn.evaluation.measures import RECALL
+from duet_unlearn.evaluation.report.charts import make_chart
 from duet_unlearn.evaluation.report.sources import (
     Document,
     Sources,
@@ -16,6 +17,7 @@ from duet_unlearn.evaluation.report.sources import (
     published,
     reading,
 )
+from duet_unlearn.evaluation.report.stress_tests import describe_stress_tests
 from duet_unlearn.evaluation.report.verdict import Numbers, index_scores, judge, not_tested
 
 CONTENT_FORMAT = 1
@@ -52,8 +54,7 @@ def make_content(
         "leave its folder out, or make it again",
     ):
         students = [_student(student) for student in sources.students]
-        relearnings = [_relearning(name, value) for name, value in sources.relearnings]
-        memberships = [_membership(name, value) for name, value in sources.memberships]
+        stress_tests = describe_stress_tests(sources)
     computed = {found["query"] for found in first_tokens}
     cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
     return {
@@ -63,8 +64,7 @@ def make_content(
         "made_by": f"duet-unlearn {__version__}",
         "evaluations": evaluations,
         "first_tokens": [*first_tokens, *(c for c in cached if c["query"] not in computed)],
-        "relearning": relearnings,
-        "membership": memberships,
+        **stress_tests,
         "students": students,
         "caches": [
             published({key: value for key, value in summary.items() if key != "samples"})
@@ -98,11 +98,7 @@ def _evaluation(name: str, document: Document, sources: Sources) -> Document:
     return {
         "name": name,
         "verdicts": judge(document),
-        "not_tested": not_tested(
-            document,
-            relearned=bool(sources.relearnings),
-            membership=bool(sources.memberships),
-        ),
+        "not_tested": not_tested(document, stress_tests=sources.stress_tests),
         "labels": labels,
         "models": models,
         "columns": columns,
@@ -222,9 +218,9 @@ def _mean(rows: Sequence[Document | None]) -> float | None:
 def _student(student: StudentRun) -> Document:
     run, result = student.run, student.run["result"]
     losses = _curves(student.log, _LOSSES)
-    charts = [_chart("Loss", "loss", losses, log=True)] if any(losses.values()) else []
+    charts = [make_chart("Loss", "loss", losses, log=True)] if any(losses.values()) else []
     if result["evaluations"]:
-        charts.append(_chart("Held out", "recall", _curves(result["evaluations"], _HELD_OUT)))
+        charts.append(make_chart("Held out", "recall", _curves(result["evaluations"], _HELD_OUT)))
     facts = {
         "base": f"{run['base']['name']}, {run['base']['weights']}",
         "cache": run["cache"]["digest"],
@@ -251,74 +247,6 @@ def _curves(entries: Sequence[Document], keys: Mapping[str, str]) -> dict[str, l
         name: [[entry["step"], entry[key]] for entry in entries if key in entry]
         for key, name in keys.items()
     }
-
-
-def _chart(title: str, y: str, series: dict[str, list[Any]], *, log: bool = False) -> Document:
-    return {"title": title, "x": "step", "y": y, "log": log, "series": series}
-
-
-def _relearning(name: str, value: Document) -> Document:
-    """Curves of what comes back against steps, for each thing that was taught.
-
-    A model has one curve there, of the rate that brings most back; the table has all.
-    """
-    charts: dict[str, Document] = {}
-    for curve in value["relearning"]:
-        if not curve.get("worst", True):
-            continue
-        label = f"{curve['model']}, {curve['learning_rate']:g}"
-        for key, title, y in (
-            ("recalled", "Trained on {}", "facts not taught, points"),
-            ("retained", "Trained on {}, kept meanwhile", "retain, points"),
-        ):
-            title = title.format(curve["lesson"])
-            chart = charts.setdefault(title, _chart(title, y, {}))
-            points = [[look["step"], (look.get(key) or {}).get("mean")] for look in curve["looks"]]
-            chart["series"][label] = points
-    return {
-        "name": name,
-        "charts": [chart for chart in charts.values() if _has_points(chart)],
-        "config": published(value.get("config", {})),
-        "curves": [
-            {
-                **{key: curve[key] for key in ("model", "lesson", "learning_rate")},
-                "worst": curve.get("worst", True),
-                "looks": [
-                    {key: look.get(key) for key in ("step", "recalled", "named", "retained")}
-                    for look in curve["looks"]
-                ],
-            }
-            for curve in value["relearning"]
-        ],
-    }
-
-
-def _membership(name: str, value: Document) -> Document:
-    """Return the AUC of each model and score."""
-    found = {(row["model"], row["score"]): row for row in value["membership"]}
-    models = dict.fromkeys(model for model, _ in found)
-    first = next(iter(found.values()))
-    return {
-        "name": name,
-        "scores": [{"score": key, "description": text} for key, text in value["scores"].items()],
-        "rows": [
-            {
-                "label": model,
-                "cells": [
-                    {key: found[model, score][key] for key in ("auc", "low", "high")}
-                    for score in value["scores"]
-                ],
-            }
-            for model in models
-        ],
-        "forget": first["count"],
-        "holdout": first["against"],
-        "config": published(value.get("config", {})),
-    }
-
-
-def _has_points(chart: Document) -> bool:
-    return any(y is not None for points in chart["series"].values() for _, y in points)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What a report is made from: evaluations, relearning, students and caches, found in folders."""
+"""What a report is made from: evaluations, stress tests, students and caches, found in folders."""
 
 import contextlib
 import json
@@ -15,6 +15,13 @@ from duet_unlearn.urls import published_name
 
 LOG_FILE = "duet_log.jsonl"
 
+STRESS_TESTS = {
+    "relearning": "relearn",
+    "membership": "membership",
+    "attacking": "attack",
+    "probing": "probe",
+}
+"""By the key of the rows in its document, the command that makes it."""
 _EVALUATION_KEYS = {"scores", "queries", "models", "sets", "attacks", "config"}
 
 Document = dict[str, Any]
@@ -40,8 +47,8 @@ class Sources:
 
     evaluations: list[tuple[str, Document]] = field(default_factory=list)
     """File name and document."""
-    relearnings: list[tuple[str, Document]] = field(default_factory=list)
-    memberships: list[tuple[str, Document]] = field(default_factory=list)
+    stress_tests: dict[str, list[tuple[str, Document]]] = field(default_factory=dict)
+    """Of each kind, by the key that holds its rows."""
     students: list[StudentRun] = field(default_factory=list)
     caches: list[Document] = field(default_factory=list)
     """As `duet-cache inspect --json` has them."""
@@ -60,7 +67,7 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
     The students that an evaluation names are found where it says they are.
 
     Args:
-        paths: Folders, or JSON files of `duet-distill eval`, `relearn` and `membership`.
+        paths: Folders, or JSON files of `duet-distill eval` and of stress tests.
         summarize_cache: Reads a cache's folder; whoever calls knows caches, this package does not.
 
     Raises:
@@ -124,14 +131,12 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
     keys = value.keys() if isinstance(value, dict) else set()
     if keys >= _EVALUATION_KEYS and value.get("format") == REPORT_FORMAT:
         sources.evaluations.append((path.name, value))
-    elif "relearning" in keys:
-        sources.relearnings.append((path.name, value))
-    elif "membership" in keys:
-        sources.memberships.append((path.name, value))
+    elif found := keys & STRESS_TESTS.keys():
+        sources.stress_tests.setdefault(min(found), []).append((path.name, value))
     elif named:
         raise DataError(
-            f"{path}: neither an evaluation (format {REPORT_FORMAT}), relearning nor membership "
-            "test; name a file of `duet-distill eval --out`, `relearn --out` or `membership --out`"
+            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test; name a "
+            f"file of `duet-distill eval --out`, or of {', '.join(STRESS_TESTS.values())} --out"
         )
 
 

@@ -1,6 +1,6 @@
 """What an evaluation says of each model, in a sentence that claims no more than was measured."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from duet_unlearn.evaluation.measures import RECALL
@@ -95,11 +95,23 @@ def _sentences(
         yield f"{what} even break {base} + prefix, which proves little."
 
 
-def not_tested(document: dict[str, Any], *, relearned: bool, membership: bool = False) -> str:
-    """Return what an auditor would still ask for."""
+_STRESS_TESTS = {
+    "attacking": "searched attacks",
+    "relearning": "relearning",
+    "membership": "membership",
+    "probing": "what the layers hold",
+}
+
+
+def not_tested(document: dict[str, Any], *, stress_tests: Collection[str]) -> str:
+    """Return what an auditor would still ask for.
+
+    Args:
+        document: An evaluation.
+        stress_tests: Keys of those that there are.
+    """
     missing = [] if document["attacks"] else ["attacks"]
-    missing += [] if relearned else ["relearning"]
-    missing += [] if membership else ["membership"]
+    missing += [name for key, name in _STRESS_TESTS.items() if key not in stress_tests]
     if not any(row.get("quantized") for row in document["models"]):
         missing.append("quantized weights")
     if not any(s["split"] == "general" for s in document["sets"]):

@@ -15,6 +15,8 @@ EVAL = "duet-distill eval {model} --forget {forget} --retain {retain} --max-new-
 ASK = "duet-distill ask {model} Who? --max-new-tokens 2"
 RELEARN = "duet-distill relearn {model} --forget {forget} --steps 1 --max-new-tokens 2"
 MEMBERSHIP = "duet-distill membership {model} --forget {forget} --holdout {retain}"
+ATTACK = "duet-distill attack {model} --forget {forget} --suffix-steps 1 --soft-steps 1"
+PROBE = "duet-distill probe {model} --forget {forget} --retain {retain}"
 TUNE = "duet-cache tune --engine transformers --teacher {model} --forget {forget} --retain {retain}"
 PLAN = "duet-distill plan {cache} --student {model} --max-steps 1 --measure 0"
 MERGE = "duet-cache merge {cache} --out {new}"
@@ -99,6 +101,27 @@ form chatty
 limit 0 -1
 batch-size 0
 dtype fp8
+"""
+_ATTACK_VALUES = """
+train nosuch.jsonl @nosuch {model}
+share -0.1 1.5 0 1 nan half
+suffix-steps -1 1.5
+suffix-tokens 0 100000
+suffix-queries 0
+candidates 0
+soft-steps -1 many
+soft-tokens 0 100000
+soft-rate 0 -1 nan fast
+seed -1 1.5
+limit 0 -1
+dtype fp8
+prefix-place sytem front
+"""
+_PROBE_VALUES = """
+limit 0 -1
+batch-size 0
+dtype fp8
+prefix-place sytem front
 """
 _BUILD_VALUES = """
 prefix @nosuch @ {topic}
@@ -362,6 +385,8 @@ def all_cases() -> list[Case]:
         *_settings("eval: wrong values", EVAL, _EVAL_VALUES, yaml=True),
         *_settings("relearn: wrong values", RELEARN, _RELEARN_VALUES, yaml=True),
         *_settings("membership: wrong values", MEMBERSHIP, _MEMBERSHIP_VALUES, yaml=False),
+        *_settings("attack: wrong values", ATTACK, _ATTACK_VALUES, yaml=False),
+        *_settings("probe: wrong values", PROBE, _PROBE_VALUES, yaml=False),
         *_settings("build: wrong values", BUILD, _BUILD_VALUES, yaml=False),
         *_settings("plan: wrong values", PLAN, _RUN_VALUES + _PLAN_VALUES.lstrip(), yaml=False),
         *_settings("tune: wrong values", TUNE, _TUNE_VALUES, yaml=False),
@@ -394,6 +419,8 @@ def all_cases() -> list[Case]:
     for words in (
         f"{EVAL} --out {{new}}",
         f"{RELEARN} --out {{new}}",
+        f"{ATTACK} --out {{new}}",
+        f"{PROBE} --out {{new}}",
         REPORT,
         f"{REPORT} --markdown {{new}}",
     ):

@@ -87,7 +87,7 @@ def test_rows_with_rounded_weights_stand_beside_the_others(tmp_path: Path) -> No
     # A gate holds the rounded student to it, too; no verdict is passed on the rounded base.
     verdicts = [verdict["model"] for verdict in judge(document)]
     assert verdicts == ["student", "student int8", "student int4"]
-    assert "quantized" not in not_tested(document, relearned=True)
+    assert "quantized" not in not_tested(document, stress_tests={"relearning"})
     with pytest.raises(RequirementError, match="student int4: forget is"):
         check_requirements("forget<5", report)
 

@@ -1,0 +1,1 @@
+"""Probing: does a model still hold inside what it no longer says?"""

@@ -1,0 +1,32 @@
+"""What a probe is told: settings, checked when they are made."""
+
+from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.evaluation.config import SubjectsConfig
+from duet_unlearn.settings import Count, setting, settings
+
+
+@settings
+class ProbeConfig(SubjectsConfig):
+    """Settings of `duet-distill probe`."""
+
+    forget: tuple[str, ...] = setting(
+        group="What to ask",
+        metavar="FILE",
+        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
+        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+    )
+    retain: tuple[str, ...] = setting(
+        metavar="FILE",
+        help="Queries with answers that are kept: the linear probe is trained on them. Repeatable.",
+    )
+    limit: Count = setting(
+        default=256, help="Take at most this many queries of each split, evenly spread."
+    )
+    batch_size: Count = setting(default=32, help="Most queries of a forward pass.")
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        SubjectsConfig.__post_init__(self)
+        for name in ("forget", "retain"):
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} is empty, expected at least one")
