@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.teacher_cache.format.manifest import Manifest
-from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.urls import redact_url, visible
 
@@ -32,14 +31,14 @@ def summarize(cache: str | Path) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": manifest.num_bytes,
         "bytes_per_logit": manifest.num_bytes / max(1, _logits(manifest)),
-        "splits": {split: _split(manifest, split) for split in SPLITS},
+        "splits": {split: _split(manifest, split) for split in manifest.splits},
         "samples": list(manifest.samples),
         "check": manifest.check,
     }
 
 
 def _logits(manifest: Manifest) -> int:
-    positions = sum(manifest.splits[split].positions for split in SPLITS)
+    positions = sum(manifest.splits[split].positions for split in manifest.splits)
     return positions * manifest.recipe.top_k
 
 
@@ -57,14 +56,15 @@ def _split(manifest: Manifest, split: str) -> dict[str, Any]:
 def render_summary(summary: dict[str, Any]) -> str:
     """Return the summary as text for a terminal of 80 columns or more."""
     recipe = summary["recipe"]
-    retain = "forget and retain" if recipe["retain_prefix"] else "forget"
+    steered = "forget and retain" if recipe["retain_prefix"] else "forget"
+    prefix = [f'prefix    "{recipe["prefix"]}"']
+    prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
     engines = ", ".join(_engine(engine) for engine in summary["engines"])
     lines = [
         f"cache     {summary['cache']}",
         f"digest    {summary['digest']}",
         f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or 'unknown'}",
-        f'prefix    "{recipe["prefix"]}"',
-        f"          at {recipe['prefix_place']}, in front of {retain} queries",
+        *(prefix if recipe["prefix"] else ["prefix    none"]),
         f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
         f"{recipe['positions']} position(s), {recipe['logit_dtype']} logits",
         f"size      {summary['shards']} shard(s), {_bytes(summary['bytes'])}, "
@@ -80,7 +80,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     if summary["check"] is not None:
         lines += ["", "the teacher on a sample of the queries"]
         lines += [f"  {name:<32}{value:>10}" for name, value in summary["check"].items()]
-    for split in SPLITS:
+    for split in summary["splits"]:
         sample = next((s for s in summary["samples"] if s.get("split") == split), None)
         if sample is not None:
             lines += ["", *_render_sample(sample)]
