@@ -115,7 +115,7 @@ def render_prompts(
     queries = list(chain.from_iterable(shards))
     _warn_of_control_tokens(queries, renderer)
     student: dict[int, dict[int, TokenIds]] = {index: {} for index in wanted}
-    teacher = {index: ShardPrompts(index=index, prompts={}, given={}) for index in wanted}
+    teacher = {index: ShardPrompts(index=index, prompts={}) for index in wanted}
     longest, longest_query = 0, queries[0]
     bar = tqdm(total=len(queries), desc="prompts", unit=" queries", disable=None, leave=False)
     with bar:

@@ -4,7 +4,7 @@ One engine in this process does it here; many in the processes of a Ray cluster 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ class ShardPrompts:
     """Which shard."""
     prompts: dict[int, npt.NDArray[np.int32]]
     """By number in the shard, each `[P]`."""
-    given: dict[int, npt.NDArray[np.int32]]
+    given: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     """Responses to score in place of decoding some, `[T]`."""
 
 
