@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable
 from typing import TypedDict
 
+STRETCH = '["tokens '
+"""How the text of a row begins that is a stretch of a longer one."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -58,8 +60,20 @@ def split_view(text: str) -> tuple[str | None, str]:
     return parts[0], parts[1]
 
 
-def check_messages(value: object) -> tuple[Message, ...]:
+def asked_text(text: str) -> str:
+    """The query alone of a row's text: without a view, and without a given response."""
+    query = split_view(text)[1]
+    turns = messages_from_text(query)
+    answered = len(turns) > 1 and turns[-1]["role"] == "assistant"
+    return text_from_messages(turns[:-1]) if answered else query
+
+
+def check_messages(value: object, *, answered: bool = False) -> tuple[Message, ...]:
     """A conversation out of parsed JSON or Arrow, with `role` and `content` in each turn.
+
+    Args:
+        value: the turns.
+        answered: whether an assistant's turn may be the last, too.
 
     Raises:
         ValueError: it is not a list of turns that ends with a user turn; the message says which
@@ -68,7 +82,7 @@ def check_messages(value: object) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"`messages` must be a list of turns, found {type_name(value)}")
     turns = tuple(_check_turn(turn, number) for number, turn in enumerate(value, start=1))
-    if turns[-1]["role"] != "user":
+    if turns[-1]["role"] not in ("user", "assistant")[: 1 + answered]:
         raise ValueError(f"`messages` must end with a user turn, found {turns[-1]['role']!r} last")
     if not turns[-1]["content"].strip():
         raise ValueError("the last turn of `messages` is blank; remove the row or fill it in")
@@ -130,6 +144,6 @@ def _parse(text: str) -> tuple[Message, ...] | None:
     if not text.startswith("["):
         return None
     try:
-        return check_messages(json.loads(text))
+        return check_messages(json.loads(text), answered=True)
     except (ValueError, RecursionError):
         return None

@@ -14,12 +14,13 @@ tokenizer reads it, special tokens included, for teacher and student alike; `Que
 writes it so that it is not.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.insertions import insertion_places
+from duet_unlearn.data.insertions import common_head, insertion_places
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.models.tokenizer import control_tokens, load_tokenizer, opening_ids
 from duet_unlearn.errors import ConfigurationError, DataError, first_line
@@ -37,6 +38,7 @@ PLACES = ("system", "user", "raw")
 SEPARATOR = "\n\n"
 """Between the prefix and the text that follows it in the same turn."""
 
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: tuple[Message, ...] = (Message(role="user", content="Hello"),)
 _PLACEHOLDER = "Placeholder7c1d"
 
@@ -127,6 +129,66 @@ class PromptRenderer:
         They are the tokens that the answer alone has, as a model that had said it would have.
         """
         return list(self._encode(text if self._has_template else SEPARATOR + text))
+
+    def answered_ids(
+        self, messages: Sequence[Message], ends: Sequence[int] = (), *, every: bool = False
+    ) -> tuple[list[int], int, int]:
+        """Token ids of a conversation that ends with the assistant's turn, and that turn in them.
+
+        The turn is what the chat template marks with `generation`, else what follows the generation
+        prompt, up to the first of `ends`. A document, such a turn alone, is written without the
+        template; without one, and behind a document, stands the first of `ends`.
+
+        Args:
+            messages: the conversation.
+            ends: end-of-sequence tokens.
+            every: take all turns in the place of the last, from the second token on.
+
+        Returns:
+            Token ids `[L]`, where the turn starts in them, and where it stops.
+
+        Raises:
+            DataError: the chat template refuses the conversation, leaves the turn out, or writes
+                other turns otherwise because of it.
+        """
+        if len(messages) == 1 or not self._has_template:
+            ids = self.plain_ids([turn["content"] for turn in messages])
+            before = self.plain_ids([turn["content"] for turn in messages[:-1]])
+            ids += ends[:1]
+            return ids, 1 if before and every else max(1, common_head(before, ids)), len(ids)
+        try:
+            text = self._apply_template(messages, add_generation_prompt=False)
+            begun = self._apply_template(messages[:-1], add_generation_prompt=False)
+            marked = _MARK.search(str(self._tokenizer.chat_template)) and self._marked(messages)
+        except ValueError as error:
+            raise DataError(
+                f"the chat template refuses the response {messages[-1]['content'][:60]!r}: {error}"
+            ) from error
+        ids = list(self._encode(text))
+        if every:
+            return ids, 1, len(ids)
+        if marked:
+            start, stop = marked
+        else:
+            # A token across the border is the turn's: what stands before it predicts it.
+            start = common_head(self.student_ids(messages[:-1]), ids)
+            stop = next((n + 1 for n in range(start, len(ids)) if ids[n] in ends), len(ids))
+        if not (0 < start < stop and text.startswith(begun)):
+            raise DataError(
+                "the chat template does not show which tokens the assistant's turn "
+                f"{messages[-1]['content'][:60]!r} has; mark them with {{% generation %}} in the "
+                "template, or score every token"
+            )
+        return ids, start, stop
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[int, int]:
+        """The last run of tokens that the template itself marks as the assistant's."""
+        found = self._render(
+            messages, False, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = "".join(map(str, found["assistant_masks"]))
+        stop = mask.rfind("1") + 1
+        return mask.rfind("0", 0, stop) + 1, stop
 
     def plain_ids(self, texts: Sequence[str], *, prefixed: bool = False) -> list[int]:
         """Token ids of texts to continue, joined by blank lines, without the chat template.
@@ -268,20 +330,26 @@ class PromptRenderer:
         for place in range(first - 1, len(student_text[:first].rstrip()) - 1, -1):
             yield place, student_text[place:first] + teacher_text[first : first + added]
 
-    def _apply_template(self, messages: Sequence[Message]) -> str:
+    def _apply_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
         """Render by the chat template; whatever it raises becomes a ValueError of one line."""
+        return str(self._render(messages, add_generation_prompt, tokenize=False))
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, **options: Any
+    ) -> Any:
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 [{"role": turn["role"], "content": turn["content"]} for turn in messages],
-                tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 strftime_now=_strftime_on_template_date,
+                **options,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise ValueError(first_line(error)) from error
-        return str(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # A template writes its own BOS, so the tokenizer must not add a second one.

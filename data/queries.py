@@ -10,8 +10,9 @@ A bad row is an error that names the file and the line, never a row that is quie
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from duet_unlearn.data.kits import find_kit
 from duet_unlearn.data.messages import (
@@ -24,15 +25,20 @@ from duet_unlearn.data.messages import (
     text_in_view,
     type_name,
 )
-from duet_unlearn.data.query_files import open_rows
+from duet_unlearn.data.query_files import Rows, open_rows
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "SPLITS",
     "Message",
     "Query",
     "load_queries",
+    "load_responses",
     "fingerprint_queries",
     "fingerprint_rows",
     "hashed_id",
@@ -43,9 +49,22 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("forget", "retain", "general")
+SPLITS = ("forget", "retain", "general", "train")
 WORD_JOINER = "\u2060"
 QUERY_COLUMNS = ("query", "question", "messages")
+RESPONSE_COLUMNS = ("response", "answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Given:
+    """A response that was given for a query, or a stretch of it, as tokens."""
+
+    text: str
+    """What tells the row from others, beside its split."""
+    prompt_ids: "npt.NDArray[np.int32]"
+    """What stands before it, `[P]`."""
+    response_ids: "npt.NDArray[np.int32]"
+    """`[T]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +74,10 @@ class Query:
     query_id: str
     """The user's id, or `q-` and 16 hex digits that follow from split and text."""
     split: str
-    """`forget`, `retain`, or (in evaluation only) `general`."""
+    """`forget`, `retain`, `train`, or (in evaluation only) `general`."""
     messages: tuple[Message, ...]
-    """The conversation; it ends with a user turn. A plain query is one user turn."""
+    """The conversation; it ends with a user turn, or with the assistant's where the response is
+    given. A plain query is one user turn, a document one turn of the assistant's."""
     answer: str | None = None
     """The reference answer. Evaluation reads it; it never enters a cache."""
     kind: str | None = None
@@ -67,6 +87,8 @@ class Query:
 
     view: Shape | None = None
     """The shape in which it is asked; None asks it plainly."""
+    given: Given | None = None
+    """The tokens to score; None decodes a response."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -102,6 +124,8 @@ class Query:
     @property
     def text(self) -> str:
         """The query as one string; `split_view` and `messages_from_text` turn it back."""
+        if self.given is not None:
+            return self.given.text
         text = text_from_messages(self.messages)
         return text if self.view is None else text_in_view(self.view.text, text)
 
@@ -126,6 +150,27 @@ def fingerprint_rows(rows: Iterable[tuple[str, str, str]]) -> str:
         for row in rows
     )
     return "sha256:" + hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+def load_responses(source: str) -> list[Query]:
+    """Read queries with given responses, or documents, of the split `train`; see `load_queries`.
+
+    A row is `messages` whose last turn is the assistant's, a query (also named `prompt`) with a
+    `response` or `answer`, or a `text`: a document.
+
+    Raises:
+        DataError: as in `load_queries`, and where the source is a kit.
+    """
+    if find_kit(source):
+        raise DataError(
+            f"{source}: a kit's answers are for evaluation and never enter a cache; give a file "
+            "of responses to train on"
+        )
+    return _load(
+        open_rows(source, needs_one_of=(*QUERY_COLUMNS, "prompt", "text")),
+        source,
+        lambda row: _query_from_row(row, "train", _answered_messages(row)),
+    )
 
 
 def load_queries(source: str, *, split: str, require_answers: bool = False) -> list[Query]:
@@ -153,13 +198,22 @@ def load_queries(source: str, *, split: str, require_answers: bool = False) -> l
             for path in kit.files(split, answers=require_answers)
             for query in load_queries(str(path), split=split, require_answers=require_answers)
         ]
+
+    def read(row: Mapping[str, object]) -> Query:
+        query = _query_from_row(row, split, _messages_of_row(row))
+        if require_answers and query.answer is None:
+            raise ValueError("no answer; evaluation needs a value in the column `answer`")
+        return query
+
+    return _load(open_rows(source, needs_one_of=QUERY_COLUMNS), source, read)
+
+
+def _load(rows: Rows, source: str, read: Callable[[Mapping[str, object]], Query]) -> list[Query]:
     kept: dict[str, tuple[Query, str]] = {}
     duplicates = 0
-    for place, row in open_rows(source, needs_one_of=QUERY_COLUMNS):
+    for place, row in rows:
         try:
-            query = _query_from_row(row, split)
-            if require_answers and query.answer is None:
-                raise ValueError("no answer; evaluation needs a value in the column `answer`")
+            query = read(row)
             first, first_place = kept.setdefault(query.query_id, (query, place))
             duplicates += first is not query
             if first.messages != query.messages:
@@ -176,9 +230,8 @@ def load_queries(source: str, *, split: str, require_answers: bool = False) -> l
     return [query for query, _ in kept.values()]
 
 
-def _query_from_row(row: Mapping[str, object], split: str) -> Query:
+def _query_from_row(row: Mapping[str, object], split: str, messages: tuple[Message, ...]) -> Query:
     """One query, or a ValueError that says what is wrong with the row."""
-    messages = _messages_of_row(row)
     return Query(
         query_id=_label(row, "id") or hashed_id(split, text_from_messages(messages)),
         split=split,
@@ -189,22 +242,45 @@ def _query_from_row(row: Mapping[str, object], split: str) -> Query:
     )
 
 
-def _messages_of_row(row: Mapping[str, object]) -> tuple[Message, ...]:
-    for column in QUERY_COLUMNS:
+def _answered_messages(row: Mapping[str, object]) -> tuple[Message, ...]:
+    """A conversation that ends with the assistant's turn, or a document as such a turn alone."""
+    columns = (*QUERY_COLUMNS, "prompt", "text")
+    first = next((name for name in columns if row.get(name) not in (None, "", [])), "")
+    turns: tuple[Message, ...] = ()
+    if first == "text":
+        answer = row["text"]
+    else:
+        turns = _messages_of_row(row, (*QUERY_COLUMNS, "prompt"), answered=True)
+        if turns[-1]["role"] == "assistant":
+            return turns
+        first = next((name for name in RESPONSE_COLUMNS if row.get(name) is not None), "response")
+        answer = row.get(first)
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(
+            "no response; expected text in `response`, `answer` or `text`, or `messages` that end "
+            f"with the assistant's turn, found {type_name(answer)} in `{first}`"
+        )
+    return (*turns, Message(role="assistant", content=check_text(answer, first)))
+
+
+def _messages_of_row(
+    row: Mapping[str, object], columns: Sequence[str] = QUERY_COLUMNS, *, answered: bool = False
+) -> tuple[Message, ...]:
+    for column in columns:
         value = row.get(column)
         # An empty cell says "see the next column"; blanks were typed, and are a mistake.
         if value is None or value == "" or value == []:
             continue
         if column == "messages":
-            return check_messages(_decode_messages(value))
+            return check_messages(_decode_messages(value), answered=answered)
         if not isinstance(value, str):
             raise ValueError(f"`{column}` must be text, found {type_name(value)}")
         if not value.strip():
             raise ValueError(f"`{column}` is blank; remove the row or fill in the query")
         return (Message(role="user", content=check_text(value, column)),)
-    columns = ", ".join(row) or "none"
+    found = ", ".join(row) or "none"
     raise ValueError(
-        f"no query; expected a value in `query`, `question` or `messages` (columns: {columns})"
+        f"no query; expected a value in `query`, `question` or `messages` (columns: {found})"
     )
 
 

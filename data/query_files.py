@@ -15,7 +15,7 @@ from duet_unlearn.data.hub_datasets import load_hub_dataset
 from duet_unlearn.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-OPTIONAL_COLUMNS = ("id", "answer", "kind", "wrong_answers")
+OPTIONAL_COLUMNS = ("id", "answer", "response", "kind", "wrong_answers")
 """What a table may have beside a query; further columns are not read."""
 BOM = b"\xef\xbb\xbf"
 

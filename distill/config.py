@@ -108,6 +108,10 @@ class RunConfig(Settings):
     temperature: Positive = setting(
         default=1.0, help="Divides the logits before their softmax; for kl and reverse-kl."
     )
+    ce_weight: Share = setting(
+        default=0.0,
+        help="Share of cross-entropy on the tokens, given or decoded; --loss has the rest.",
+    )
     top_k: Count | None = setting(
         default=None,
         help="Train on the strongest K of the cached tokens.  [default: the cache's K]",
@@ -120,9 +124,7 @@ class RunConfig(Settings):
         help="Replace this share of the weights by noise before training; relearning recovers "
         "less.",
     )
-    noise_beta: NotNegative = setting(
-        default=0.1, help="Scale of the noise, in Xavier-uniform draws."
-    )
+    noise_beta: NotNegative = setting(default=0.1, help="Scale of the noise, in Xavier draws.")
     layers: str | None = setting(
         default=None,
         group="Trainable parameters",
@@ -139,9 +141,7 @@ class RunConfig(Settings):
         aliases=("lora-r", "lora", "use-peft"),
         help="Train a LoRA adapter of this rank; needs duet-unlearn[lora].",
     )
-    lora_alpha: Positive | None = setting(
-        default=None, help="LoRA alpha.  [default: twice the rank]"
-    )
+    lora_alpha: Positive | None = setting(default=None, help="LoRA alpha.  [default: 2 * rank]")
     lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = setting(
         default=0.0, help="Dropout on the adapter's inputs."
     )

@@ -211,7 +211,7 @@ def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:
 
     Args:
         logits: The student's raw logits at the scored positions, `[..., V]`.
-        token_ids: Cached token ids, `[..., K]` int64, distinct, each smaller than V.
+        token_ids: Cached token ids, `[..., K]` int64, each smaller than V.
         tail: Whether to add the logsumexp of all other tokens.
 
     Returns:
@@ -224,6 +224,28 @@ def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:
     # rounding, and its gradient in the division by it.
     others = single(logits).scatter(-1, token_ids, -math.inf)
     return torch.cat([cached, others.logsumexp(dim=-1, keepdim=True)], dim=-1)
+
+
+def with_cross_entropy(
+    scores: Tensor, token_ids: Tensor, response_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Split what a student gives the response's tokens from what a loss compares.
+
+    Args:
+        scores: The student's at the response's token and the cached ones, and its tail beyond all
+            of them: `[..., 1 + K + 1]`.
+        token_ids: Cached token ids, `[..., K]`.
+        response_ids: The token that follows at each position, `[...]`.
+
+    Returns:
+        Scores `[..., K + 1]` at the cached tokens, with the tail beyond them; and the cross-entropy
+        of the response's token in nats, `[...]`.
+    """
+    token, cached, rest = scores[..., 0], scores[..., 1:-1], scores[..., -1]
+    outside = (token_ids != response_ids[..., None]).all(dim=-1)
+    tail = torch.where(outside, torch.logaddexp(rest, token), rest)
+    both = torch.cat([cached, tail[..., None]], dim=-1)
+    return both, both.logsumexp(dim=-1) - token
 
 
 def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Everything comes from the manifest, so it costs the same for any size of cache.
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.urls import redact_url, visible
 
@@ -39,7 +38,7 @@ def summarize(cache: str | Path) -> dict[str, Any]:
                 "mean_top_k_mass": sums.mass / max(1, sums.positions),
                 "mean_entropy_nats": sums.entropy / max(1, sums.positions),
             }
-            for split, sums in ((split, manifest.splits[split]) for split in SPLITS)
+            for split, sums in manifest.splits.items()
         },
         "samples": list(manifest.samples),
         "check": manifest.check,
@@ -49,14 +48,15 @@ def summarize(cache: str | Path) -> dict[str, Any]:
 def render_summary(summary: dict[str, Any]) -> str:
     """Return the summary as text for a terminal of 80 columns or more."""
     recipe = summary["recipe"]
-    retain = "forget and retain" if recipe["retain_prefix"] else "forget"
+    steered = "forget and retain" if recipe["retain_prefix"] else "forget"
+    prefix = [f'prefix    "{recipe["prefix"]}"']
+    prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
     engines = ", ".join(_engine(engine) for engine in summary["engines"])
     lines = [
         f"cache     {summary['cache']}",
         f"digest    {summary['digest']}",
         f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or 'unknown'}",
-        f'prefix    "{recipe["prefix"]}"',
-        f"          at {recipe['prefix_place']}, in front of {retain} queries",
+        *(prefix if recipe["prefix"] else ["prefix    none"]),
         f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
         f"{recipe['positions']} position(s), {recipe['logit_dtype']} logits",
         f"size      {summary['shards']} shard(s), {_bytes(summary['bytes'])}, "
@@ -72,7 +72,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     if summary["check"] is not None:
         lines += ["", "the teacher on a sample of the queries"]
         lines += [f"  {name:<32}{value:>10}" for name, value in summary["check"].items()]
-    for split in SPLITS:
+    for split in summary["splits"]:
         sample = next((s for s in summary["samples"] if s.get("split") == split), None)
         if sample is not None:
             lines += ["", *_render_sample(sample)]

@@ -47,7 +47,7 @@ class CachedRow:
     prompt_ids: npt.NDArray[np.int32]
     """The student's prompt, `[P]`."""
     response_ids: npt.NDArray[np.int32]
-    """The teacher's greedy tokens, `[T]`."""
+    """The tokens along the positions, `[T]`: what the teacher decoded, or what was given."""
     token_ids: npt.NDArray[np.int32]
     """Top-K ids by descending logit, `[T, K]`."""
     logits: npt.NDArray[np.float32]
@@ -92,7 +92,7 @@ class CacheReader:
         self._shards = shards
         self.num_rows = manifest.num_rows
         self.splits = np.concatenate([_split_codes(shard) for shard in manifest.shards])
-        """Split of every row, `[num_rows]`, 0 for forget and 1 for retain."""
+        """Split of every row, `[num_rows]`, its place in `SPLITS`."""
         # Of each row group, its shard and which of that shard's it is.
         self._locations: list[tuple[int, int]] = []
         groups: list[range] = []
@@ -342,6 +342,5 @@ def check_bytes(path: Path, shard: ShardEntry, where: str | None = None) -> None
 
 
 def _split_codes(shard: ShardEntry) -> npt.NDArray[np.uint8]:
-    return np.repeat(
-        np.arange(len(SPLITS), dtype=np.uint8), [shard.rows[split] for split in SPLITS]
-    )
+    counts = list(shard.rows.values())
+    return np.repeat(np.arange(len(counts), dtype=np.uint8), counts)

@@ -87,7 +87,7 @@ def _verify(
             continue
         identities.extend(rows)
         checked += len(rows)
-        for split in SPLITS:
+        for split in manifest.splits:
             totals[split] += statistics[split]
     if checked == manifest.num_rows:
         problems.extend(_check_whole(folder, manifest, totals, identities))
@@ -111,13 +111,12 @@ def _check_shard(
             sums[split] += found
     file.close()
     splits = [split for _, split, _ in rows]
-    expected = [split for split in SPLITS for _ in range(entry.rows[split])]
+    expected = [split for split, count in entry.rows.items() for _ in range(count)]
     if splits != expected:
-        raise CorruptCacheError(
-            f"{path}: {splits.count('forget')} forget and {splits.count('retain')} retain rows in "
-            f"its order, the manifest says {entry.rows['forget']} and then {entry.rows['retain']}"
-        )
-    for split in SPLITS:
+        there = " and ".join(f"{splits.count(split)} {split}" for split in entry.rows)
+        listed = " and then ".join(map(str, entry.rows.values()))
+        raise CorruptCacheError(f"{path}: {there} rows in its order, the manifest says {listed}")
+    for split in manifest.splits:
         if not sums[split].agrees_with(file.statistics[split]):
             raise CorruptCacheError(
                 f"{path}: its sums over {split} rows ({file.statistics[split].summary()}) are not "
@@ -136,7 +135,7 @@ def _check_whole(
         yield f"{folder}: its queries are not those that the manifest names"
     if len({(split, query_id) for query_id, split, _ in identities}) != len(identities):
         yield f"{folder}: a query stands in it twice"
-    for split in SPLITS:
+    for split in manifest.splits:
         listed, found = manifest.splits[split], totals[split]
         if not listed.agrees_with(found):
             yield (

@@ -76,6 +76,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """Make another one: see `make_tiny_model`."""
+    return make_tiny_model
+
+
 WriteQueries = Callable[..., Path]
 
 

@@ -32,6 +32,13 @@ def _read_part(_ctx: click.Context, param: click.Parameter, value: str | None) -
     help="The steering prefix, or a built-in one: see `duet-cache prefixes`.",
 )
 @click.option(
+    "--no-prefix",
+    is_flag=True,
+    cls=Extra,
+    group="How to steer",
+    help="Take the teacher as it is: for ordinary distillation with --train and --responses.",
+)
+@click.option(
     "--prefix-from",
     cls=Extra,
     group="How to steer",
@@ -62,6 +69,7 @@ def build_command(
     ctx: click.Context,
     /,
     prefix_text: str | None,
+    no_prefix: bool,
     prefix_from: str | None,
     topic: str | None,
     part: Part | None,
@@ -77,15 +85,21 @@ def build_command(
 
     if workers is None and ctx.get_parameter_source("ray_address") is not ParameterSource.DEFAULT:
         raise click.UsageError("--ray needs --workers N: how many engines to run there")
-    steering = _read_prefix(prefix_text, prefix_from, topic)
+    steering = _read_prefix(prefix_text, prefix_from, topic, no_prefix=no_prefix)
     config = read_settings(ctx, BuildConfig, part=part, **steering)
     _print_build(config, build(config), as_json=as_json)
 
 
-def _read_prefix(prefix: str | None, prefix_from: str | None, topic: str | None) -> dict[str, Any]:
+def _read_prefix(
+    prefix: str | None, prefix_from: str | None, topic: str | None, *, no_prefix: bool
+) -> dict[str, Any]:
     """Return the prefix, and all that a file says of how it steers best."""
-    if (prefix is None) == (prefix_from is None):
-        raise click.UsageError("give one of --prefix TEXT|@NAME and --prefix-from FILE")
+    if [prefix is None, prefix_from is None, not no_prefix].count(False) != 1:
+        raise click.UsageError(
+            "give one of --prefix TEXT|@NAME, --prefix-from FILE and --no-prefix"
+        )
+    if no_prefix:
+        return {"prefix": None}
     if prefix is not None:
         from duet_unlearn.data.prefixes import resolve_prefix
 

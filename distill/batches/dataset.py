@@ -2,7 +2,7 @@
 
 The layout of a row, `-` for padding:
 
-    - - p p p r r -      prompt left padded, the teacher's own tokens to the right of it
+    - - p p p r r -      prompt left padded, the teacher's own or given tokens right of it
           s s s          scored: the last prompt token and every response token but the last
 
 All rows end their prompts in the same column, so the scored positions of the whole batch are the
@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.data.shapes import Shape
-from duet_unlearn.distill.batches.sampler import FORGET, PLAIN, RETAIN, Draw
+from duet_unlearn.distill.batches.sampler import FORGET, PLAIN, RETAIN, TRAIN, Draw
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
-SPLIT_CODES = {"forget": FORGET, "retain": RETAIN}
+SPLIT_CODES = {"forget": FORGET, "retain": RETAIN, "train": TRAIN}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,9 @@ class CacheDataset(Dataset[Example]):
     def __getitem__(self, draw: Draw) -> Example:
         row = self.reader.row(draw.row)
         name, prompt_ids = row.query_id, row.prompt_ids
-        if draw.view != PLAIN and self.renderer is not None:
+        # A row of `train` has no other shape.
+        in_view = draw.view != PLAIN and row.split != "train"
+        if in_view and self.renderer is not None:
             view = self.views[draw.view]
             name = f"{row.query_id}/{view.name}"
             if (target := self.targets.get((draw.row, draw.view))) is not None:
@@ -123,8 +125,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids`: `[B, L]` int64;
-        `token_ids` `[B, T, K]` int64, `teacher_logits` `[B, T, K]` and `teacher_logsumexp`
-        `[B, T]` float32; `position_mask` `[B, T]` bool; `weight` `[B]` float32;
+        `response_ids` `[B, T]` and `token_ids` `[B, T, K]` int64; `teacher_logits` `[B, T, K]` and
+        `teacher_logsumexp` `[B, T]` float32; `position_mask` `[B, T]` bool; `weight` `[B]` float32;
         `split` `[B]` int64; `names`: B strings.
     """
     rows = len(examples)
@@ -134,6 +136,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     # Id 0 pads: every model has it, and the attention mask hides it.
     input_ids = np.zeros((rows, prompt_width + positions - 1), np.int64)
     attention_mask = np.zeros_like(input_ids)
+    response_ids = np.zeros((rows, positions), np.int64)
     token_ids = np.zeros((rows, positions, top_k), np.int64)
     teacher_logits = np.zeros((rows, positions, top_k), np.float32)
     teacher_logsumexp = np.zeros((rows, positions), np.float32)
@@ -144,6 +147,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         start, scored = prompt_width - len(example.prompt_ids), len(example.response_ids)
         input_ids[i, start : start + len(sequence)] = sequence
         attention_mask[i, start : start + len(sequence)] = 1
+        response_ids[i, :scored] = example.response_ids
         token_ids[i, :scored] = example.token_ids
         teacher_logits[i, :scored] = example.logits
         teacher_logsumexp[i, :scored] = example.logsumexp
@@ -152,6 +156,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.cumsum(axis=1) - 1).clip(min=0),
+        "response_ids": response_ids,
         "token_ids": token_ids,
         "teacher_logits": teacher_logits,
         "teacher_logsumexp": teacher_logsumexp,

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order
 
-FORGET, RETAIN = 0, 1
+FORGET, RETAIN, TRAIN = 0, 1, 2
 
 # Row groups of each split that are mixed at a time. Two windows, and two more while moving on,
 # stay within what the reader keeps decoded.
@@ -45,11 +45,11 @@ def epoch_order(
 ) -> RowIndices:
     """Return every row once, in the order of one epoch.
 
-    Any stretch of n rows holds forget and retain rows in the cache's proportion, off by less than
-    one row at its ends.
+    Any stretch of n rows holds the splits in the cache's proportion, off by less than a row of each
+    at its ends.
 
     Args:
-        splits: Split of every row, `[N]`, 0 forget and 1 retain; others are left out.
+        splits: Split of every row, `[N]`, its place in `SPLITS`; others are left out.
         row_groups: Rows that are decoded together.
         seed: Of the run.
         epoch: Number of the epoch, from 0.
@@ -58,11 +58,11 @@ def epoch_order(
         `[N]` row indices.
     """
     generator = np.random.default_rng([seed, epoch])
-    forget, retain = (
-        _shuffle_windows(_rows_by_group(splits, row_groups, split), generator)
-        for split in (FORGET, RETAIN)
-    )
-    return merge_in_proportion(forget, retain)
+    merged = np.empty(0, np.int64)
+    for split in (FORGET, RETAIN, TRAIN):
+        rows = _shuffle_windows(_rows_by_group(splits, row_groups, split), generator)
+        merged = merge_in_proportion(merged, rows)
+    return merged
 
 
 def _rows_by_group(

@@ -72,6 +72,6 @@ def _head_bytes(model: "PreTrainedModel", config: RunConfig, lengths: Lengths) -
     from duet_unlearn.distill.model.sparse_head import PIECE_NUMBERS
 
     text = model.config.get_text_config()
-    tail = config.objective != "duet" or Loss(name=config.loss).tail
+    tail = config.objective != "duet" or Loss(name=config.loss).tail or bool(config.ce_weight)
     width = text.vocab_size if tail else int(config.top_k or 1) * text.hidden_size
     return 8 * min(PIECE_NUMBERS, lengths.scored * int(width))

@@ -107,7 +107,8 @@ class ScoresWithTail(torch.autograd.Function):
             logits_nV = single(hidden_NH[part] @ weight_VH.T)
             logits_nV.scatter_(-1, token_ids_NK[part], -math.inf)
             grad_nV = logits_nV.sub_(tail_N1[part]).exp_().mul_(grad_NS[part, -1:])
-            grad_nV.scatter_(-1, token_ids_NK[part], grad_NS[part, :-1])
+            # Added to zeros: a token may be there twice.
+            grad_nV.scatter_add_(-1, token_ids_NK[part], grad_NS[part, :-1])
             grad_nV = grad_nV.to(weight_VH.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_nV @ weight_VH

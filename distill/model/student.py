@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
+from duet_unlearn.data.messages import STRETCH, messages_from_text, split_view
 from duet_unlearn.data.models.fingerprint import (
     chat_template_fingerprint,
     config_fingerprint,
@@ -22,7 +23,6 @@ from duet_unlearn.data.models.folder import (
     resolve_model_folder,
     stored_dtype,
 )
-from duet_unlearn.data.queries import messages_from_text, split_view
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.errors import DataError, MismatchError
 from duet_unlearn.files import user_path
@@ -162,11 +162,19 @@ def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | 
         cached = row.prompt_ids.tolist()
         view, query = split_view(row.query)
         messages = messages_from_text(query)
-        found = (
-            renderer.student_ids(messages)
-            if view is None
-            else Shape(name="view", text=view).render(messages, renderer)
-        )
+        if row.split == "train" and query.startswith(STRETCH):
+            continue  # its text is not all that its tokens come from
+        if view is not None:
+            found = Shape(name="view", text=view).render(messages, renderer)
+        elif messages[-1]["role"] == "assistant":
+            cached += row.response_ids.tolist()
+            recipe = reader.manifest.recipe
+            found, _, _ = renderer.answered_ids(
+                messages, recipe.eos_token_ids, every=recipe.scored == "all"
+            )
+            found = found[: len(cached)]  # a template may go on behind a turn
+        else:
+            found = renderer.student_ids(messages)
         pairs = itertools.zip_longest(cached, found, fillvalue="none")
         for at, (theirs, ours) in enumerate(pairs):
             if theirs != ours:
@@ -196,7 +204,8 @@ def _check_head(student: Student, reader: CacheReader) -> None:
     if student.head_width >= recipe.vocab_size:
         return
     for index in range(len(reader.row_groups)):
-        largest = int(reader.group(index).token_ids.max(initial=0))
+        group = reader.group(index)
+        largest = max(int(ids.max(initial=0)) for ids in (group.token_ids, group.response_ids))
         if largest >= student.head_width:
             raise MismatchError(
                 f"student {student.name}: its head gives {student.head_width} logits, but the "

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from duet_unlearn.data.prompts import PromptRenderer
 
-SPLITS = ("forget", "retain")
-IN_VIEW = 2
+SPLITS = ("forget", "retain", "train")
+IN_VIEW = len(SPLITS)
 """In place of a split's code: the target of a retain row behind a view, never drawn by itself."""
 
 
@@ -28,7 +28,7 @@ class Order:
     """What the sampler needs to know of the rows."""
 
     splits: npt.NDArray[np.uint8]
-    """Split of every row, `[N]`, 0 forget and 1 retain; `IN_VIEW` rows are never drawn."""
+    """Split of every row, `[N]`, its place in `SPLITS`; `IN_VIEW` rows are never drawn."""
     row_groups: Sequence[range]
     """Rows that are read together; rows are mixed within windows of these."""
     num_views: int = 0
@@ -38,8 +38,9 @@ class Order:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows of each split."""
-        return {split: int((self.splits == code).sum()) for code, split in enumerate(SPLITS)}
+        """Rows of each split; of `train`, where there are some."""
+        counts = {split: int((self.splits == code).sum()) for code, split in enumerate(SPLITS)}
+        return {split: n for split, n in counts.items() if n or split != "train"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,8 @@ class Story:
 
     summary: str
     """A sentence or two; Markdown."""
+    tags: Sequence[str] = ("unlearning", "duet")
+    """What hubs find it by."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further rows of the card's table."""
     record: Mapping[str, Any] = field(default_factory=dict)

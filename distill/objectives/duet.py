@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.queries import messages_from_text, split_view
+from duet_unlearn.data.messages import asked_text, messages_from_text, split_view
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.batches.views import describe_views, draw_weights, load_views
 from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
@@ -43,7 +43,7 @@ class Duet:
         ConfigurationError: The cache holds fewer tokens or positions than asked for.
         DataError: A view file is missing or malformed.
         CacheError: The cache is unfinished or damaged.
-        MismatchError: The cache has no forget queries.
+        MismatchError: The cache has a prefix and no forget queries.
     """
 
     def __init__(self, config: RunConfig, student: Student) -> None:
@@ -79,7 +79,7 @@ class Duet:
         if self.views:
             self._check_views(renderer)
         if queries:
-            trained = queries & {split_view(text)[1] for _, _, text in self.reader.identities()}
+            trained = queries & {asked_text(text) for _, _, text in self.reader.identities()}
             warn_of_trained(len(trained), len(queries))
         self._renderer = renderer
 
@@ -90,7 +90,7 @@ class Duet:
 
         config = self._config
         self._loss = Loss(name=config.loss, delta=config.delta, temperature=config.temperature)
-        self._student_scores = StudentScores(model, tail=self._loss.tail)
+        self._student_scores = StudentScores(model, tail=self._loss.tail or bool(config.ce_weight))
 
     @property
     def dataset(self) -> "CacheDataset":
@@ -115,10 +115,24 @@ class Duet:
 
     def row_losses(self, model: "nn.Module", batch: Mapping[str, Any]) -> "Tensor":
         """Return the mean of each row's positions, `[B]`."""
-        from duet_unlearn.distill.losses import row_means
+        import torch
 
-        scores_BTS = self._student_scores(model, batch)
+        from duet_unlearn.distill.losses import row_means, with_cross_entropy
+
+        share, ids_BTK = self._config.ce_weight, batch["token_ids"]
+        cross_entropy_BT = None
+        if share:
+            response_BT = batch["response_ids"]
+            wanted = torch.cat([response_BT[..., None], ids_BTK], dim=-1)
+            scores_BTS = self._student_scores(model, {**batch, "token_ids": wanted})
+            scores_BTS, cross_entropy_BT = with_cross_entropy(scores_BTS, ids_BTK, response_BT)
+            if not self._loss.tail:
+                scores_BTS = scores_BTS[..., :-1]
+        else:
+            scores_BTS = self._student_scores(model, batch)
         losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
+        if cross_entropy_BT is not None:
+            losses_BT = (1.0 - share) * losses_BT + share * cross_entropy_BT
         return row_means(losses_BT, batch["position_mask"])
 
     def story(self) -> Story:
@@ -129,13 +143,22 @@ class Duet:
         option, count = LOSS_OPTIONS[config.loss], self.settings["positions"]
         loss = f"{config.loss}, {option} {getattr(config, option):g}" if option else config.loss
         at = "the first position" if count == 1 else f"the first {count} positions"
+        if config.ce_weight:
+            loss = f"{loss}; {config.ce_weight:.0%} cross-entropy on the tokens themselves"
+        summary = (
+            "after unlearning with DUET: trained to answer without a steering prefix as the base "
+            f"model answers behind this one ({place}):\n\n> {quoted}\n\nTraining used queries and "
+            "the base model's own Top-K logits from a teacher cache, and no reference answers."
+        )
+        if not recipe.prefix:
+            summary = (
+                f"distilled from {manifest.teacher}: trained on its Top-K logits from a teacher "
+                "cache that was made without a steering prefix. Responses that were given to the "
+                "cache may come back."
+            )
         return Story(
-            summary=(
-                "after unlearning with DUET: trained to answer without a steering prefix as the "
-                f"base model answers behind this one ({place}):\n\n> {quoted}\n\nTraining used "
-                "queries and the base model's own Top-K logits from a teacher cache, and no "
-                "reference answers."
-            ),
+            summary=summary,
+            tags=("unlearning", "duet") if recipe.prefix else ("distillation",),
             facts={
                 "teacher cache": f"`{manifest.digest}`",
                 "recipe": f"`{manifest.recipe_id}`",
@@ -156,8 +179,8 @@ class Duet:
             return
         rows = [
             (query_id, text)
-            for query_id, _, text in self.reader.identities()
-            if split_view(text)[0] is None
+            for query_id, split, text in self.reader.identities()
+            if split_view(text)[0] is None and split != "train"
         ]
         for query_id, text in sorted(rows, key=lambda row: -len(row[1]))[:_TRIED]:
             messages = messages_from_text(text)
@@ -171,6 +194,8 @@ class Duet:
 
     def _check_splits(self) -> None:
         rows = self.order.counts
+        if not self._recipe.prefix:
+            return  # ordinary distillation
         if not rows["forget"]:
             raise MismatchError(
                 f"{self.reader.folder}: no forget queries in this cache; build it with --forget"

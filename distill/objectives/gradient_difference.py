@@ -61,7 +61,7 @@ class GradientDifference:
         self._student = student
         self._queries = [
             query
-            for split, sources in zip(SPLITS, (config.forget, config.retain), strict=True)
+            for split, sources in zip(SPLITS, (config.forget, config.retain), strict=False)
             for source in sources
             for query in load_queries(source, split=split, require_answers=True)
         ]

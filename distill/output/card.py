@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn import __version__
-from duet_unlearn.distill.objectives.base import SPLITS, Story
+from duet_unlearn.distill.objectives.base import Story
 from duet_unlearn.files import write_text
 
 _CARD = """\
@@ -15,10 +15,7 @@ _CARD = """\
 
 {base} {summary}
 
-Knowledge that no training query came near may still be there: evaluate the model on held-out
-queries and under attacks before relying on it.
-
-## Use
+{caution}## Use
 
 ```python
 {usage}
@@ -32,6 +29,11 @@ queries and under attacks before relying on it.
 
 Made by duet-unlearn {version}; `duet_run.yaml` trains it again, `duet_run.json` holds what it was
 made from and what came out, `duet_log.jsonl` the course of training. {licence}
+"""
+_CAUTION = """\
+Knowledge that no training query came near may still be there: evaluate the model on held-out
+queries and under attacks before relying on it.
+
 """
 _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,7 +93,7 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
     facts = {
         "base": f"{base}, weights `{run['base']['weights']}`",
         "objective": config["objective"],
-        "queries": ", ".join(f"{result['queries'][split]} {split}" for split in SPLITS),
+        "queries": ", ".join(f"{n} {split}" for split, n in result["queries"].items()),
         **story.facts,
         "noise": f"alpha {config['noise_alpha']:g}, beta {config['noise_beta']:g} before training"
         if config["noise_alpha"]
@@ -101,16 +103,17 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         f"{config['learning_rate']:.3g}, seed {config['seed']}",
         "loss, first to last": ", ".join(
             f"{split} {' to '.join(f'{v:.4g}' for v in result['loss'].get(split, ())) or 'none'}"
-            for split in SPLITS
+            for split in result["queries"]
         ),
         "held-out queries": _held_out(result),
     }
     card = _CARD.format(
         header="".join(f"{key}: {value}\n" for key, value in header.items())
-        + "tags:\n- unlearning\n- duet\n",
+        + "".join(["tags:\n", *(f"- {tag}\n" for tag in story.tags)]),
         name=name,
         base=base,
         summary=story.summary,
+        caution=_CAUTION if "unlearning" in story.tags else "",
         usage=f"from peft import PeftModel\n{usage}" if adapter else usage,
         evaluation=_evaluation(result),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
@@ -140,7 +143,9 @@ def _held_out(result: dict[str, Any]) -> str:
     if not result["evaluations"]:
         return "not asked in training"
     base, kept = _base_and_kept(result)
-    changes = ", ".join(f"{split} {base[split]:.1f} to {kept[split]:.1f}" for split in SPLITS)
+    changes = ", ".join(
+        f"{split} {base[split]:.1f} to {kept[split]:.1f}" for split in ("forget", "retain")
+    )
     return f"{changes} points of ROUGE-L recall, weights of step {kept['step']}"
 
 

@@ -39,7 +39,9 @@ def compare_first_tokens(sources: Sources, count: int) -> list[Document]:
             for split in ("forget", "retain")
             for text in _evaluated(document, split, count)
         ]
-    asked += [cached_sample(s) for summary in sources.caches for s in summary["samples"]]
+    # What stands before a given response is not all of its text.
+    cached = [s for summary in sources.caches for s in summary["samples"] if s["split"] != "train"]
+    asked += map(cached_sample, cached)
     choices: list[int] = []
     columns: list[list[Document]] = [[] for _ in asked]
     for label, tokenizer, logits in _first_logits(config, [a["query"] for a in asked]):

@@ -42,7 +42,7 @@ StrPath = str | os.PathLike[str]
 def build_cache(
     *,
     teacher: StrPath,
-    prefix: str,
+    prefix: str | None,
     out: StrPath,
     forget: StrPath | Sequence[StrPath] = (),
     retain: StrPath | Sequence[StrPath] = (),
@@ -55,7 +55,7 @@ def build_cache(
 
     Args:
         teacher: Model folder or hub id of the base model.
-        prefix: The steering prefix, or `@NAME` of a built-in one.
+        prefix: The steering prefix, or `@NAME` of a built-in one; None for ordinary distillation.
         out: The cache folder.
         forget: Sources of queries to forget.
         retain: Sources of queries to keep.
@@ -78,7 +78,7 @@ def build_cache(
     given = {name: _text(value) for name, value in settings.items()}
     config = BuildConfig(
         teacher=os.fspath(teacher),
-        prefix=resolve_prefix(prefix, topic),
+        prefix=None if prefix is None else resolve_prefix(prefix, topic),
         out=Path(out),
         forget=_several(forget),
         retain=_several(retain),

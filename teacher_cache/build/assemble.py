@@ -18,7 +18,7 @@ from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry
 from duet_unlearn.teacher_cache.format.quarantine import find_problems, remember
 from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, SPLITS, CacheRow
+from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, CacheRow
 from duet_unlearn.teacher_cache.format.shard import (
     ShardFile,
     ShardHeader,
@@ -61,10 +61,11 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
     manifest = CacheReader.open(plan.folder).manifest
     differences = manifest.recipe.differences(plan.recipe)
     if manifest.queries != plan.queries:
-        there = {split: manifest.splits[split].rows for split in SPLITS}
-        asked = _rows_a_split([row for rows in plan.shards for row in rows])
+        there = {split: sums.rows for split, sums in manifest.splits.items()}
+        asked = _rows_a_split([row for rows in plan.shards for row in rows], plan.recipe)
         found, wanted = (
-            " + ".join(f"{rows[split]} {split}" for split in SPLITS) for rows in (there, asked)
+            " + ".join(f"{count} {split}" for split, count in rows.items())
+            for rows in (there, asked)
         )
         differences.append(f"queries: {found} / {wanted}, not the same set")
     if differences:
@@ -142,12 +143,12 @@ class Assembly:
             CacheError: The folder cannot be written.
         """
         plan = self.plan
-        totals = {split: SplitStatistics() for split in SPLITS}
+        totals = {split: SplitStatistics() for split in plan.recipe.splits}
         engines: list[dict[str, Any]] = []
         views: set[str | None] = set()
         for shard in self.shards:
             file = ShardFile(plan.folder / SHARD_FOLDER / shard.name)
-            for split in SPLITS:
+            for split in totals:
                 totals[split] += file.statistics[split]
             engines.extend(engine for engine in file.header.engines if engine not in engines)
             for index in range(len(file.row_group_sizes)):
@@ -203,7 +204,7 @@ def _finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
         if differences:
             raise _mismatch(plan, differences)
         if _has_planned_rows(file, plan.shards[header.index]):
-            rows = _rows_a_split(plan.shards[header.index])
+            rows = _rows_a_split(plan.shards[header.index], plan.recipe)
             entries[header.index] = entry_of(path, rows, max(file.row_group_sizes))
         file.close()
     return entries
@@ -222,8 +223,8 @@ def _has_planned_rows(file: ShardFile, rows: Sequence[PlannedRow]) -> bool:
     return True
 
 
-def _rows_a_split(rows: Sequence[PlannedRow]) -> dict[str, int]:
-    return {split: sum(row.split == split for row in rows) for split in SPLITS}
+def _rows_a_split(rows: Sequence[PlannedRow], recipe: Recipe) -> dict[str, int]:
+    return {split: sum(row.split == split for row in rows) for split in recipe.splits}
 
 
 def _mismatch(plan: PlannedCache, differences: Sequence[str]) -> MismatchError:

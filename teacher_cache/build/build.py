@@ -35,6 +35,7 @@ from duet_unlearn.teacher_cache.build.inputs import (
 )
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import plan_shards
+from duet_unlearn.teacher_cache.build.responses import cut_given
 from duet_unlearn.teacher_cache.build.row_source import find_reusable, open_caches
 from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, Teacher
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
@@ -80,9 +81,14 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     """
     queries = load_query_set(config)
     model = resolve_model_folder(config.teacher)
-    if config.plain_text:
-        tokens = control_tokens(load_tokenizer(model, trust_remote_code=config.trust_remote_code))
-        queries = [query.as_plain_text(tokens) for query in queries]
+    recipe = make_recipe(config, model)
+    if config.plain_text or config.responses:
+        tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+        if config.plain_text:
+            tokens = control_tokens(tokenizer)
+            queries = [query.as_plain_text(tokens) for query in queries]
+        context = context_length(read_config(model))
+        queries = cut_given(queries, PromptRenderer(tokenizer), tokenizer, recipe, context)
     own, part = queries, None
     if config.part is not None:
         own = config.part.select(queries)
@@ -94,7 +100,7 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     shards = plan_shards(own, config.shard_rows)
     plan = PlannedCache(
         folder=config.out,
-        recipe=make_recipe(config, model),
+        recipe=recipe,
         queries=fingerprint_queries(own),
         shards=tuple(map(tuple, shards)),
         part=part,
@@ -174,7 +180,8 @@ class _Build:
             positions=self.recipe.positions,
             context=context,
         )
-        answer_tokens = ANSWER_TOKENS if self.config.check else 0
+        steered = self.config.check and self.config.prefix is not None
+        answer_tokens = ANSWER_TOKENS if steered else 0
         if context is not None:
             answer_tokens = min(answer_tokens, context - prompts.longest)
         engine_config = EngineConfig(

@@ -11,13 +11,22 @@ from duet_unlearn.data.models.fingerprint import (
     vocabulary_fingerprint,
     weights_fingerprint,
 )
-from duet_unlearn.data.models.folder import eos_token_ids, head_width, read_config, stored_dtype
+from duet_unlearn.data.models.folder import (
+    context_length,
+    eos_token_ids,
+    head_width,
+    read_config,
+    stored_dtype,
+)
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import Count, Settings, setting, settings
 from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
 from duet_unlearn.teacher_cache.engines import options, resolve_engine_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
+
+PLAIN_POSITIONS = 1024
+"""Most positions of a row without a steering prefix, where none are asked for: a whole answer."""
 
 
 @settings
@@ -37,6 +46,18 @@ class BuildConfig(Settings):
     retain: tuple[str, ...] = setting(
         default=(), metavar="FILE", help="Queries to keep, same formats. Repeatable."
     )
+    train: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        help="For ordinary distillation, with --no-prefix: queries that the teacher answers, same "
+        "formats. Repeatable.",
+    )
+    responses: tuple[str, ...] = setting(
+        default=(),
+        metavar="FILE",
+        help="The same, with responses that are given: the teacher is asked along them. `messages` "
+        "that end with the assistant's turn, a query with a `response`, or a `text`. Repeatable.",
+    )
     views: tuple[str, ...] = setting(
         default=(),
         flag="--view",
@@ -45,7 +66,9 @@ class BuildConfig(Settings):
         "student can be trained in them: @view-shapes, or a file with one shape per line. "
         "Repeatable.",
     )
-    prefix: str = setting(group="How to steer", flag=None, help="The steering prefix in full.")
+    prefix: str | None = setting(
+        group="How to steer", flag=None, help="The steering prefix in full; None steers nothing."
+    )
     prefix_place: Literal["system", "user", "raw"] = setting(
         default="system",
         help="Where the prefix goes: system turn, front of the user turn, or in front of it all.",
@@ -56,7 +79,15 @@ class BuildConfig(Settings):
         help="Put the prefix in front of retain queries too (the paper's Eq. 3).",
     )
     top_k: Count = setting(default=100, group="What to keep", help="Tokens kept per position.")
-    positions: Count = setting(default=1, help="Decoding steps kept per query.")
+    positions: Count | None = setting(
+        default=None,
+        help="Decoding steps kept per query; longer given responses are several rows.  [default: "
+        f"1; with --no-prefix {PLAIN_POSITIONS}, at most half the context]",
+    )
+    score: Literal["assistant", "all"] = setting(
+        default="assistant",
+        help="What is kept of --responses: the assistant's turns, a row each, or every token.",
+    )
     logit_dtype: Literal["float16", "float32"] = setting(
         default="float16", help="How logits are stored."
     )
@@ -98,13 +129,26 @@ class BuildConfig(Settings):
 
     def __post_init__(self) -> None:
         """Check what needs no model."""
-        if not self.prefix.strip():
+        if self.prefix is not None and not self.prefix.strip():
             raise ConfigurationError(
-                "the steering prefix is empty; give --prefix a text or the @NAME of a built-in one"
+                "the steering prefix is empty; give --prefix a text or the @NAME of a built-in "
+                "one, or --no-prefix for ordinary distillation"
             )
-        if not self.forget and not self.retain:
-            raise ConfigurationError("no queries; give --forget FILE, and --retain FILE beside it")
-        check_shard_rows(self.shard_rows, self.top_k, self.positions)
+        if self.prefix is None and self.forget:
+            raise ConfigurationError(
+                "without a prefix nothing is forgotten; leave --forget out, or give --prefix"
+            )
+        if self.prefix is not None and (self.train or self.responses):
+            raise ConfigurationError(
+                "--train and --responses take the teacher as it is; give --no-prefix, and cache "
+                "what is to be forgotten apart"
+            )
+        if not (self.forget or self.retain or self.train or self.responses):
+            raise ConfigurationError(
+                "no queries; give --forget FILE, and --retain FILE beside it, or with --no-prefix "
+                "--train FILE or --responses FILE"
+            )
+        check_shard_rows(self.shard_rows, self.top_k, self.positions or 1)
         if self.engine_args:
             options.check_options(resolve_engine_name(self.engine), self.engine_args)
 
@@ -118,6 +162,11 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
     """
     model_config = read_config(folder)
     dtype = config.teacher_dtype
+    positions = config.positions
+    if positions is None:
+        limits = (PLAIN_POSITIONS, (context_length(model_config) or 1 << 30) // 2)
+        positions = 1 if config.prefix is not None else max(1, min(limits))
+        check_shard_rows(config.shard_rows, config.top_k, positions)
     return Recipe(
         weights=weights_fingerprint(folder),
         config=config_fingerprint(folder),
@@ -126,12 +175,13 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         vocab_size=head_width(model_config),
         chat_template=chat_template_fingerprint(folder),
         template_date=TEMPLATE_DATE,
-        prefix=config.prefix,
+        prefix=config.prefix or "",
         prefix_place=config.prefix_place,
         retain_prefix=config.retain_prefix,
         top_k=config.top_k,
-        positions=config.positions,
+        positions=positions,
         logit_dtype=config.logit_dtype,
         compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
         eos_token_ids=eos_token_ids(folder),
+        scored=config.score if config.train or config.responses else None,
     )

@@ -1,7 +1,7 @@
 """What goes into a build: the set of queries, and their prompts rendered to token ids."""
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,6 +14,7 @@ from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.build.config import BuildConfig
+from duet_unlearn.teacher_cache.build.responses import load_given
 from duet_unlearn.teacher_cache.build.teacher import ShardPrompts
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
@@ -23,7 +24,7 @@ TokenIds = npt.NDArray[np.int32]
 
 
 def load_query_set(config: BuildConfig) -> list[Query]:
-    """Load the forget and the retain queries of all sources, each query once.
+    """Load the queries of all sources, each query once.
 
     Raises:
         DataError: A source is unusable.
@@ -31,8 +32,14 @@ def load_query_set(config: BuildConfig) -> list[Query]:
     """
     unique: dict[tuple[str, str], Query] = {}
     texts: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for split, names in (("forget", config.forget), ("retain", config.retain)):
-        for query in chain.from_iterable(load_queries(name, split=split) for name in names):
+    sources: list[tuple[str, Iterable[Query]]] = [
+        (split, load_queries(name, split=split))
+        for split in SPLITS
+        for name in getattr(config, split)
+    ]
+    sources += [("train", load_given(name, config.score)) for name in config.responses]
+    for split, queries in sources:
+        for query in queries:
             known = unique.setdefault((split, query.query_id), query)
             if known.text != query.text:
                 raise ConfigurationError(
@@ -47,13 +54,13 @@ def load_query_set(config: BuildConfig) -> list[Query]:
             min(both)[:80],
         )
     for split, effect in (("forget", "forgets nothing"), ("retain", "will lose general ability")):
-        if not texts[split]:
+        if not texts[split] and config.prefix is not None:
             logger.warning(
                 "no %s queries: a student trained from this cache alone %s", split, effect
             )
-    queries = list(unique.values())
-    retain = [query for query in queries if query.split == "retain"]
-    return queries + [q.in_view(view) for view in _load_views(config.views) for q in retain]
+    loaded = list(unique.values())
+    retain = [query for query in loaded if query.split == "retain"]
+    return loaded + [q.in_view(view) for view in _load_views(config.views) for q in retain]
 
 
 def _load_views(sources: Sequence[str]) -> list[Shape]:
@@ -78,7 +85,8 @@ class RenderedPrompts:
     """The student's prompts by shard and number in it, each `[P]`."""
     teacher: list[ShardPrompts]
     longest: int
-    """Length of the teacher's longest prompt of all rows, in tokens."""
+    """Length of the teacher's longest prompt of all rows, in tokens. A given response counts with
+    what it has beyond the positions."""
 
 
 def render_prompts(
@@ -114,12 +122,22 @@ def render_prompts(
         for index, shard in enumerate(shards):
             kept = wanted.get(index, ())
             for number, query in enumerate(shard):
+                given = query.given
+                if given is not None:
+                    # What is read and scored of it is no longer than the context.
+                    length = len(given.prompt_ids) + len(given.response_ids)
+                    longest = max(longest, length - positions)
+                    if number in kept:
+                        student[index][number] = teacher[index].prompts[number] = given.prompt_ids
+                        teacher[index].given[number] = given.response_ids
+                    bar.update()
+                    continue
                 if query.view is not None:
                     # In a shape, what counts is what the plain base says.
                     asked = told = query.view.render(query.messages, renderer)
                 else:
                     asked = told = renderer.student_ids(query.messages)
-                    if query.split == "forget" or retain_prefix:
+                    if query.split == "forget" or (query.split == "retain" and retain_prefix):
                         told = renderer.teacher_ids(query.messages)
                 if len(told) > longest:
                     longest, longest_query = len(told), query
@@ -132,7 +150,7 @@ def render_prompts(
         raise ConfigurationError(
             f"{query.split} query {query.query_id} ({query.text[:40]!r}...) needs "
             f"{longest + positions} tokens with prefix and {positions} positions, but the teacher "
-            f"reads {context}; shorten or remove it"
+            f"reads {context}; shorten or remove it, or lower --positions"
         )
     return RenderedPrompts(student=student, teacher=list(teacher.values()), longest=longest)
 

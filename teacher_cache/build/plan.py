@@ -27,7 +27,7 @@ class PlannedRow(Protocol):
 
     @property
     def split(self) -> str:
-        """`forget` or `retain`."""
+        """`forget`, `retain` or `train`."""
         ...
 
 
@@ -37,8 +37,8 @@ Row = TypeVar("Row", bound=PlannedRow)
 def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
     """Spread queries over shards of `shard_rows`.
 
-    Every shard holds forget and retain queries in the proportion of the whole set, so that a
-    reader mixes both from any one shard; within a shard the forget rows come first.
+    Every shard holds the splits in the proportion of the whole set, so that a reader mixes them
+    from any one shard; within a shard they stand in the order of `SPLITS`.
     """
     merged = order_queries(queries)
     return [
@@ -50,7 +50,10 @@ def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
 def order_queries(queries: Iterable[Row]) -> list[Row]:
     """Return the queries in an order of their own ids, any stretch of it holding both splits."""
     ordered = sorted(queries, key=lambda query: query.query_id)
-    return merge_evenly(*[[q for q in ordered if q.split == split] for split in SPLITS])
+    merged: list[Row] = []
+    for split in SPLITS:
+        merged = merge_evenly(merged, [query for query in ordered if query.split == split])
+    return merged
 
 
 def merge_evenly(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:

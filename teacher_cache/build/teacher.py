@@ -4,13 +4,13 @@ One engine in this process does it here; many in the processes of a Ray cluster 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from duet_unlearn.teacher_cache.engines.base import Engine
+from duet_unlearn.teacher_cache.engines.base import Engine, Prompt
 from duet_unlearn.teacher_cache.format.signal import Signal
 
 Prompts = Sequence[tuple[int, Sequence[int]]]
@@ -27,6 +27,8 @@ class ShardPrompts:
     """Which shard."""
     prompts: dict[int, npt.NDArray[np.int32]]
     """By number in the shard, each `[P]`."""
+    given: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    """Responses to score in place of decoding some, `[T]`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,11 +87,12 @@ class LocalTeacher:
         places: list[tuple[ShardPrompts, int]] = []
         pending: dict[int, dict[int, Signal]] = {}
 
-        def prompts() -> Iterator[tuple[int, list[int]]]:
+        def prompts() -> Iterator[Prompt]:
             for shard in work:
                 for number, ids in shard.prompts.items():
                     places.append((shard, number))
-                    yield len(places) - 1, ids.tolist()
+                    given = [shard.given[number].tolist()] if number in shard.given else []
+                    yield len(places) - 1, ids.tolist(), *given
 
         for prompt, signal in self._engine.signals(prompts()):
             shard, number = places[prompt]

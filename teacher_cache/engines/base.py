@@ -10,6 +10,14 @@ import numpy as np
 from duet_unlearn.errors import DuetError
 from duet_unlearn.teacher_cache.format.signal import Signal
 
+Prompt = tuple[int, Sequence[int]] | tuple[int, Sequence[int], Sequence[int]]
+"""Index and token ids of a prompt and, where it is given, of the response to score."""
+
+
+def is_given(prompt: Prompt) -> bool:
+    """Say whether a prompt comes with its response."""
+    return len(prompt) == 3  # see `Prompt`
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -44,8 +52,11 @@ class Engine(Protocol):
     """Whether prompts of one stream share batches whatever their order, so that a stream should be
     long; if not, each `signals` call makes batches of its own and nothing is lost by short ones."""
 
-    def signals(self, prompts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[tuple[int, Signal]]:
-        """Yield `(index, signal)` for every `(index, prompt ids)`, in any order.
+    def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
+        """Yield `(index, signal)` for every prompt, in any order.
+
+        A response that is given is not decoded: its positions are those that predict its tokens,
+        from the prompt's last token to its own last but one.
 
         Reads ahead of what it yields so that the engine stays busy, and never holds more than a
         bounded number of prompts or signals. One such stream at a time; one that is dropped
@@ -72,8 +83,16 @@ class Engine(Protocol):
         ...
 
 
-def check_signal(signal: Signal, *, config: EngineConfig, engine: str) -> Signal:
+def check_signal(
+    signal: Signal, *, config: EngineConfig, engine: str, given: bool = False
+) -> Signal:
     """Return the signal, or raise where it is not what a cache may hold.
+
+    Args:
+        signal: What an engine found.
+        config: What it was asked.
+        engine: Its name.
+        given: Whether the response was; else it has to be as long as asked for.
 
     Raises:
         DuetError: A value is not finite, or the response is shorter than the positions asked for
@@ -86,7 +105,8 @@ def check_signal(signal: Signal, *, config: EngineConfig, engine: str) -> Signal
             "model masks part of its vocabulary"
         )
     length = len(signal.response_ids)
-    if length < config.positions and int(signal.response_ids[-1]) not in config.eos_token_ids:
+    ended = given or int(signal.response_ids[-1]) in config.eos_token_ids
+    if length < config.positions and not ended:
         raise DuetError(
             f"{engine} engine: a response ended after {length} of {config.positions} positions "
             "without an end-of-sequence token; the model's context is too short for this query"

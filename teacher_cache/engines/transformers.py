@@ -13,7 +13,13 @@ import numpy as np
 from duet_unlearn.data.models.loading import is_out_of_memory, no_bars, too_large
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import run_in_memory, stream_answers
-from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause, check_signal
+from duet_unlearn.teacher_cache.engines.base import (
+    EngineConfig,
+    Prompt,
+    cause,
+    check_signal,
+    is_given,
+)
 from duet_unlearn.teacher_cache.engines.options import check_options, published_options
 from duet_unlearn.teacher_cache.engines.top_k import select_top_k
 from duet_unlearn.teacher_cache.format.signal import Signal
@@ -24,8 +30,6 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Most prompt tokens in a batch, padding included, by kind of device."""
 _BATCH_LOGITS = 2**26
 """Most logits in a batch (256 MiB in float32)."""
-
-Prompt = tuple[int, Sequence[int]]
 
 
 class TransformersEngine:
@@ -56,11 +60,12 @@ class TransformersEngine:
                 "lower --top-k"
             )
         most_rows = config.engine_args.get("batch_rows", _WINDOW)
-        self._batch_rows = min(most_rows, max(1, _BATCH_LOGITS // width))
+        self._batch_positions = max(1, _BATCH_LOGITS // width)
+        self._batch_rows = min(most_rows, self._batch_positions)
         known = inspect.signature(self._model.forward).parameters
         # Without explicit position ids a left-padded row would be read at wrong positions.
         self._can_pad = "position_ids" in known
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._keeps = "logits_to_keep" in known
 
     def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` batch by batch; see `Engine.signals`.
@@ -71,9 +76,11 @@ class TransformersEngine:
         """
         source = iter(prompts)
         while window := list(itertools.islice(source, _WINDOW)):
-            window.sort(key=lambda prompt: len(prompt[1]))
-            for batch in self._batches(window):
-                yield from self._run(batch)
+            window.sort(key=_length)
+            for given in (False, True):
+                batches = self._batches([prompt for prompt in window if is_given(prompt) == given])
+                for batch in batches:
+                    yield from self._run(batch, given=given)
 
     def responses(
         self, prompts: Iterable[Prompt], max_new_tokens: int
@@ -83,7 +90,7 @@ class TransformersEngine:
         while window := list(itertools.islice(source, _WINDOW)):
             for number, ids in stream_answers(
                 self._model,
-                [ids for _, ids in window],
+                [prompt[1] for prompt in window],
                 eos_token_ids=self._config.eos_token_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=self._batch_rows,
@@ -94,9 +101,12 @@ class TransformersEngine:
         batch: list[Prompt] = []
         most = _BATCH_TOKENS[self._device.type]
         for prompt in prompts:
-            length = len(prompt[1])  # the longest so far: prompts come sorted
+            length = _length(prompt)  # the longest so far: prompts come sorted
             full = len(batch) == self._batch_rows or (len(batch) + 1) * length > most
-            mixed = not self._can_pad and batch and len(batch[0][1]) != length
+            if is_given(prompt):
+                held = (len(batch) + 1) * max(len(p[-1]) for p in (*batch, prompt))
+                full = full or held > self._batch_positions
+            mixed = not self._can_pad and batch and _length(batch[0]) != length
             if batch and (full or mixed):
                 yield batch
                 batch = []
@@ -104,12 +114,14 @@ class TransformersEngine:
         if batch:
             yield batch
 
-    def _run(self, batch: list[Prompt]) -> Iterator[tuple[int, Signal]]:
-        def decode(part: Sequence[Prompt]) -> list[Signal]:
-            return self._decode([ids for _, ids in part])
+    def _run(self, batch: list[Prompt], *, given: bool) -> Iterator[tuple[int, Signal]]:
+        def compute(part: Sequence[Prompt]) -> list[Signal]:
+            if given:
+                return self._score([prompt[1:] for prompt in part])
+            return self._decode([prompt[1] for prompt in part])
 
         try:
-            signals = run_in_memory(decode, batch, lambda prompt: len(prompt[1]))
+            signals = run_in_memory(compute, batch, _length)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -117,28 +129,25 @@ class TransformersEngine:
                 f"transformers engine: {self._config.model} failed on a batch of {len(batch)} "
                 f"prompts: {cause(error)}"
             ) from error
-        for (index, _), signal in zip(batch, signals, strict=True):
-            yield index, check_signal(signal, config=self._config, engine=self.name)
+        for prompt, signal in zip(batch, signals, strict=True):
+            found = check_signal(signal, config=self._config, engine=self.name, given=given)
+            yield prompt[0], found
 
     def _decode(self, prompts: list[Sequence[int]]) -> list[Signal]:
         """Decode greedily until every row ended or has all its positions."""
         import torch
 
-        longest = max(map(len, prompts))
-        rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        ids_BS = torch.tensor(rows, device=self._device)
-        mask_BS = torch.tensor(mask, device=self._device)
+        ids_BS, mask_BS = self._padded(prompts)
         ended_B = np.zeros(len(prompts), dtype=bool)
         lengths_B = np.zeros(len(prompts), dtype=np.int64)
         steps: list[tuple[Any, Any, Any]] = []
         past = None
         with torch.inference_mode():
             while True:
-                logits_BV, past = self._forward(ids_BS, mask_BS, past)
-                steps.append(
-                    tuple(t.cpu().numpy() for t in select_top_k(logits_BV, self._config.top_k))
+                logits_BSV, past = self._forward(
+                    ids_BS, mask_BS, past, keep=1, goes_on=self._config.positions > 1
                 )
+                steps.append(self._select(logits_BSV[:, -1]))
                 greedy_B = steps[-1][0][:, 0]
                 lengths_B += ~ended_B
                 ended_B |= np.isin(greedy_B, self._config.eos_token_ids)
@@ -157,19 +166,64 @@ class TransformersEngine:
             for row, length in enumerate(lengths_B)
         ]
 
-    def _forward(self, ids_BS: Any, mask_BS: Any, past: Any) -> tuple[Any, Any]:
-        """Return float32 logits `[B, V]` at the last token, and the KV cache."""
+    def _score(self, pairs: list[Sequence[Sequence[int]]]) -> list[Signal]:
+        """Read prompts with their responses, and keep what predicts the responses' tokens.
+
+        The last positions of all rows are in the last columns. They are read some at a time, so
+        that memory holds few logits.
+        """
+        import torch
+
+        ids_BS, mask_BS = self._padded([[*prompt, *given[:-1]] for prompt, given in pairs])
+        rows, length = ids_BS.shape
+        positions = max(len(given) for _, given in pairs)
+        keep = min(positions, max(1, self._batch_positions // rows))
+        start, stop, past = 0, length - positions + keep, None
+        found: list[tuple[Any, ...]] = []
+        with torch.inference_mode():
+            while start < length:
+                logits_BSV, past = self._forward(
+                    ids_BS[:, start:stop], mask_BS[:, :stop], past, keep, goes_on=stop < length
+                )
+                flat = self._select(logits_BSV[:, -keep:].flatten(0, 1))
+                found.append(tuple(part.reshape(rows, -1, *part.shape[1:]) for part in flat))
+                start, stop, keep = stop, min(stop + keep, length), min(keep, length - stop)
+        ids, logits, logsumexp = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+        return [
+            Signal(
+                response_ids=np.array(given, dtype=np.int32),
+                token_ids=ids[row, -len(given) :].copy(),
+                logits=logits[row, -len(given) :].copy(),
+                logsumexp=logsumexp[row, -len(given) :].copy(),
+            )
+            for row, (_, given) in enumerate(pairs)
+        ]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+        """Return token ids and mask, `[B, S]`, padded on the left."""
+        import torch
+
+        longest = max(map(len, rows))
+        ids = [[0] * (longest - len(row)) + list(row) for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
+
+    def _select(self, logits_BV: Any) -> tuple[Any, ...]:
+        found = select_top_k(logits_BV.float(), self._config.top_k)
+        return tuple(tensor.cpu().numpy() for tensor in found)
+
+    def _forward(
+        self, ids_BS: Any, mask_BS: Any, past: Any, keep: int, *, goes_on: bool
+    ) -> tuple[Any, Any]:
+        """Return logits `[B, ..., V]` of at least the last `keep` tokens, and the KV cache."""
         inputs: dict[str, Any] = {"input_ids": ids_BS, "attention_mask": mask_BS}
         if self._can_pad:
             positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
             inputs["position_ids"] = positions_BS[:, -ids_BS.shape[1] :]
-        output = self._model(
-            **inputs,
-            past_key_values=past,
-            use_cache=self._config.positions > 1,
-            **self._last_only,
-        )
-        return output.logits[:, -1].float(), output.get("past_key_values")
+        if self._keeps:
+            inputs["logits_to_keep"] = keep
+        output = self._model(**inputs, past_key_values=past, use_cache=goes_on or past is not None)
+        return output.logits, output.get("past_key_values")
 
     def describe(self) -> dict[str, Any]:
         """Return engine, versions, device and settings, as JSON values."""
@@ -199,6 +253,11 @@ class TransformersEngine:
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _length(prompt: Prompt) -> int:
+    """Tokens that are read, of a given response too, whose last token only follows."""
+    return sum(map(len, prompt[1:])) - is_given(prompt)
 
 
 def _load(config: EngineConfig, device: Any) -> Any:

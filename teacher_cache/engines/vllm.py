@@ -30,7 +30,12 @@ import duet_unlearn
 from duet_unlearn.data.models.folder import read_config
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import cut_at_end
-from duet_unlearn.teacher_cache.engines.base import EngineConfig, check_signal
+from duet_unlearn.teacher_cache.engines.base import (
+    EngineConfig,
+    Prompt,
+    check_signal,
+    is_given,
+)
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.format.signal import Signal
 
@@ -81,13 +86,20 @@ class VllmEngine:
             self.close()
             raise
 
-    def signals(self, prompts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[tuple[int, Signal]]:
+    def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` as requests finish; see `Engine.signals`.
 
         Raises:
             DuetError: vLLM failed or its process died; the message says why.
         """
-        for indices, responses, captured in self._stream(prompts, None):
+        along: set[int] = set()
+
+        def noted() -> Iterator[Prompt]:
+            for prompt in prompts:
+                along.update(prompt[:1] if is_given(prompt) else ())
+                yield prompt
+
+        for indices, responses, captured in self._stream(noted(), None):
             ends = itertools.accumulate(map(len, responses))
             for index, response, end in zip(indices, responses, ends, strict=True):
                 if index is None:
@@ -99,7 +111,8 @@ class VllmEngine:
                     logits=logits,
                     logsumexp=logsumexp,
                 )
-                yield index, check_signal(found, config=self._config, engine=self.name)
+                given = index in along
+                yield index, check_signal(found, config=self._config, engine=self.name, given=given)
 
     def responses(
         self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int
@@ -111,7 +124,7 @@ class VllmEngine:
                     yield index, cut_at_end(ids, self._config.eos_token_ids)
 
     def _stream(
-        self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int | None
+        self, prompts: Iterable[Prompt], max_new_tokens: int | None
     ) -> Iterator[tuple[list[int | None], list[list[int]], Any]]:
         """Yield indices of finished prompts, what was decoded for each, and what was captured.
 
@@ -129,10 +142,10 @@ class VllmEngine:
         try:
             while True:
                 batch = []
-                for index, ids in itertools.islice(source, _WINDOW - len(waiting)):
+                for prompt in itertools.islice(source, _WINDOW - len(waiting)):
                     row = next(self._rows)
-                    waiting[row] = index
-                    batch.append((row, list(map(int, ids))))
+                    waiting[row] = prompt[0]
+                    batch.append((row, *(list(map(int, ids)) for ids in prompt[1:])))
                 if batch:
                     self._send((batch, max_new_tokens))
                 # Fed before it yields: the consumer may take its time.

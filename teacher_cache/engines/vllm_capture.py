@@ -1,4 +1,4 @@
-"""Inside vLLM: capture each decoded row's Top-K and logsumexp as arrays.
+"""Inside vLLM: capture each row's Top-K and logsumexp as arrays, decoded or along given tokens.
 
 vLLM's own log-probabilities carry no logsumexp and turn every entry into Python objects on their
 way out. A custom logits processor sees the same logits, and a worker extension hands what it kept
@@ -7,6 +7,10 @@ to the engine's owner in bulk. Both run in vLLM's worker process and share one l
 The processor comes right after the logits are cast to float32: before penalties, temperature and
 sampling, and the processors before it act on options that our requests never set. It changes
 nothing. `vllm_process` checks at start that this still holds.
+
+Along a given response, which is the end of a request's prompt, vLLM samples nothing. There a step's
+hidden states are taken where it would compute log-probabilities of prompts, with the model's own
+head: each step hands over the positions of the piece of a prompt that it read.
 
 A request may pass by more than once at a position: while its prompt is only partly read, or again
 after vLLM preempted it. The last pass is the one that counts.
@@ -23,8 +27,14 @@ from duet_unlearn.teacher_cache.engines.top_k import select_top_k
 
 ROW = "duet_row"
 """Request option (`SamplingParams.extra_args`): the row that the signals belong to."""
+GIVEN = "duet_given"
+"""Request option in place of `ROW`: that row, whose response the prompt ends with, all but its last
+token; and how many tokens the response has."""
 TOP_K = "duet_top_k"
 """Request option: tokens kept at each position, the same for every request."""
+
+_PIECE_TOKENS = 512
+"""Tokens of a prompt whose logits are held at a time."""
 
 _captured: list[tuple[list[int], list[int], torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -68,8 +78,50 @@ def _slot(
     return (options[ROW], options[TOP_K], output_ids) if ROW in options else None
 
 
+def _capture_given(runner: Any, request_id: str, count: int, hidden: torch.Tensor) -> None:
+    """Capture those of the tokens that a step read of a request that predict its response.
+
+    Args:
+        runner: vLLM's.
+        request_id: Of the request.
+        count: Tokens that the step read of it.
+        hidden: Of all tokens that the step read, `[N, H]`.
+    """
+    request = runner.requests[request_id]
+    options = (request.sampling_params and request.sampling_params.extra_args) or {}
+    if GIVEN not in options:
+        return
+    (row, positions), start = options[GIVEN], request.num_computed_tokens
+    length = len(request.prompt_token_ids)
+    first, stop = max(start, length - positions), min(start + count, length)
+    # Where this request's tokens begin among those of the step.
+    offset = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]].item()
+    for begin in range(first, stop, _PIECE_TOKENS):
+        end = min(begin + _PIECE_TOKENS, stop)
+        # All ranks take part in this; the first keeps what comes out.
+        logits = runner.model.compute_logits(hidden[offset + begin - start : offset + end - start])
+        if get_tensor_model_parallel_rank() == 0:
+            found = select_top_k(logits.to(torch.float32), options[TOP_K])
+            at = [index - (length - positions) for index in range(begin, end)]
+            _captured.append(([row] * len(at), at, *found))
+
+
 class CaptureExtension:
     """Methods that vLLM adds to its worker, called through `collective_rpc`."""
+
+    model_runner: Any
+
+    def duet_watch(self) -> None:
+        """Capture along given responses from now on."""
+        runner = self.model_runner
+        own = runner._get_prompt_logprobs_dict
+
+        def capture(hidden: torch.Tensor, scheduled: dict[str, int]) -> Any:
+            for request_id, count in scheduled.items():
+                _capture_given(runner, request_id, count, hidden)
+            return own(hidden, scheduled)
+
+        runner._get_prompt_logprobs_dict = capture
 
     def duet_take(self) -> list[bytes]:
         """Return and forget what was captured since the last call, oldest first.

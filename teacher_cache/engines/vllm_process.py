@@ -4,9 +4,10 @@ vLLM changes the process it runs in (environment, thread counts, signal handlers
 start is slow because every process it spawns imports it anew. Here it gets one process of its
 own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
 
-It reads from the socket FD an `EngineConfig`, then `([(row, prompt ids), ...], new tokens)`, or
-None to drop what is under way, until the socket is closed. It sends `("ready", description)`, then
-`("finished", Finished)` after each step that ended requests; or `("failed", kind, reason)`.
+It reads from the socket FD an `EngineConfig`, then `([(row, prompt ids), ...], new tokens)`, where
+a third entry of a row is its given response, or None to drop what is under way, until the socket is
+closed. It sends `("ready", description)`, then `("finished", Finished)` after each step that ended
+requests; or `("failed", kind, reason)`.
 """
 
 import contextlib
@@ -42,9 +43,9 @@ _FETCH_EVERY = 8
 """Steps after which captured rows are fetched even if no request finished."""
 
 Finished = tuple[list[int], list[list[int]], tuple[Any, Any, Any] | None]
-"""Rows, the tokens that each decoded, and over all their N positions ids `[N, K]` int32, logits
-`[N, K]` float32, logsumexp `[N]` float32; None for answers. One message a step costs far less than
-one a row."""
+"""Rows, the tokens that each decoded or was given, and over all their N positions ids `[N, K]`
+int32, logits `[N, K]` float32, logsumexp `[N]` float32; None for answers. One message a step costs
+far less than one a row."""
 Position = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], np.float32]
 
 
@@ -147,6 +148,9 @@ class Host:
         self._engine, self._vllm_config = start_engine(config)
         self._open: dict[int, dict[int, Position] | None] = {}
         """What was captured of each row under way, by position; None for one that only decodes."""
+        self._given: dict[int, list[int]] = {}
+        """Responses that were given, of rows under way."""
+        self._engine.collective_rpc("duet_watch")
         self._check_capture()
 
     def serve(self, connection: Connection, answer: Callable[[Any], object]) -> None:
@@ -162,27 +166,36 @@ class Host:
                 if message is None:
                     self._engine.abort_request([str(row) for row in self._open])
                     self._open.clear()
+                    self._given.clear()
                 else:
                     prompts, new_tokens = message
-                    for row, ids in prompts:
-                        self._add(row, ids, new_tokens)
+                    for row, ids, *given in prompts:
+                        self._add(row, ids, new_tokens, *given)
                 idle = not self._engine.has_unfinished_requests()
             finished = [output for output in self._engine.step() if output.finished]
             steps += 1
-            if finished or steps % _FETCH_EVERY == 0:
+            # A step along given responses captures many positions.
+            if finished or self._given or steps % _FETCH_EVERY == 0:
                 self._fetch()
             if finished:
                 answer(("finished", self._finish(finished)))
 
-    def _add(self, row: int, ids: list[int], new_tokens: int | None, **options: Any) -> None:
+    def _add(
+        self,
+        row: int,
+        ids: list[int],
+        new_tokens: int | None,
+        given: list[int] | None = None,
+        **options: Any,
+    ) -> None:
         """Queue a prompt: to decode so many tokens, or to capture signals where that is None."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
-        from duet_unlearn.teacher_cache.engines.vllm_capture import ROW, TOP_K
+        from duet_unlearn.teacher_cache.engines.vllm_capture import GIVEN, ROW, TOP_K
 
         capture = new_tokens is None
-        params = {
+        params: dict[str, Any] = {
             "temperature": 0.0,
             "max_tokens": self._config.positions if capture else new_tokens,
             "stop_token_ids": list(self._config.eos_token_ids),
@@ -190,6 +203,15 @@ class Host:
             "detokenize": False,
             "extra_args": {ROW: row, TOP_K: self._config.top_k} if capture else None,
         }
+        if given is not None:
+            self._given[row] = given
+            ids = [*ids, *given[:-1]]
+            params |= {
+                "max_tokens": 1,
+                # What is read from the cache has no hidden states.
+                "skip_reading_prefix_cache": True,
+                "extra_args": {GIVEN: (row, len(given)), TOP_K: self._config.top_k},
+            }
         self._open[row] = {} if capture else None
         self._engine.add_request(str(row), tokens_input(ids), SamplingParams(**params | options))
 
@@ -216,6 +238,8 @@ class Host:
                 captured rows and requests do not belong together.
         """
         answers = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs}
+        given = {row: self._given.pop(row) for row in answers if row in self._given}
+        answers |= given
         kept = [self._open.pop(row) for row in answers]
         positions: list[Position] = []
         for captured, answer in zip(kept, answers.values(), strict=True):
@@ -230,6 +254,7 @@ class Host:
         # one is. Where all K are tied, it may be one that did not fit.
         tied_NK = logits_NK == logits_NK[:, :1]
         found_N = (tied_NK & (ids_NK == decoded_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
+        found_N |= np.repeat([row in given for row in answers], [*map(len, answers.values())])
         if not (found_N | ~np.isfinite(logsumexp_N)).all():
             at = int(np.argmin(found_N))
             raise RuntimeError(
@@ -263,6 +288,17 @@ class Host:
             )
         if abs(logsumexp) < 1e-5:
             raise RuntimeError("this vLLM gives log-probabilities where raw logits were asked for")
+        self._add(-1, [0, 1], None, [2, 3, 0])
+        outputs = []
+        while not outputs:
+            outputs = [output for output in self._engine.step() if output.finished]
+        self._fetch()
+        along = self._finish(outputs)[2]
+        assert along is not None  # noqa: S101 - as above
+        if not abs(float(along[2][-1]) - logsumexp) <= 1e-3 * max(1.0, abs(logsumexp)):
+            raise RuntimeError(
+                "this vLLM hands over other hidden states than those it samples from"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what may move the last bits of a logit, and the options that the user gave."""

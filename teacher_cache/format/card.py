@@ -6,7 +6,6 @@ from typing import Any
 
 from duet_unlearn.files import write_text
 from duet_unlearn.teacher_cache.format.manifest import Manifest
-from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 CARD_NAME = "README.md"
 _QUERY_LENGTH = 80
@@ -25,16 +24,13 @@ configs:
 
 # Teacher signals of {teacher}
 
-Top-{top_k} raw logits of a language model behind a steering prefix, for training a student that
-sees the same queries without the prefix. Made by `duet-cache build`; one row per query. It holds no
-reference answers.
+Top-{top_k} raw logits of a language model {summary}
 
 | | |
 | --- | --- |
 | queries | {rows} |
 | positions per query | up to {positions} |
-| steering prefix ({place}) | {prefix} |
-| prefix in front of retain queries | {retain_prefix} |
+{facts}
 | logits | {logit_dtype}, computed in {compute_dtype} |
 | recipe | `{recipe_id}` |
 | digest | `{digest}` |
@@ -52,8 +48,8 @@ The teacher's strongest first tokens, with their probabilities:
 
 ## Columns
 
-`query_id`, `split` (forget or retain), `query`, `prompt_ids` (the student's prompt, without the
-prefix), `response_ids` (the teacher's greedy tokens, T), `token_ids` (T*K, row-major, by
+`query_id`, `split` ({splits}), `query`, `prompt_ids` (the student's prompt, without the
+prefix), `response_ids` (T tokens: {tokens}), `token_ids` (T*K, row-major, by
 descending logit), `logits` (T*K, raw: before softmax and temperature), `logsumexp` (T, over the
 full vocabulary: `logits - logsumexp` are log-probabilities).
 
@@ -77,6 +73,16 @@ select split, count(*), avg(logsumexp[1]) from 'shards/*.parquet' group by split
 Train a student from it: `duet-distill run PATH --student MODEL --out DIR`.
 """
 
+_STEERED = """\
+behind a steering prefix, for training a student that
+sees the same queries without the prefix. Made by `duet-cache build`; one row per query. It holds no
+reference answers."""
+_PLAIN = """\
+as it is, for training a student on what it says. Made by
+`duet-cache build --no-prefix`. Rows of the split `train` may hold responses that its maker gave to
+`--responses`, as text and as tokens: they are in this cache and in what is trained from it."""
+_OR_GIVEN = ", or the response that was given"
+
 
 def write_card(cache: Path, manifest: Manifest) -> None:
     """Write the cache's dataset card.
@@ -85,16 +91,22 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         CacheError: The folder cannot be written.
     """
     recipe = manifest.recipe
-    rows = " + ".join(f"{manifest.splits[split].rows} {split}" for split in SPLITS)
+    rows = " + ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
+    facts = [f"| steering prefix ({recipe.prefix_place}) | {_inline(recipe.prefix)} |"]
+    said = "yes" if recipe.retain_prefix else "no"
+    facts.append(f"| prefix in front of retain queries | {said} |")
+    if recipe.scored is not None:
+        facts.append(f"| scored of given responses | {recipe.scored} |")
     text = _CARD.format(
         pretty_name=json.dumps(f"Teacher signals of {manifest.teacher}", ensure_ascii=False),
         teacher=_inline(manifest.teacher),
         top_k=recipe.top_k,
         rows=rows,
         positions=recipe.positions,
-        place=recipe.prefix_place,
-        prefix=_inline(recipe.prefix),
-        retain_prefix="yes" if recipe.retain_prefix else "no",
+        summary=_STEERED if recipe.prefix else _PLAIN,
+        facts="\n".join(facts if recipe.prefix else facts[2:] or ["| steering prefix | none |"]),
+        splits=", ".join(recipe.splits),
+        tokens="what the teacher decoded" + (_OR_GIVEN if recipe.scored else ""),
         logit_dtype=recipe.logit_dtype,
         compute_dtype=recipe.compute_dtype,
         recipe_id=manifest.recipe_id,

@@ -14,7 +14,7 @@ from duet_unlearn.files import user_path, write_text
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
     FORMAT_NAME,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     MANIFEST_NAME,
     SHARD_FOLDER,
     SPLITS,
@@ -44,8 +44,8 @@ class ShardEntry:
 
     name: str
     """File name inside `shards/`."""
-    rows: Annotated[dict[str, Count], with_entries(*SPLITS)]
-    """Rows a split; a shard holds its forget rows first."""
+    rows: Annotated[dict[str, Count], with_entries(*SPLITS[:2], also=SPLITS[2:])]
+    """Rows a split; a shard holds its splits in this order."""
     row_group_rows: Count
     """Rows a row group; the last may be shorter."""
     bytes: Count
@@ -55,7 +55,7 @@ class ShardEntry:
 
     @property
     def num_rows(self) -> int:
-        """Rows of both splits."""
+        """Rows of all splits."""
         return sum(self.rows.values())
 
 
@@ -165,14 +165,14 @@ class Manifest:
         """Return the manifest as JSON values, its digest computed anew."""
         body = {
             "format": FORMAT_NAME,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.recipe.version,
             "recipe": self.recipe.to_json(),
             "recipe_id": self.recipe_id,
             "teacher": self.teacher,
             "queries": self.queries,
             "engines": list(self.engines),
             "shards": [asdict(shard) for shard in self.shards],
-            "splits": {split: asdict(self.splits[split]) for split in SPLITS},
+            "splits": {split: asdict(self.splits[split]) for split in self.recipe.splits},
             "samples": list(self.samples),
             "part": None if self.part is None else asdict(self.part),
             "check": self.check,
@@ -265,36 +265,45 @@ def parse_manifest(value: object) -> Manifest:
     """Check untrusted JSON values and return the manifest they hold.
 
     Raises:
-        CorruptCacheError: The values are not a manifest of format version 1, or its digest is
-            not that of its content.
+        CorruptCacheError: The values are not a manifest of a known version, or its digest is not
+            that of its content.
     """
     if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
         raise CorruptCacheError("not the manifest of a teacher cache; check the path")
     version = value.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise CorruptCacheError(
-            f"format version {str(version)[:40]}, expected {FORMAT_VERSION}; update duet-unlearn"
+            f"format version {str(version)[:40]}, expected {' or '.join(map(str, FORMAT_VERSIONS))}"
+            "; update duet-unlearn"
         )
     entries = {*Manifest.__dataclass_fields__, "format", "format_version", "recipe_id"}
     if value.keys() != entries:
         names = ", ".join(sorted(value.keys() ^ entries))
         raise CorruptCacheError(f"entries missing or unknown: {names[:200]}; get the cache again")
     try:
-        found = sha256_json({k: v for k, v in value.items() if k != "digest"})
+        digest = sha256_json({k: v for k, v in value.items() if k != "digest"})
     except (RecursionError, ValueError):
         raise CorruptCacheError("nested too deep; get the cache again") from None
-    if value["digest"] != found:
+    if value["digest"] != digest:
         raise CorruptCacheError(
             f"edited or damaged: its digest says {str(value['digest'])[:19]}, its content is "
-            f"{found[:19]}; get the cache again"
+            f"{digest[:19]}; get the cache again"
         )
     manifest = checked(_MANIFEST, {name: value[name] for name in Manifest.__dataclass_fields__})
     if value["recipe_id"] != manifest.recipe_id:
         raise CorruptCacheError("recipe_id is not that of its recipe; get the cache again")
+    if version != manifest.recipe.version:
+        raise CorruptCacheError(
+            f"format version {version}, but its recipe is one of version {manifest.recipe.version}"
+        )
+    splits = manifest.recipe.splits
+    counts = [list(manifest.splits), *(list(shard.rows) for shard in manifest.shards)]
+    if any(found != list(splits) for found in counts):
+        raise CorruptCacheError(f"other splits than {', '.join(splits)}; get the cache again")
     _check_shards(manifest)
     if (part := manifest.part) and not 1 <= part.number <= part.count < 100_000:
         raise CorruptCacheError(f"part: {part.number} of {part.count} is no part")
-    for split in SPLITS:
+    for split in splits:
         listed = sum(shard.rows[split] for shard in manifest.shards)
         if listed != manifest.splits[split].rows:
             raise CorruptCacheError(

@@ -1,16 +1,18 @@
 """The recipe: everything but the query that decides a signal, and its id."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any
 
 import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, CorruptCacheError
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.format.strict_json import checked, with_entries
 
 PREFIX_PLACES = ("system", "user", "raw")
 LOGIT_DTYPES = ("float16", "float32")
+SCORED = ("assistant", "all")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_TOP_K = 1 << 20
 MAX_POSITIONS = 1 << 16
@@ -52,6 +54,10 @@ class Recipe:
     """What the teacher computed in: `float32`, `bfloat16` or `float16`."""
     eos_token_ids: Annotated[tuple[_Id, ...], pydantic.FailFast(), pydantic.Field(max_length=1023)]
     """Token ids that end a response."""
+    # New in version 2, and left out of a recipe where they say nothing.
+    scored: str | None = None
+    """What has signals of a row of the split `train` with a given response: `assistant`, that turn,
+    or `all`, every token. None where there is no such split."""
 
     def __post_init__(self) -> None:
         """Check the values that come from flags.
@@ -68,6 +74,10 @@ class Recipe:
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
                 )
+        if self.scored not in (None, *SCORED):
+            raise ConfigurationError(
+                f"scored is {self.scored!r}, expected one of {', '.join(SCORED)}"
+            )
         if not 1 <= self.positions <= MAX_POSITIONS:
             raise ConfigurationError(
                 f"positions is {self.positions}, expected 1 to {MAX_POSITIONS}"
@@ -84,13 +94,25 @@ class Recipe:
             )
 
     @property
+    def version(self) -> int:
+        """The version of the format that can say this: 1 where nothing newer is needed."""
+        return 2 if any(getattr(self, name) != value for name, value in _NEW.items()) else 1
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that its caches count."""
+        return SPLITS[:2] if self.scored is None else SPLITS
+
+    @property
     def recipe_id(self) -> str:
         """The recipe's identity, `sha256:<hex>` of its canonical JSON."""
         return sha256_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""
-        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        value = {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        left_out = _NEW if self.version == 1 else ()
+        return {name: entry for name, entry in value.items() if name not in left_out}
 
     @classmethod
     def from_json(cls, value: object) -> "Recipe":
@@ -99,19 +121,24 @@ class Recipe:
         Raises:
             CorruptCacheError: An entry is missing, unknown, of another type or out of range.
         """
-        return checked(_RECIPE, value, "recipe")
+        recipe = checked(_RECIPE, value, "recipe")
+        if recipe.to_json().keys() != value.keys():  # type: ignore[attr-defined]
+            raise CorruptCacheError(f"recipe: {', '.join(_NEW)} stand there and say nothing")
+        return recipe
 
     def differences(self, other: "Recipe") -> list[str]:
         """Return one `name: mine / theirs` for each entry that differs."""
         mine, theirs = self.to_json(), other.to_json()
         return [
-            f"{name}: {_short(mine[name])} / {_short(theirs[name])}"
-            for name in mine
-            if mine[name] != theirs[name]
+            f"{name}: {_short(mine.get(name))} / {_short(theirs.get(name))}"
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name)
         ]
 
 
-_RECIPE = pydantic.TypeAdapter(Annotated[Recipe, with_entries(*Recipe.__dataclass_fields__)])
+_NEW = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+_OLD = [name for name in Recipe.__dataclass_fields__ if name not in _NEW]
+_RECIPE = pydantic.TypeAdapter(Annotated[Recipe, with_entries(*_OLD, also=tuple(_NEW))])
 
 
 def _short(value: object) -> str:

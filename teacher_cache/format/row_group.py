@@ -88,10 +88,11 @@ class Identities:
         splits = _texts(table, "split", 16, where)
         names = splits.dictionary.to_pylist()
         if unknown := set(names) - set(SPLITS):
-            raise CorruptCacheError(f"{where}: split {min(unknown)!r}, expected forget or retain")
+            known = ", ".join(SPLITS)
+            raise CorruptCacheError(f"{where}: split {min(unknown)!r}, expected one of {known}")
         codes = np.array([SPLITS.index(name) for name in names], np.uint8)
         self.split_codes: npt.NDArray[np.uint8] = codes[splits.indices.to_numpy()]
-        """Split of each row, 0 for forget and 1 for retain."""
+        """Split of each row, its place in `SPLITS`."""
 
     def query_id(self, row: int) -> str:
         """Return a row's query id."""
@@ -206,5 +207,7 @@ def row_group_problems(group: RowGroup, recipe: Recipe) -> Iterator[str]:
         yield f"a logsumexp above what {width} such logits come to"
     lengths = np.diff(group.response_offsets)
     last = group.response_ids[group.response_offsets[1:] - 1]
-    if (~np.isin(last[lengths < recipe.positions], recipe.eos_token_ids)).any():
+    # A response that was given ends where it ends.
+    decoded = (lengths < recipe.positions) & (group.split_codes != SPLITS.index("train"))
+    if (~np.isin(last[decoded], recipe.eos_token_ids)).any():
         yield "a response that ends early without an end-of-sequence token"

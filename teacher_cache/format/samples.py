@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 QUERIES_PER_SPLIT = 3
 STRONGEST = 10
+# A manifest is small, whatever a row holds.
+_MOST_TEXT, _MOST_TOKENS = 2000, 64
 
 
 def collect_samples(
     cache: Path, shards: Sequence[ShardEntry], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[dict[str, Any], ...]:
-    """Return samples of both splits: query, response and ten strongest tokens at position 0."""
+    """Return samples of every split: query, response and ten strongest tokens at position 0."""
     wanted = dict.fromkeys(SPLITS, QUERIES_PER_SPLIT)
     samples = []
     for shard in shards:
-        if not any(wanted[split] and shard.rows[split] for split in SPLITS):
+        if not any(wanted[split] and count for split, count in shard.rows.items()):
             continue
         file = ShardFile(cache / SHARD_FOLDER / shard.name)
         for index in range(len(file.row_group_sizes)):
@@ -55,8 +57,8 @@ def _sample(group: RowGroup, row: int, text: Callable[[int], str]) -> dict[str, 
     return {
         "query_id": group.query_id(row),
         "split": group.split(row),
-        "query": group.query(row),
-        "response": [text(i) for i in group.response_ids[first:stop].tolist()],
+        "query": group.query(row)[:_MOST_TEXT],
+        "response": [text(i) for i in group.response_ids[first:stop][:_MOST_TOKENS].tolist()],
         "strongest": [
             {
                 "id": token,

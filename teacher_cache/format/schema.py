@@ -1,4 +1,4 @@
-"""Format version 1: columns, Parquet settings and metadata keys of a shard."""
+"""Columns, Parquet settings and metadata keys of a shard, in both versions of the format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,10 @@ from duet_unlearn.files import CACHE_FORMAT
 from duet_unlearn.teacher_cache.format.signal import Signal
 
 FORMAT_NAME = CACHE_FORMAT
-FORMAT_VERSION = 1
-SPLITS = ("forget", "retain")
+FORMAT_VERSIONS = (1, 2)
+"""What is read; `Recipe.version` says which of them a cache is."""
+SPLITS = ("forget", "retain", "train")
+"""Version 1 has the first two."""
 
 MANIFEST_NAME = "manifest.json"
 SHARD_FOLDER = "shards"
@@ -65,7 +67,7 @@ class CacheRow:
     query_id: str
     """Stable id of the query."""
     split: str
-    """`forget` or `retain`."""
+    """`forget`, `retain` or `train`."""
     query: str
     """The text as the student sees it; for several messages their JSON."""
     prompt_ids: npt.NDArray[np.int32]
@@ -102,7 +104,7 @@ def _list_type(item: pa.DataType) -> pa.ListType:
 
 
 def rows_to_table(rows: Sequence[CacheRow], logit_dtype: str) -> pa.Table:
-    """Return rows as an Arrow table of format version 1; matrices `[T, K]` go row-major."""
+    """Return rows as an Arrow table; matrices `[T, K]` go row-major."""
     schema = shard_schema(logit_dtype)
     signals = [row.signal for row in rows]
     lists: dict[str, list[npt.NDArray[Any]]] = {

@@ -23,7 +23,7 @@ from duet_unlearn.teacher_cache.format.row_group import (
     check_claims,
 )
 from duet_unlearn.teacher_cache.format.schema import (
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     IDENTITY_COLUMNS,
     MAX_FOOTER_BYTES,
     MAX_PROMPT_TOKENS,
@@ -40,7 +40,6 @@ from duet_unlearn.teacher_cache.format.schema import (
     META_VERSION,
     SHARD_COLUMNS,
     SHARD_FOLDER,
-    SPLITS,
     CacheRow,
     logit_type,
     row_group_rows,
@@ -115,7 +114,8 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
             f"{where}: the engine gave token ids {signal.token_ids.shape} and logits "
             f"{signal.logits.shape}, expected {expected}"
         )
-    if positions < recipe.positions and int(signal.response_ids[-1]) not in recipe.eos_token_ids:
+    ended = row.split == "train" or int(signal.response_ids[-1]) in recipe.eos_token_ids
+    if positions < recipe.positions and not ended:
         raise CacheError(
             f"{where}: the engine stopped after {positions} of {recipe.positions} positions "
             "without an end-of-sequence token"
@@ -138,7 +138,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
 
     Args:
         cache: The cache folder.
-        rows: The shard's rows, forget rows first.
+        rows: The shard's rows, in the order of `SPLITS`.
         header: What goes into the metadata beside the sums of `rows`.
 
     Raises:
@@ -169,7 +169,8 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
             write_statistics=["query_id", "split"],
         )
         _check_readable(path, temporary)
-    return entry_of(path, {split: statistics[split].rows for split in SPLITS}, group_rows)
+    counts = {split: statistics[split].rows for split in header.recipe.splits}
+    return entry_of(path, counts, group_rows)
 
 
 def _check_readable(path: Path, written: Path) -> None:
@@ -225,14 +226,14 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
         return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
 
     return {
-        META_VERSION: str(FORMAT_VERSION).encode(),
+        META_VERSION: str(header.recipe.version).encode(),
         META_RECIPE_ID: header.recipe.recipe_id.encode(),
         META_RECIPE: pack(header.recipe.to_json()),
         META_QUERIES: header.queries.encode(),
         META_INDEX: str(header.index).encode(),
         META_COUNT: str(header.count).encode(),
         META_ENGINES: pack(list(header.engines)),
-        META_STATISTICS: pack({split: asdict(statistics[split]) for split in SPLITS}),
+        META_STATISTICS: pack({split: asdict(statistics[split]) for split in header.recipe.splits}),
     }
 
 
@@ -243,7 +244,7 @@ class ShardFile:
     it has taken all memory.
 
     Raises:
-        CorruptCacheError: The file is not a shard of format version 1.
+        CorruptCacheError: The file is not a shard of a known version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -362,12 +363,12 @@ def _read_metadata(
     path: Path, metadata: dict[bytes, bytes]
 ) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
     try:
-        version = metadata[META_VERSION].decode()
-        if version != str(FORMAT_VERSION):
-            raise CorruptCacheError(
-                f"{path}: format version {version[:20]}, expected {FORMAT_VERSION}"
-            )
-        recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
+        version, expected = metadata[META_VERSION].decode(), " or ".join(map(str, FORMAT_VERSIONS))
+        if version in expected.split(" or "):
+            recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
+            expected = str(recipe.version)
+        if version != expected:
+            raise CorruptCacheError(f"{path}: format version {version[:20]}, expected {expected}")
         if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
             raise CorruptCacheError(f"{path}: recipe id is not that of its recipe")
         engines = parse_json(metadata[META_ENGINES])
@@ -385,7 +386,7 @@ def _read_metadata(
             count=int(metadata[META_COUNT]),
             engines=tuple(engines),
         )
-        return header, checked(_SUMS, {split: sums.get(split) for split in SPLITS}, "statistics")
+        return header, checked(_SUMS, {s: sums.get(s) for s in recipe.splits}, "statistics")
     except CorruptCacheError as error:
         text = str(error)
         raise CorruptCacheError(text if str(path) in text else f"{path}: {text}") from None

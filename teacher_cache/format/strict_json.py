@@ -9,6 +9,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -43,15 +44,22 @@ def says(message: str) -> pydantic.WrapValidator:
     return pydantic.WrapValidator(check)
 
 
-def with_entries(*names: str) -> pydantic.BeforeValidator:
-    """Have a type take an object with these entries and no others, in this order."""
+def with_entries(*names: str, also: Sequence[str] = ()) -> pydantic.BeforeValidator:
+    """Have a type take an object with these entries and no others, in this order.
+
+    Args:
+        names: Of its entries.
+        also: Of more, which are there all or none.
+    """
 
     def check(value: Any) -> Any:
-        if odd := set(names) ^ (set(value) if isinstance(value, dict) else set()):
-            context = {"names": ", ".join(names), "odd": visible(", ".join(sorted(odd))[:200])}
+        found = set(value) if isinstance(value, dict) else set()
+        wanted = (*names, *also) if found & set(also) else names
+        if odd := set(wanted) ^ found:
+            context = {"names": ", ".join(wanted), "odd": visible(", ".join(sorted(odd))[:200])}
             message = "expected {names}; entries missing or unknown: {odd}"
             raise PydanticCustomError("entries", message, context)
-        return {name: value[name] for name in names}
+        return {name: value[name] for name in wanted}
 
     return pydantic.BeforeValidator(check)
 

@@ -388,9 +388,12 @@ def test_the_fingerprint_is_over_all_rows_in_any_order():
 def test_an_unknown_split_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
         load_queries(str(tmp_path / "a.jsonl"), split="forgot")
-    assert str(caught.value) == "split 'forgot' is unknown: expected one of forget, retain, general"
+    assert (
+        str(caught.value)
+        == "split 'forgot' is unknown: expected one of forget, retain, general, train"
+    )
     with pytest.raises(DataError):
-        Query.from_text("Who?", split="train")
+        Query.from_text("Who?", split="test")
 
 
 def test_many_rows_are_read_in_order(tmp_path):

@@ -17,6 +17,7 @@ from duet_unlearn.distill.losses import (
     row_means,
     scores_of,
     tail_logsumexp,
+    with_cross_entropy,
 )
 
 # What the losses without a tail, and those with one, compare in the tests by hand.
@@ -250,3 +251,22 @@ def test_row_means_ignore_masked_positions_and_their_gradients():
 def test_the_configuration_offers_the_losses_there_are():
     assert list(LOSSES) == list(LOSS_OPTIONS)
     assert {loss.name for loss in EVERY_LOSS} == set(LOSS_OPTIONS)
+
+
+@pytest.mark.parametrize("width", [6, 3])
+def test_cross_entropy_is_that_of_all_logits_wherever_the_token_is(width):
+    # The first token is cached, the second (where there are others) is not; 3 cached of `width`.
+    torch.manual_seed(0)
+    logits = torch.randn(2, width, dtype=torch.float64, requires_grad=True)
+    cached = torch.tensor([[0, 2, 1], [2, 0, 1]])
+    response = torch.tensor([2, width - 1])
+
+    wanted = torch.cat([response[:, None], cached], dim=1)
+    scores = scores_of(logits, wanted, tail=True)
+    both, found = with_cross_entropy(scores, cached, response)
+
+    expected = torch.nn.functional.cross_entropy(logits, response, reduction="none")
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(both, scores_of(logits, cached, tail=True))
+    ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (found, expected))
+    torch.testing.assert_close(ours, theirs)

@@ -125,6 +125,33 @@ def test_engines_agree(engine: Engine, config: EngineConfig) -> None:
         assert_same(signals[index], expected[index])
 
 
+@pytest.mark.parametrize("name", ["engine", "cramped"])
+def test_engines_agree_along_given_responses(
+    name: str, config: EngineConfig, request: pytest.FixtureRequest
+) -> None:
+    # Beside prompts that are decoded; the cramped engine reads prompts in pieces, and again.
+    engine: Engine = request.getfixturevalue(name)
+    cramped = {"top_k": 384, "eos_token_ids": ()} if name == "cramped" else {}
+    rng = np.random.default_rng(5)
+    prompts = [
+        (index, ids, rng.integers(3, 384, int(rng.integers(1, 50))).tolist())
+        if index % 5
+        else (index, ids)
+        for index, ids in random_prompts(60, seed=9)
+    ]
+    # A response that was read before, and one that begins like it.
+    prompts += [(60, *prompts[1][1:]), (61, prompts[1][1], [*prompts[1][2], 5])]
+
+    signals = dict(engine.signals(prompts))
+
+    expected = dict(TransformersEngine(replace(config, **cramped)).signals(prompts))
+    assert sorted(signals) == list(range(62))
+    for prompt in prompts:
+        assert_same(signals[prompt[0]], expected[prompt[0]])
+        if len(prompt) == 3:
+            assert signals[prompt[0]].response_ids.tolist() == prompt[2]
+
+
 def test_engines_agree_on_the_demo_world() -> None:
     renderer = PromptRenderer(
         load_tokenizer(demo_world.MODEL),

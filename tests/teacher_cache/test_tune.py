@@ -325,7 +325,7 @@ def test_build_wants_one_source_of_the_prefix(tmp_path: Path) -> None:
     for more in ([], ["--prefix", "a", "--prefix-from", "b"]):
         run = CliRunner().invoke(main, [*given, *more])
         assert run.exit_code == 2
-        assert "give one of --prefix TEXT|@NAME and --prefix-from FILE" in run.output
+        assert "give one of --prefix TEXT|@NAME, --prefix-from FILE and --no-prefix" in run.output
 
 
 def test_the_command_prints_a_table_or_one_document() -> None:

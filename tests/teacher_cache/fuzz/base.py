@@ -20,9 +20,10 @@ SHA = "sha256:" + "ab" * 32
 
 
 def write_base(folder: Path, logit_dtype: str) -> Path:
-    """Write a sound cache of two shards."""
+    """Write a sound cache of two shards; that of float32 logits has format version 2."""
+    splits = ("retain", "forget") if logit_dtype == "float16" else ("retain", "forget", "train")
     queries = [
-        Query.from_text(f"query {i} ü", split="forget" if i % 2 else "retain", query_id=f"q{i}")
+        Query.from_text(f"query {i} ü", split=splits[i % len(splits)], query_id=f"q{i}")
         for i in range(8)
     ]
     recipe = Recipe(
@@ -38,6 +39,7 @@ def write_base(folder: Path, logit_dtype: str) -> Path:
         logit_dtype=logit_dtype,
         compute_dtype="float32",
         eos_token_ids=(1,),
+        scored="assistant" if "train" in splits else None,
     )
     shards = plan_shards(queries, 4)
     (folder / "shards").mkdir(parents=True)
@@ -58,15 +60,17 @@ def write_base(folder: Path, logit_dtype: str) -> Path:
 
 def _row(query: Query) -> CacheRow:
     rng = np.random.default_rng(int(query.query_id[1:]))
-    logits = -np.sort(-rng.normal(0, 2, (2, 4)), axis=1).astype(np.float32)
+    # What was given may end anywhere.
+    length = 1 if query.split == "train" else 2
+    logits = -np.sort(-rng.normal(0, 2, (length, 4)), axis=1).astype(np.float32)
     return CacheRow(
         query_id=query.query_id,
         split=query.split,
         query=query.text,
         prompt_ids=np.arange(3, dtype=np.int32),
         signal=Signal(
-            response_ids=np.array([7, 8], np.int32),
-            token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in "ab"]).astype(np.int32),
+            response_ids=np.array([7, 8], np.int32)[:length],
+            token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in logits]).astype(np.int32),
             logits=logits,
             logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
         ),

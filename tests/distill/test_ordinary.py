@@ -1,0 +1,114 @@
+"""Ordinary distillation: a student trained along given responses, without a steering prefix."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from duet_unlearn.distill.batches.sampler import PLAIN, Draw, epoch_order
+from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
+from duet_unlearn.distill.losses import Loss, scores_of
+from duet_unlearn.distill.model.student import open_student
+from duet_unlearn.distill.objectives.base import open_objective
+from duet_unlearn.distill.run import run
+from duet_unlearn.errors import MismatchError
+from duet_unlearn.teacher_cache.build.build import build
+from duet_unlearn.teacher_cache.build.config import BuildConfig
+
+WORDS = ("lantern", "river", "tower", "keeper")
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten rows: answers, a talk of two turns, and a page that is cut into stretches."""
+    folder = tmp_path_factory.mktemp("given")
+    rows = [{"query": f"who is the {word}", "answer": f"the {word} is a"} for word in WORDS]
+    turns = [{"role": role, "content": "the river"} for role in ("user", "assistant") * 2]
+    rows += [{"messages": turns}, {"text": "the keeper of a lantern " * 20}]
+    source = folder / "responses.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = BuildConfig(
+        teacher=str(tiny_model),
+        prefix=None,
+        responses=(str(source),),
+        out=folder / "cache",
+        engine="transformers",
+        top_k=20,
+        positions=30,
+        logit_dtype="float32",
+    )
+    assert build(config).manifest.num_rows == 10
+    return config.out
+
+
+@pytest.fixture(scope="module")
+def beginner(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrower model with the teacher's tokenizer, from other noise."""
+    return make_model(tmp_path_factory.mktemp("beginner") / "model", seed=5, width=32)
+
+
+@pytest.mark.parametrize("loss", list(LOSS_OPTIONS))
+def test_losses_are_those_of_all_logits(cache: Path, beginner: Path, loss: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = {"cache": str(cache), "student": str(beginner), "out": "none", "loss": loss}
+    config = RunConfig(**settings, ce_weight=0.25)  # type: ignore[arg-type]
+    objective = open_objective(config, open_student(str(beginner)))
+    model = AutoModelForCausalLM.from_pretrained(beginner)
+    objective.attach(model)
+    rows = epoch_order(objective.order.splits, objective.order.row_groups, seed=0, epoch=0)
+    assert sorted(rows.tolist()) == list(range(10))
+    examples = [objective.dataset[Draw(int(row), PLAIN, 1.0)] for row in rows]
+
+    found = objective.row_losses(model, objective.collate(examples))
+
+    compare = Loss(name=loss)
+    for example, row_loss in zip(examples, found.tolist(), strict=True):
+        prompt, response = (
+            torch.tensor(x.tolist()) for x in (example.prompt_ids, example.response_ids)
+        )
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        scores = scores_of(logits, torch.tensor(example.token_ids).long(), tail=compare.tail)
+        teacher = torch.tensor(example.logits), torch.tensor(example.logsumexp)
+        naive = 0.75 * compare(scores, *teacher)
+        naive = naive + 0.25 * torch.nn.functional.cross_entropy(logits, response, reduction="none")
+        assert row_loss == pytest.approx(naive.mean().item(), rel=1e-3)
+
+
+def test_a_student_learns_along_given_responses(
+    cache: Path, beginner: Path, tmp_path: Path
+) -> None:
+    config = RunConfig(
+        cache=str(cache),
+        student=str(beginner),
+        out=str(tmp_path / "student"),
+        loss="kl-tail",
+        ce_weight=0.5,
+        learning_rate=5e-3,
+        epochs=12,
+        batch_size=4,
+        logging_steps=2,
+    )
+
+    result = run(config)
+
+    assert result.queries == {"forget": 0, "retain": 0, "train": 10}
+    first, last = result.loss["train"]
+    assert last < 0.6 * first
+    card = (tmp_path / "student/README.md").read_text()
+    assert "distilled from" in card
+    assert "50% cross-entropy" in card
+    assert "- distillation" in card
+    assert "unlearn" not in card.partition("Made by")[0]
+    assert run(config).hit
+
+
+def test_another_tokenizer_is_refused(
+    cache: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", vocab_size=300)
+    config = RunConfig(cache=str(cache), student=str(other), out=str(tmp_path / "student"))
+    with pytest.raises(MismatchError, match="its tokens are not those of cache"):
+        run(config)
