@@ -6,15 +6,15 @@ import click
 
 from duet_unlearn import __version__
 from duet_unlearn.cli.commands.ask import ask_command
-from duet_unlearn.cli.commands.attack import attack_command
 from duet_unlearn.cli.commands.demo import demo_command
 from duet_unlearn.cli.commands.evaluate import eval_command
-from duet_unlearn.cli.commands.membership import membership_command
 from duet_unlearn.cli.commands.plan import plan_command
-from duet_unlearn.cli.commands.probe import probe_command
-from duet_unlearn.cli.commands.relearn import relearn_command
 from duet_unlearn.cli.commands.report import report_command
 from duet_unlearn.cli.commands.run import run_command
+from duet_unlearn.cli.commands.stress.attack import attack_command
+from duet_unlearn.cli.commands.stress.membership import membership_command
+from duet_unlearn.cli.commands.stress.probe import probe_command
+from duet_unlearn.cli.commands.stress.relearn import relearn_command
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}

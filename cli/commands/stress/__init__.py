@@ -1,0 +1,1 @@
+"""Commands that put a finished student to harder tests than questions."""
