@@ -101,7 +101,7 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         ([tiny_model, tiny_model, *files], "NAME=MODEL"),
         ([tiny_model, *files, "--require", "forget=5"], "expected NAME<NUMBER"),
         ([tiny_model, *files, "--require", "worst<5"], "give --attacks as well"),
-        ([tiny_model, *files, "--refusals", tmp_path / "gone"], "not readable"),
+        ([tiny_model, *files, "--refusals", tmp_path / "gone"], "no such file"),
     ]
     for arguments, expected in cases:
         result = invoke(*arguments)
