@@ -56,6 +56,12 @@ class RunConfig(Settings):
         decides=False,
         help="The teacher cache: a folder or a URL, with or without `@sha256:DIGEST` behind it.",
     )
+    replay: tuple[str, ...] = setting(
+        default=(),
+        metavar="CACHE",
+        decides=False,
+        help="Also train on the forget queries of this cache of an earlier request. Repeatable.",
+    )
     student: str = setting(
         metavar="MODEL",
         decides=False,
@@ -273,15 +279,10 @@ class RunConfig(Settings):
         help="Stop after N evaluations in a row without a lower forget recall.",
     )
     logging_steps: Count = setting(
-        default=10,
-        group="Logs and checkpoints",
-        decides=False,
-        help="Steps between two log lines.",
+        default=10, group="Logs and checkpoints", decides=False, help="Steps between two log lines."
     )
     save_steps: Whole = setting(
-        default=500,
-        decides=False,
-        help="Steps between two checkpoints; 0 saves only when stopped.",
+        default=500, decides=False, help="Steps between two checkpoints; 0: only when stopped."
     )
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
         default="none", decides=False, help="Also send the logs there."

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.data.shapes import Shape
+from duet_unlearn.distill.batches.replay import JoinedRows
 from duet_unlearn.distill.batches.sampler import FORGET, PLAIN, RETAIN, TRAIN, Draw
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -48,7 +49,7 @@ class CacheDataset(Dataset[Example]):
     """The sequences that draws stand for.
 
     Args:
-        reader: The cache.
+        reader: The cache, or several.
         top_k: Keep the strongest K tokens of each position; None keeps all.
         positions: Keep the first N positions; None keeps all.
         views: Shapes that draws refer to by index.
@@ -60,7 +61,7 @@ class CacheDataset(Dataset[Example]):
 
     def __init__(
         self,
-        reader: CacheReader,
+        reader: CacheReader | JoinedRows,
         *,
         top_k: int | None = None,
         positions: int | None = None,

@@ -26,7 +26,10 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = MappingProxyType(
         "duet": ObjectiveKind(
             module="duet",
             inputs=("cache",),
-            settings=("views", "loss", "delta", "temperature", "ce_weight", "top_k", "positions"),
+            settings=(
+                *("replay", "views", "loss", "delta", "temperature", "ce_weight"),
+                *("top_k", "positions"),
+            ),
         ),
         "gradient-difference": ObjectiveKind(
             module="gradient_difference", inputs=("forget", "retain")

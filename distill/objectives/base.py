@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("forget", "retain", "train")
 IN_VIEW = len(SPLITS)
-"""In place of a split's code: the target of a retain row behind a view, never drawn by itself."""
+"""In place of a split's code: never drawn by itself; the target of a retain row in a view, say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.messages import asked_text, messages_from_text, split_view
 from duet_unlearn.data.shapes import Shape
+from duet_unlearn.distill.batches.replay import JoinedRows, drawn_rows
 from duet_unlearn.distill.batches.views import describe_views, draw_weights, load_views
 from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
 from duet_unlearn.distill.model.student import Student, check_cache_fits
@@ -48,24 +49,28 @@ class Duet:
 
     def __init__(self, config: RunConfig, student: Student) -> None:
         self.reader = reader = CacheReader.open(str(config.cache))
+        self._replayed = tuple(CacheReader.open(cache) for cache in config.replay)
+        self._rows = JoinedRows((reader, *self._replayed))
         self.views = load_views(config.views, reader.manifest.views)
         self._config, self._student = config, student
-        self._recipe = recipe = reader.manifest.recipe
+        self._recipe = reader.manifest.recipe
+        recipes = [cache.manifest.recipe for cache in (reader, *self._replayed)]
         self.settings = {
-            "top_k": _at_most(config.top_k, recipe.top_k, "top_k"),
-            "positions": _at_most(config.positions, recipe.positions, "positions"),
+            "top_k": _at_most(config.top_k, min(r.top_k for r in recipes), "top_k"),
+            "positions": _at_most(config.positions, min(r.positions for r in recipes), "positions"),
         }
         weights = draw_weights(self.views)
         splits, self._targets = _rows_in_views(reader, self.views)
         self.order = Order(
-            splits=splits,
-            row_groups=reader.row_groups,
+            splits=drawn_rows(splits, reader, self._replayed),
+            row_groups=self._rows.row_groups,
             num_views=len(self.views),
             view_weights=weights,
         )
         self._check_splits()
         self.identity = {
             "cache": reader.manifest.digest,
+            **({"replay": self._replayed_digests} if self._replayed else {}),
             "views": [[view.name, view.text] for view in self.views],
             **({} if weights is None else {"view_weights": list(weights)}),
         }
@@ -75,11 +80,12 @@ class Duet:
 
     def prepare(self, renderer: "PromptRenderer", queries: set[str] | None = None) -> None:
         """Check tokens and lengths; see `Objective.prepare`."""
-        check_cache_fits(self._student, renderer, self.reader)
+        for cache in (self.reader, *self._replayed):
+            check_cache_fits(self._student, renderer, cache)
         if self.views:
             self._check_views(renderer)
         if queries:
-            trained = queries & {asked_text(text) for _, _, text in self.reader.identities()}
+            trained = queries & {asked_text(text) for _, _, text in self._rows.identities()}
             warn_of_trained(len(trained), len(queries))
         self._renderer = renderer
 
@@ -98,7 +104,7 @@ class Duet:
         from duet_unlearn.distill.batches.dataset import CacheDataset
 
         return CacheDataset(
-            self.reader,
+            self._rows,
             top_k=self.settings["top_k"],
             positions=self.settings["positions"],
             views=self.views,
@@ -138,6 +144,7 @@ class Duet:
     def story(self) -> Story:
         """Say which teacher the student was fitted to."""
         manifest, recipe, config = self.reader.manifest, self._recipe, self._config
+        replayed = self._replayed_digests
         place = "raw" if recipe.prefix_place == "raw" else f"in the {recipe.prefix_place} turn"
         quoted = recipe.prefix.replace("\n", "\n> ")
         option, count = LOSS_OPTIONS[config.loss], self.settings["positions"]
@@ -161,6 +168,9 @@ class Duet:
             tags=("unlearning", "duet") if recipe.prefix else ("distillation",),
             facts={
                 "teacher cache": f"`{manifest.digest}`",
+                **(
+                    {"replayed caches": ", ".join(map("`{}`".format, replayed))} if replayed else {}
+                ),
                 "recipe": f"`{manifest.recipe_id}`",
                 "signal": f"top {self.settings['top_k']} logits at {at}",
                 "loss": loss,
@@ -168,9 +178,14 @@ class Duet:
             },
             record={
                 "cache": {"digest": manifest.digest, "recipe_id": manifest.recipe_id},
+                **({"replay": replayed} if replayed else {}),
                 "views": describe_views(self.views),
             },
         )
+
+    @property
+    def _replayed_digests(self) -> list[str]:
+        return [cache.manifest.digest for cache in self._replayed]
 
     def _check_views(self, renderer: "PromptRenderer") -> None:
         """Refuse a view that does not fit before training comes to it."""
@@ -179,7 +194,7 @@ class Duet:
             return
         rows = [
             (query_id, text)
-            for query_id, split, text in self.reader.identities()
+            for query_id, split, text in self._rows.identities()
             if split_view(text)[0] is None and split != "train"
         ]
         for query_id, text in sorted(rows, key=lambda row: -len(row[1]))[:_TRIED]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def publish(job: "Job", result: "RunResult") -> None:
         "versions": versions(lora=config.lora_rank is not None),
         "result": {**dataclasses.asdict(result), "out": ""},
     }
-    _write_config(staged, settings, story.record.get("cache", {}).get("digest"))
+    _write_config(staged, settings, story.record)
     write_card(staged, run_file, story)
     # With the names of all files, the folder proves later that nothing of others is in it.
     listed = {**run_file, "files": sorted({*files_of(staged), RUN_FILE})}
@@ -102,12 +103,13 @@ def publish(job: "Job", result: "RunResult") -> None:
     folder.publish()
 
 
-def _write_config(folder: Path, settings: dict[str, Any], digest: str | None) -> None:
-    """Write the settings that make the same student again, the cache pinned by its digest."""
+def _write_config(folder: Path, settings: dict[str, Any], record: Mapping[str, Any]) -> None:
+    """Write the settings that make the same student again, caches pinned by their digests."""
     # A file that replaces what it finds is the user's to write.
     kept = {name: value for name, value in settings.items() if name != "overwrite"}
-    if digest is not None and "@sha256:" not in kept["cache"]:
-        kept["cache"] = f"{kept['cache']}@{digest}"
+    if "cache" in record:
+        kept["cache"] = _pinned(kept["cache"], record["cache"]["digest"])
+        kept["replay"] = list(map(_pinned, kept["replay"], record.get("replay", ())))
     header = (
         "# The settings of this student, `auto` resolved where it is the same on every machine. To "
         f"train it again:\n#   duet-distill run --config {CONFIG_FILE} --out ANOTHER_FOLDER\n"
@@ -115,6 +117,10 @@ def _write_config(folder: Path, settings: dict[str, Any], digest: str | None) ->
     )
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10_000)
     write_text(folder / CONFIG_FILE, header + text)
+
+
+def _pinned(cache: str, digest: str) -> str:
+    return cache if "@sha256:" in cache else f"{cache}@{digest}"
 
 
 def save_model(
