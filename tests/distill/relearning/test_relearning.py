@@ -195,7 +195,7 @@ def test_failures_name_what_is_wrong(tmp_path: Path) -> None:
         ({"rates": "nan"}, "expected finite numbers"),
         ({"steps": "0"}, "at least one above 0"),
         ({"steps": "1.5"}, "expected numbers with commas"),
-        ({"models": parse_models(["a=x", "a=y"])}, "2 rows would be called 'a'"),
+        ({"models": parse_models(["x/a", "y/a"])}, "2 rows would be called 'a'"),
     ):
         with pytest.raises(ConfigurationError, match=expected):
             RelearnConfig(**{"models": parse_models(["m"]), "forget": forget, **settings})
