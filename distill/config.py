@@ -56,12 +56,6 @@ class RunConfig(Settings):
         decides=False,
         help="The teacher cache: a folder or a URL, with or without `@sha256:DIGEST` behind it.",
     )
-    replay: tuple[str, ...] = setting(
-        default=(),
-        metavar="CACHE",
-        decides=False,
-        help="Also train on the forget queries of this cache of an earlier request. Repeatable.",
-    )
     student: str = setting(
         metavar="MODEL",
         decides=False,
@@ -95,6 +89,12 @@ class RunConfig(Settings):
     )
     retain: tuple[str, ...] = setting(
         default=(), metavar="FILE", decides=False, help="The same, to keep. Repeatable."
+    )
+    replay: tuple[str, ...] = setting(
+        default=(),
+        metavar="CACHE",
+        decides=False,
+        help="Also train on the forget queries of this cache of an earlier request. Repeatable.",
     )
     views: tuple[str, ...] = setting(
         default=(),
