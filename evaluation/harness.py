@@ -48,7 +48,10 @@ class Harness:
             raise ConfigurationError(f"--lm-eval-path {folder}: no such folder of task files")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._tasks, self._limit, self._batch_size = list(dict.fromkeys(tasks)), limit, batch_size
-        self._manager = TaskManager(include_path=folder)
+        # lm-eval's own thousands of tasks take ten seconds to list: only where they are asked for.
+        self._manager = TaskManager(include_path=folder, include_defaults=folder is None)
+        if not set(self._tasks) <= set(self._manager.all_tasks) and folder is not None:
+            self._manager = TaskManager(include_path=folder)
         for task in self._tasks:
             try:
                 with _quietly():
