@@ -96,7 +96,10 @@ def test_a_task_of_a_local_file_on_model_and_adapter(tasks: Path, tmp_path: Path
 
 def test_what_it_cannot_run_is_one_line(tasks: Path, tmp_path: Path) -> None:
     needs_harness()
-    (tasks / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}\n", encoding="utf-8")
+    (tasks / "broken.yaml").write_text(
+        "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}\n",
+        encoding="utf-8",
+    )
     cases = [
         (("--lm-eval", "no_such_task"), "--lm-eval no_such_task: lm-eval cannot load it"),
         (("--lm-eval", "broken", "--lm-eval-path", tasks), "--lm-eval broken: lm-eval cannot load"),
