@@ -70,8 +70,8 @@ def write_cache(
         rows = _rows(rng, index, positions, shard_positions, prompt_tokens)
         header = ShardHeader(recipe=recipe, queries=sha, index=index, count=shards, engines=engines)
         entries.append(write_shard(folder, rows, header))
-        for split, sums in rows_statistics(rows, "float16").items():
-            totals[split] += sums
+        found = rows_statistics(rows, "float16")
+        totals = {split: sums + found[split] for split, sums in totals.items()}
     Manifest(
         recipe=recipe,
         teacher="random",

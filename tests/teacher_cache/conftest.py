@@ -83,8 +83,8 @@ def make_cache() -> MakeCache:
                 recipe=recipe, queries=queries, index=index, count=shards, engines=({},)
             )
             entries.append(write_shard(folder, part, header))
-            for split, sums in rows_statistics(part).items():
-                totals[split] += sums
+            found = rows_statistics(part)
+            totals = {split: sums + found[split] for split, sums in totals.items()}
         manifest = Manifest(
             recipe=recipe,
             teacher="tiny",

@@ -74,8 +74,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         part = rows[index * 5 : index * 5 + 5]
         header = ShardHeader(recipe=RECIPE, queries=queries, index=index, count=2, engines=({},))
         entries.append(write_shard(folder, part, header))
-        for split, sums in rows_statistics(part).items():
-            totals[split] += sums
+        found = rows_statistics(part)
+        totals = {split: sums + found[split] for split, sums in totals.items()}
     Manifest(
         recipe=RECIPE,
         teacher="t",
