@@ -56,6 +56,8 @@ def damaged_cache(tiny_cache: Path, tmp_path: Path) -> Path:
         "distill eval {torn} --forget {forget} --retain {forget} --out {file}",
         "distill relearn {torn} --forget {forget} --out {file}",
         "distill membership {torn} --forget {forget} --holdout {forget} --out {file}",
+        "distill attack {torn} --forget {forget} --suffix-steps 1 --soft-steps 1 --out {file}",
+        "distill probe {torn} --forget {forget} --retain {forget} --out {file}",
         "distill report {out} --out {file}",
     ],
 )

@@ -5,21 +5,15 @@ from typing import Any
 
 import click
 
-from duet_unlearn.cli.options import FolderPath, SettingsCommand, read_settings
-from duet_unlearn.cli.output import check_target, json_option, print_report
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.cli.options import SettingsCommand, models_argument, out_option, read_settings
+from duet_unlearn.cli.output import json_option, measuring, print_report
 from duet_unlearn.evaluation.config import parse_models
 from duet_unlearn.evaluation.probing.config import ProbeConfig
 
 
 @click.command("probe", cls=SettingsCommand, settings=ProbeConfig)
-@click.argument("words", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
-    "--out",
-    type=FolderPath(),
-    metavar="FILE",
-    help="Also write everything to this JSON file: `duet-distill report` shows its curves.",
-)
+@models_argument
+@out_option("`duet-distill report` shows its curves")
 @json_option
 @click.pass_context
 def probe_command(
@@ -31,13 +25,9 @@ def probe_command(
     reference. Reads each query once, by the logit lens and by a linear probe.
     """
     config = read_settings(ctx, ProbeConfig, models=parse_models(words))
-    if out is not None:
-        check_target(out, '"duet-unlearn": "')  # among the versions
-    try:
+    with measuring(out):
         from duet_unlearn.evaluation.probing.probe import probe
         from duet_unlearn.evaluation.probing.results import format_probe
 
         report = probe(config)
-    except KeyboardInterrupt as error:
-        raise StoppedError("stopped; start it again") from error
     print_report(format_probe(report), report, as_json=as_json, out=out)
