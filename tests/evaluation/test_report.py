@@ -167,6 +167,56 @@ def test_markdown_holds_verdicts_and_tables_and_opens_no_tag(sources: Sources) -
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1
 
 
+def _add_stress_tests(sources: Sources) -> None:
+    """Documents of searched attacks and of a probe, with names and a suffix that are foreign."""
+    number = {"mean": 12.5, "low": 0.0, "high": 25.0, "count": 8}
+    models = ["base", "base + prefix", HOSTILE, "a-long-name-of-a-student-trained-in-views"]
+    attacking = [
+        {
+            **{"model": model, "attack": attack, "recalled": number, "retained": number},
+            "suffix": HOSTILE * 3 if attack == "suffix" else None,
+        }
+        for model in models
+        for attack in ("none", "suffix", "soft prompt")
+    ]
+    probing = [
+        {
+            **{"model": model, "layer": layer, "rank": 151_000.5 / layer, "shuffled": 49.5},
+            **dict.fromkeys(("probability", "told_apart", "retain_told_apart"), number),
+        }
+        for model in models
+        for layer in range(1, 29)
+    ]
+    sources.stress_tests = {
+        "attacking": [("attack.json", {"attacking": attacking, "trained": 112})],
+        "probing": [("probe.json", {"probing": probing, "pairs": {"forget": 72, "retain": 51}})],
+    }
+
+
+def test_stress_tests_have_their_sections_and_their_text_is_text(sources: Sources) -> None:
+    _add_stress_tests(sources)
+    content = make_content(sources)
+    page = render_html(content)
+    parsed = _Page(page)
+    assert not [tag for tag, _ in parsed.tags if tag == "img"]
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    links = [(a["href"] or "")[1:] for t, a in parsed.tags if t == "a"]
+    assert {"attacking", "probing"} <= set(links) <= set(ids)
+    assert sum(tag == "svg" for tag, _ in parsed.tags) == 1 + 3
+    missing = content["evaluations"][0]["not_tested"]
+    assert "relearning" in missing
+    assert "searched attacks" not in missing
+    text = render_markdown(content)
+    assert "| base + prefix | 28 | 5392.88 | 12.5 (0.0 to 25.0) |" in text
+    assert not re.search(r"(?<!\\)[<\[]", text)
+    for block in text.split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1
+    del sources.stress_tests["probing"][0][1]["pairs"]
+    with pytest.raises(DataError, match="a stress test's record: damaged, KeyError at 'pairs'"):
+        make_content(sources)
+
+
 def _document(**worst: Any) -> dict[str, Any]:
     """A forget and a retain set, a base that knows all, and a student."""
     means = {"base": (100.0, 90.0), "student": (0.0, 90.0)}
@@ -267,6 +317,7 @@ def test_a_chart_places_its_points_between_its_axes() -> None:
 def test_a_browser_shows_it_without_errors_or_overflow(
     sources: Sources, tmp_path: Path, width: int
 ) -> None:
+    _add_stress_tests(sources)
     page = render_html(make_content(sources, compare_first_tokens(sources, 1)))
     probe = """<script>
       const wide = [...document.querySelectorAll("main *")].filter(
