@@ -66,6 +66,17 @@ def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
     return tuple(found)
 
 
+def refuse_empty(config: Settings, *names: str) -> None:
+    """Refuse settings of which one holds nothing.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigurationError(f"{name} is empty, expected at least one")
+
+
 def refuse_same_labels(labels: Sequence[str]) -> None:
     """Refuse rows that nothing tells apart.
 
@@ -104,8 +115,7 @@ class SubjectsConfig(Settings):
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
-        if not self.models:
-            raise ConfigurationError("models is empty, expected at least one")
+        refuse_empty(self, "models")
         if self.topic is not None and self.prefix is None:
             raise ConfigurationError("topic is set without a prefix; give --prefix as well")
         several = [line for line, rows in self.lines.items() if len(set(rows)) > 1]
@@ -237,9 +247,7 @@ class EvalConfig(AskConfig):
             raise ConfigurationError(
                 f"the first model is the reference, and {name!r} is several; put the base first"
             )
-        for name in ("forget", "retain"):
-            if not getattr(self, name):
-                raise ConfigurationError(f"{name} is empty, expected at least one")
+        refuse_empty(self, "forget", "retain")
         if self.lm_eval_path is not None and not self.lm_eval:
             raise ConfigurationError("lm_eval_path is set without a task; give --lm-eval as well")
         select_measures(self.measures)

@@ -71,6 +71,18 @@ def _draws(count: int, seed: int = 0) -> NDArray[np.float64]:
     return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
 
 
+def summarize_all(scores: Scores) -> Number:
+    """Return mean, count and interval of scores of which there are some.
+
+    Raises:
+        ValueError: There are none.
+    """
+    number = summarize(scores)
+    if number is None:
+        raise ValueError("no scores, expected at least one")
+    return number
+
+
 def summarize(scores: Scores) -> Number | None:
     """Return mean, count and percentile bootstrap interval; None where no query has a score."""
     known = scores[~np.isnan(scores)]

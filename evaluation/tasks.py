@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -160,6 +160,15 @@ def load_sets(
         )
         sets.append(QuerySet(name=name, split=split, source=source, queries=tuple(queries)))
     return tuple(sets)
+
+
+def load_answered(sources: Iterable[str], *, split: str) -> list[Query]:
+    """Return the queries of several sources, all with answers; of kits, the held-out ones."""
+    return [
+        query
+        for source in sources
+        for query in load_queries(source, split=split, require_answers=True)
+    ]
 
 
 def spread(items: Sequence[T], limit: int) -> list[T]:

@@ -1,5 +1,6 @@
 """Compare two caches: what differs between their recipes, and which queries only one has."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,15 +60,15 @@ def diff(a: str, b: str) -> CacheDifference:
         MismatchError: One has another digest than the one given.
     """
     first, second = CacheReader.open(a), CacheReader.open(b)
-    rows = [list(reader.identities()) for reader in (first, second)]
-    ours, theirs = ({row[1:] for row in found} for found in rows)
-    only_a = tuple(row for row in rows[0] if row[1:] not in theirs)
-    only_b = tuple(row for row in rows[1] if row[1:] not in ours)
+    # Hashes, not texts: of rows that both have, nothing is kept.
+    ours, theirs = ({_key(row) for row in reader.identities()} for reader in (first, second))
+    only_a = tuple(row for row in first.identities() if _key(row) not in theirs)
+    only_b = tuple(row for row in second.identities() if _key(row) not in ours)
     return CacheDifference(
         names=(redact_url(a), redact_url(b)),
         digests=(first.manifest.digest, second.manifest.digest),
         recipe=tuple(first.manifest.recipe.differences(second.manifest.recipe)),
-        common=len(rows[0]) - len(only_a),
+        common=first.num_rows - len(only_a),
         only=(only_a, only_b),
     )
 
@@ -90,3 +91,8 @@ def _lines(difference: CacheDifference) -> Iterator[str]:
         yield from (f"  {split:<7} {name}  {text[:60]}" for name, split, text in only[:_SHOWN])
         if len(only) > _SHOWN:
             yield f"  and {len(only) - _SHOWN} more; --json lists all"
+
+
+def _key(identity: Identity) -> bytes:
+    _, split, text = identity
+    return hashlib.blake2b(f"{split}\0{text}".encode(), digest_size=16).digest()

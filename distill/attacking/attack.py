@@ -22,13 +22,13 @@ from duet_unlearn.distill.attacking.prompts import Prompt, open_prompts, render
 from duet_unlearn.distill.attacking.results import PLAIN, SOFT, SUFFIX, AttackReport, Outcome
 from duet_unlearn.distill.attacking.soft_tokens import soft_tokens, train_soft_prompt
 from duet_unlearn.distill.attacking.suffix import SuffixSearch
-from duet_unlearn.distill.relearning.lessons import load_answered, untaught
+from duet_unlearn.distill.relearning.lessons import untaught
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.answers import generate_answers, score_references
 from duet_unlearn.evaluation.measures.overlap import contains_answer, rouge_l_recall
-from duet_unlearn.evaluation.statistics import Number, summarize
+from duet_unlearn.evaluation.statistics import summarize, summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
-from duet_unlearn.evaluation.tasks import Task, spread
+from duet_unlearn.evaluation.tasks import Task, load_answered, spread
 from duet_unlearn.progress import Progress
 
 
@@ -180,15 +180,8 @@ def _ask(
         attack=attack,
         suffix=suffix or None,
         loss=-float(np.mean(logs)),
-        recalled=_number(recalls[:forget]),
-        named=_number(named[:forget]),
+        recalled=summarize_all(recalls[:forget]),
+        named=summarize_all(named[:forget]),
         retained=summarize(recalls[forget:]),
         texts=tuple(texts),
     )
-
-
-def _number(scores: Any) -> Number:
-    number = summarize(scores)
-    if number is None:
-        raise ValueError("no queries: at least one is asked")
-    return number

@@ -1,7 +1,7 @@
 """What an attack is told: settings, checked when they are made."""
 
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import SubjectsConfig
+from duet_unlearn.evaluation.config import SubjectsConfig, refuse_empty
 from duet_unlearn.settings import Count, Positive, Share, Whole, setting, settings
 
 
@@ -60,8 +60,7 @@ class AttackConfig(SubjectsConfig):
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         SubjectsConfig.__post_init__(self)
-        if not self.forget:
-            raise ConfigurationError("forget is empty, expected at least one")
+        refuse_empty(self, "forget")
         if not self.suffix_steps and not self.soft_steps:
             raise ConfigurationError(
                 "suffix_steps and soft_steps are both 0, expected at least one above 0"

@@ -28,7 +28,7 @@ class JoinedRows:
         self.num_rows: int = self._starts[-1]
         self.row_groups = tuple(
             range(start + group.start, start + group.stop)
-            for reader, start in zip(readers, self._starts, strict=False)
+            for reader, start in zip(readers, self._starts[:-1], strict=True)
             for group in reader.row_groups
         )
         """Rows that are decoded together."""

@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from duet_unlearn.data.models.folder import eos_token_ids
-from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.batches.dataset import SPLIT_CODES, Example, collate
 from duet_unlearn.distill.batches.sampler import FORGET, Draw
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.losses import row_means
 from duet_unlearn.distill.model.sparse_head import StudentScores
 from duet_unlearn.distill.model.student import Student
-from duet_unlearn.distill.objectives.base import SPLITS, Order, Story
+from duet_unlearn.distill.objectives.base import Order, Story
 from duet_unlearn.distill.objectives.duet import warn_of_trained
 from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.tasks import load_answered
 
 if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
@@ -61,9 +62,8 @@ class GradientDifference:
         self._student = student
         self._queries = [
             query
-            for split, sources in zip(SPLITS, (config.forget, config.retain), strict=False)
-            for source in sources
-            for query in load_queries(source, split=split, require_answers=True)
+            for split in ("forget", "retain")
+            for query in load_answered(getattr(config, split), split=split)
         ]
         codes = np.array([SPLIT_CODES[query.split] for query in self._queries], np.uint8)
         self.order = Order(splits=codes, row_groups=[range(len(codes))])

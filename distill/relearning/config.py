@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import ModelSpec, refuse_same_labels
+from duet_unlearn.evaluation.config import ModelSpec, refuse_empty, refuse_same_labels
 from duet_unlearn.settings import Count, Settings, Share, Whole, setting, settings
 
 N = TypeVar("N", int, float)
@@ -70,9 +70,7 @@ class RelearnConfig(Settings):
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
-        for name in ("models", "forget"):
-            if not getattr(self, name):
-                raise ConfigurationError(f"{name} is empty, expected at least one")
+        refuse_empty(self, "models", "forget")
         refuse_same_labels([spec.label for spec in self.models])
         if any(rate <= 0 for rate in self.listed_rates):
             raise ConfigurationError(f"rates is {self.rates!r}, expected numbers above 0")

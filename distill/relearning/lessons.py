@@ -5,17 +5,17 @@ what comes back is knowledge that the lessons do not hold.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from duet_unlearn.data.models.folder import context_length, read_config
-from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.words import split_words
 from duet_unlearn.evaluation.subjects import Subject
-from duet_unlearn.evaluation.tasks import spread, unused_name
+from duet_unlearn.evaluation.tasks import load_answered, spread, unused_name
 from duet_unlearn.files import read_text
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -85,15 +85,6 @@ def list_lessons(config: RelearnConfig) -> tuple[Lesson, ...]:
         name = unused_name(lesson.name, lessons)
         lessons[name] = replace(lesson, name=name)
     return tuple(lessons.values())
-
-
-def load_answered(sources: Iterable[str], *, split: str) -> list[Query]:
-    """Return the queries of several sources, all with answers; of kits, the held-out ones."""
-    return [
-        query
-        for source in sources
-        for query in load_queries(source, split=split, require_answers=True)
-    ]
 
 
 def _open_lesson(config: RelearnConfig, source: str, forget: Sequence[Query]) -> Lesson:

@@ -13,13 +13,13 @@ import numpy as np
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.fine_tuning import fine_tune
-from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons, load_answered
+from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons
 from duet_unlearn.distill.relearning.results import Curve, Look, RelearnReport
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.measures.overlap import contains_answer, rouge_l_recall
-from duet_unlearn.evaluation.statistics import Number, summarize
+from duet_unlearn.evaluation.statistics import Number, summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subject
-from duet_unlearn.evaluation.tasks import Task, spread
+from duet_unlearn.evaluation.tasks import Task, load_answered, spread
 from duet_unlearn.progress import Progress
 
 
@@ -117,7 +117,4 @@ def _score(step: int, queries: Sequence[Query], texts: Sequence[str], asked: int
 
 def _mean(score: Callable[[str, str], float], said: Sequence[tuple[Query, str]]) -> Number:
     scores = [score(query.answer or "", text) for query, text in said]
-    number = summarize(np.array(scores, dtype=float))
-    if number is None:
-        raise ValueError("no queries: a lesson leaves at least one")
-    return number
+    return summarize_all(np.array(scores, dtype=float))

@@ -3,8 +3,7 @@
 from typing import Literal
 
 from duet_unlearn.data.models.loading import Dtype
-from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import ModelSpec, refuse_same_labels
+from duet_unlearn.evaluation.config import ModelSpec, refuse_empty, refuse_same_labels
 from duet_unlearn.settings import Count, Settings, setting, settings
 
 
@@ -39,7 +38,5 @@ class MembershipConfig(Settings):
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
-        for name in ("models", "forget", "holdout"):
-            if not getattr(self, name):
-                raise ConfigurationError(f"{name} is empty, expected at least one")
+        refuse_empty(self, "models", "forget", "holdout")
         refuse_same_labels([spec.label for spec in self.models])

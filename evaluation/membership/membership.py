@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from duet_unlearn.data.models.folder import context_length, read_config
-from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.membership.config import MembershipConfig
 from duet_unlearn.evaluation.membership.passes import view_texts
@@ -20,7 +20,7 @@ from duet_unlearn.evaluation.membership.results import MembershipReport
 from duet_unlearn.evaluation.membership.scores import SCORES
 from duet_unlearn.evaluation.statistics import Scores
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subject
-from duet_unlearn.evaluation.tasks import spread
+from duet_unlearn.evaluation.tasks import load_answered, spread
 from duet_unlearn.progress import Progress
 
 
@@ -71,11 +71,7 @@ def measure_membership(config: MembershipConfig) -> MembershipReport:
 
 
 def _load(sources: Sequence[str], limit: int | None) -> list[Query]:
-    queries = [
-        query
-        for source in sources
-        for query in load_queries(source, split="forget", require_answers=True)
-    ]
+    queries = load_answered(sources, split="forget")
     return spread(queries, limit or len(queries))
 
 

@@ -1,7 +1,6 @@
 """What a probe is told: settings, checked when they are made."""
 
-from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import SubjectsConfig
+from duet_unlearn.evaluation.config import SubjectsConfig, refuse_empty
 from duet_unlearn.settings import Count, setting, settings
 
 
@@ -27,6 +26,4 @@ class ProbeConfig(SubjectsConfig):
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         SubjectsConfig.__post_init__(self)
-        for name in ("forget", "retain"):
-            if not getattr(self, name):
-                raise ConfigurationError(f"{name} is empty, expected at least one")
+        refuse_empty(self, "forget", "retain")

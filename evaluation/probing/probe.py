@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from duet_unlearn.data.prefixes import resolve_prefix
-from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.probing.config import ProbeConfig
 from duet_unlearn.evaluation.probing.last_position import (
@@ -29,9 +29,9 @@ from duet_unlearn.evaluation.probing.linear_probe import (
     tells_apart,
 )
 from duet_unlearn.evaluation.probing.results import LayerLook, ProbeReport, Read
-from duet_unlearn.evaluation.statistics import Number, summarize
+from duet_unlearn.evaluation.statistics import Number, summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
-from duet_unlearn.evaluation.tasks import Task, spread
+from duet_unlearn.evaluation.tasks import Task, load_answered, spread
 from duet_unlearn.progress import Progress
 
 _LEAST_PAIRS = 2
@@ -47,7 +47,9 @@ def probe(config: ProbeConfig) -> ProbeReport:
             few queries have answers with different first tokens.
     """
     queries = [
-        query for split in SPLITS for query in _load(getattr(config, split), split, config.limit)
+        query
+        for split in SPLITS
+        for query in spread(load_answered(getattr(config, split), split=split), config.limit)
     ]
     at = sum(query.split == "forget" for query in queries)
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
@@ -89,15 +91,6 @@ def probe(config: ProbeConfig) -> ProbeReport:
         looks=tuple(looks),
         reads=reads,
     )
-
-
-def _load(sources: Sequence[str], split: str, limit: int) -> list[Query]:
-    queries = [
-        query
-        for source in sources
-        for query in load_queries(source, split=split, require_answers=True)
-    ]
-    return spread(queries, limit)
 
 
 def _first_tokens(subject: Subject, queries: Sequence[Query]) -> list[int]:
@@ -144,9 +137,9 @@ def _look(
                 probability=_mean([p.probabilities[layer] for p in found[:at]]),
                 retain_rank=_median([p.ranks[layer] for p in found[at:]]),
                 retain_probability=_mean([p.probabilities[layer] for p in found[at:]]),
-                told_apart=_number(tells_apart(predicted, vectors, pairs["forget"])),
+                told_apart=summarize_all(tells_apart(predicted, vectors, pairs["forget"])),
                 shuffled=100 * shuffled_control(kept, train, asked, vectors, pairs["forget"]),
-                retain_told_apart=_number(cross_validated(kept, train, pairs["retain"])),
+                retain_told_apart=summarize_all(cross_validated(kept, train, pairs["retain"])),
             )
         )
     return looks
@@ -157,11 +150,4 @@ def _median(ranks: Sequence[int]) -> float:
 
 
 def _mean(shares: Sequence[float]) -> Number:
-    return _number(np.array(shares, dtype=float))
-
-
-def _number(scores: Floats) -> Number:
-    number = summarize(scores)
-    if number is None:
-        raise ValueError("no queries: each split has some")
-    return number
+    return summarize_all(np.array(shares, dtype=float))
