@@ -18,7 +18,13 @@ from duet_unlearn.evaluation.report.sources import (
     reading,
 )
 from duet_unlearn.evaluation.report.stress_tests import describe_stress_tests
-from duet_unlearn.evaluation.report.verdict import Numbers, index_scores, judge, not_tested
+from duet_unlearn.evaluation.report.verdict import (
+    Numbers,
+    index_scores,
+    judge,
+    not_tested,
+    searched_recalls,
+)
 
 CONTENT_FORMAT = 1
 """Raised when a key of the content changes its meaning or goes away."""
@@ -45,16 +51,17 @@ def make_content(
     Raises:
         DataError: A document lacks what its format promises.
     """
-    evaluations = []
-    for name, document in sources.evaluations:
-        with reading(name, "write it again with `duet-distill eval --out`"):
-            evaluations.append(_evaluation(name, document, sources))
     with reading(
         "a student's or a stress test's record",
         "leave its folder out, or make it again",
     ):
         students = [_student(student) for student in sources.students]
         stress_tests = describe_stress_tests(sources)
+        searched = searched_recalls([d for _, d in sources.stress_tests.get("attacking", [])])
+    evaluations = []
+    for name, document in sources.evaluations:
+        with reading(name, "write it again with `duet-distill eval --out`"):
+            evaluations.append(_evaluation(name, document, sources, searched))
     computed = {found["query"] for found in first_tokens}
     cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
     return {
@@ -82,7 +89,9 @@ def cached_sample(sample: Document) -> Document:
     }
 
 
-def _evaluation(name: str, document: Document, sources: Sources) -> Document:
+def _evaluation(
+    name: str, document: Document, sources: Sources, searched: Mapping[str, float]
+) -> Document:
     rows, sets = document["models"], document["sets"]
     labels = [row["label"] for row in rows]
     numbers = index_scores(document)
@@ -97,7 +106,7 @@ def _evaluation(name: str, document: Document, sources: Sources) -> Document:
 
     return {
         "name": name,
-        "verdicts": judge(document),
+        "verdicts": judge(document, searched),
         "not_tested": not_tested(document, stress_tests=sources.stress_tests),
         "labels": labels,
         "models": models,

@@ -1,6 +1,7 @@
 """What an evaluation says of each model, in a sentence that claims no more than was measured."""
 
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from duet_unlearn.evaluation.measures import RECALL
@@ -20,15 +21,45 @@ def index_scores(document: dict[str, Any]) -> Numbers:
     return {(s["model"], s["attack"], s["set"], s["kind"]): s for s in document["scores"]}
 
 
-def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
+def searched_recalls(attacks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the most that a searched attack draws out of each model, by the model's path.
+
+    Args:
+        attacks: Documents of `duet-distill attack`.
+    """
+    found: dict[str, float] = {}
+    for document in attacks:
+        paths = {
+            spec["label"]: _path(spec) for spec in document.get("config", {}).get("models", [])
+        }
+        for row in document["attacking"]:
+            path = paths.get(row["model"])  # base + prefix has none
+            if path is not None and row["attack"] != "none":
+                found[path] = max(found.get(path, 0.0), row["recalled"]["mean"])
+    return found
+
+
+def judge(
+    document: dict[str, Any], searched: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Return a verdict for each model but the reference, plain, prefixed or quantized.
 
     Each has `model`, `state` (good, bad or open), `headline` and `text`.
+
+    Args:
+        document: An evaluation.
+        searched: What searched attacks draw out of its models; see `searched_recalls`.
     """
     numbers = index_scores(document)
     base = document["models"][0]["label"]
     return [
-        _judge_row(document, numbers, base, row)
+        _judge_row(
+            document,
+            numbers,
+            base,
+            # What was attacked has its weights as they are.
+            {**row, "searched": None if row.get("quantized") else (searched or {}).get(_path(row))},
+        )
         for row in document["models"][1:]
         if not row["prefix"] and row["label"] != f"{base} {row.get('quantized')}"
     ]
@@ -47,7 +78,8 @@ def _judge_row(
         for name in others
         if _recall(numbers, label, name) < KEPT * _recall(numbers, base, name)
     ]
-    worst = row["worst_forget_recall"]
+    tried = [n for n in (row["worst_forget_recall"], row["searched"]) if n is not None]
+    worst = max(tried, default=None)
     drawn_out = worst is not None and worst > GONE * max(known.values())
     if not max(known.values()):
         headline, state = f"{base} knows none of it: nothing could be forgotten", "open"
@@ -80,7 +112,11 @@ def _sentences(
             f"{found['queries']} queries, 95% interval {points(interval.get('low'))} to "
             f"{points(interval.get('high'))})."
         )
+    if row["searched"] is not None:
+        yield f"A searched attack draws out {points(row['searched'])} of its own queries."
     if row["worst_forget_recall"] is None:
+        if row["searched"] is not None:
+            return
         yield "No attack was tried, so nothing is known of what can be drawn out."
         return
     families = row["worst_forget_recall_by_family"]
@@ -93,6 +129,11 @@ def _sentences(
     if tame:
         what = "1 of them does not" if tame == 1 else f"{tame} of them do not"
         yield f"{what} even break {base} + prefix, which proves little."
+
+
+def _path(model: Mapping[str, Any]) -> str:
+    """Return what tells a model in any document; a document names one by folder or hub id."""
+    return os.path.realpath(model["model"])
 
 
 _STRESS_TESTS = {

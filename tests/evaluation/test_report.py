@@ -21,7 +21,7 @@ from duet_unlearn.evaluation.report.content import make_content
 from duet_unlearn.evaluation.report.first_tokens import compare_first_tokens
 from duet_unlearn.evaluation.report.pages import render_html, render_markdown
 from duet_unlearn.evaluation.report.sources import Sources, find_sources, published
-from duet_unlearn.evaluation.report.verdict import judge
+from duet_unlearn.evaluation.report.verdict import judge, searched_recalls
 from duet_unlearn.teacher_cache.inspect import summarize
 
 HOSTILE = "</script><img src=x onerror=alert(1)> | `a` \u202e [b](http://c)"
@@ -223,9 +223,10 @@ def _document(**worst: Any) -> dict[str, Any]:
     interval = {"rouge_l_recall": {"low": 0.0, "high": 3.0, "queries": 100}}
     return {
         "models": [
-            {"label": "base", "prefix": False, "worst_forget_recall": 100.0},
+            {"label": "base", "model": "b", "prefix": False, "worst_forget_recall": 100.0},
             {
                 "label": "student",
+                "model": "runs/s",
                 "prefix": False,
                 "worst_forget_recall": 5.0,
                 "worst_forget_recall_by_family": {"begun-answer": 5.0, "override": 0.0},
@@ -277,6 +278,32 @@ def test_the_verdict_claims_no_more_than_was_measured(change, state, headline) -
     assert verdict["headline"].startswith(headline)
     if change.get("worst_forget_recall", 5.0) is not None:
         assert "Of 2 attacks in 2 families the worst (begun-answer) draws out" in verdict["text"]
+
+
+@pytest.mark.parametrize("worst", [5.0, None])
+def test_a_searched_attack_on_the_same_model_counts_in_its_verdict(worst) -> None:
+    rows = [
+        ("s", "none", 0.0),
+        ("s", "suffix", 30.0),
+        ("s", "soft prompt", 99.0),
+        ("s + prefix", "suffix", 100.0),
+    ]
+    attacked = {
+        "config": {"models": [{"label": "s", "model": str(Path("runs/s").resolve())}]},
+        "attacking": [
+            {"model": model, "attack": attack, "recalled": {"mean": mean}}
+            for model, attack, mean in rows
+        ],
+    }
+    document = _document(worst_forget_recall=worst)
+    (verdict,) = judge(document, searched_recalls([attacked]))
+    assert verdict["headline"] == "hidden, not forgotten: attacks bring it back"
+    assert "A searched attack draws out 99.0" in verdict["text"]
+    assert "No attack was tried" not in verdict["text"]
+    attacked["config"]["models"][0]["model"] = "runs/another"
+    (verdict,) = judge(document, searched_recalls([attacked]))
+    assert not verdict["headline"].startswith("hidden")
+    assert "searched attack" not in verdict["text"]
 
 
 def test_a_damaged_document_is_one_line(tmp_path: Path, sources: Sources) -> None:
