@@ -133,7 +133,7 @@ def _sentences(
 
 def _path(model: Mapping[str, Any]) -> str:
     """Return what tells a model in any document; a document names one by folder or hub id."""
-    return os.path.realpath(model["model"])
+    return os.path.realpath(str(model["model"]))
 
 
 _STRESS_TESTS = {
