@@ -79,8 +79,8 @@ def _judge_row(
         if _recall(numbers, label, name) < KEPT * _recall(numbers, base, name)
     ]
     tried = [n for n in (row["worst_forget_recall"], row["searched"]) if n is not None]
-    worst = max(tried, default=None)
-    drawn_out = worst is not None and worst > GONE * max(known.values())
+    worst = max(tried, default=0.0)
+    drawn_out = worst > GONE * max(known.values())
     if not max(known.values()):
         headline, state = f"{base} knows none of it: nothing could be forgotten", "open"
     elif not gone:
@@ -90,7 +90,7 @@ def _judge_row(
         headline, state = f"hidden, not forgotten: attacks bring {how_much} back", "bad"
     elif lost:
         headline, state = f"forgotten, but {' and '.join(lost)} suffered", "bad"
-    elif worst is None:
+    elif not tried:
         headline, state = "not said when asked plainly; never attacked", "open"
     else:
         headline, state = "forgotten under every attack tried, the rest kept", "good"
