@@ -51,6 +51,8 @@ def render_summary(summary: dict[str, Any]) -> str:
     steered = "forget and retain" if recipe["retain_prefix"] else "forget"
     prefix = [f'prefix    "{recipe["prefix"]}"']
     prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
+    if "strength" in recipe:
+        prefix.append(f"          forget rows moved {recipe['strength']:g} further from the base")
     engines = ", ".join(_engine(engine) for engine in summary["engines"])
     lines = [
         f"cache     {summary['cache']}",

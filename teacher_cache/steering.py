@@ -33,6 +33,8 @@ RULE = (
     "those that a third of the sample shows to be worse than six others"
 )
 """How candidates are ordered."""
+STRENGTH = 1.0
+"""By how much the proposed cache moves forget rows away from the base; see `build --strength`."""
 VIEWS = ("@view-shapes",)
 """Shapes to cache with any prefix: a student that never met them refuses in chats alone."""
 POSITIONS = 12
@@ -107,6 +109,7 @@ class Tuned:
             "prefix": self.candidate.prefix,
             "place": self.candidate.place,
             "retain_prefix": self.retain_prefix,
+            "strength": STRENGTH,
             "views": list(VIEWS),
             "positions": POSITIONS,
             "steers": self.steers,

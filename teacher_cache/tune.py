@@ -366,6 +366,7 @@ class _Chosen(pydantic.BaseModel, strict=True):
     prefix: str
     place: str
     retain_prefix: bool
+    strength: float = 0.0
     views: list[str] = []
     positions: int = 1
 

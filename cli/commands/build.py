@@ -43,8 +43,8 @@ def _read_part(_ctx: click.Context, param: click.Parameter, value: str | None) -
     cls=Extra,
     group="How to steer",
     metavar="FILE",
-    help="Take the best prefix, its place, where it stands, views and positions from what "
-    "`duet-cache tune --json` printed; flags given beside it win.",
+    help="Take the best prefix, its place, where it stands, its strength, views and positions from "
+    "what `duet-cache tune --json` printed; flags given beside it win.",
 )
 @click.option(
     "--topic",
@@ -111,6 +111,7 @@ def _read_prefix(
         "prefix": tuned["prefix"],
         "prefix_place": tuned["place"],
         "retain_prefix": tuned["retain_prefix"],
+        "strength": tuned["strength"],
         "views": tuple(tuned["views"]),
         "positions": tuned["positions"],
     }

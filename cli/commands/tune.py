@@ -9,7 +9,7 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, measuring, print_json
-from duet_unlearn.teacher_cache.steering import POSITIONS, RULE, VIEWS
+from duet_unlearn.teacher_cache.steering import POSITIONS, RULE, STRENGTH, VIEWS
 from duet_unlearn.teacher_cache.tune import TuneConfig
 from duet_unlearn.urls import visible
 
@@ -97,6 +97,7 @@ def build_line(result: "TuneResult") -> str:
         words += [word for source in sources for word in (flag, source)]
     words += ["--prefix", best.candidate.prefix, "--prefix-place", best.candidate.place]
     words.append("--retain-prefix" if best.retain_prefix else "--no-retain-prefix")
+    words += ["--strength", f"{STRENGTH:g}"]
     words += [word for view in VIEWS for word in ("--view", view)]
     words += ["--positions", str(POSITIONS)]
     if config.engine != "auto":

@@ -177,6 +177,7 @@ class _Build:
             wanted,
             self.renderer,
             retain_prefix=self.recipe.retain_prefix,
+            strengthen=self.recipe.strength > 0,
             positions=self.recipe.positions,
             context=context,
         )
@@ -218,7 +219,7 @@ class _Build:
         config = self.config
         if config.workers is None:
             factory = engine_factory or partial(open_engine, config.engine)
-            return LocalTeacher(factory(engine_config))
+            return LocalTeacher(factory(engine_config), self.recipe.strength)
         is_folder = Path(config.teacher).expanduser().is_dir()
         job = WorkerJob(
             teacher=str(self.model) if is_folder else config.teacher,

@@ -20,7 +20,7 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.settings import Count, Settings, setting, settings
+from duet_unlearn.settings import Count, NotNegative, Settings, setting, settings
 from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
 from duet_unlearn.teacher_cache.engines import options, resolve_engine_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -77,6 +77,11 @@ class BuildConfig(Settings):
         default=True,
         flag="--retain-prefix/--no-retain-prefix",
         help="Put the prefix in front of retain queries too (the paper's Eq. 3).",
+    )
+    strength: NotNegative = setting(
+        default=0.0,
+        help="Move what is cached for forget queries by this much further from what the base says "
+        "without the prefix.",
     )
     top_k: Count = setting(default=100, group="What to keep", help="Tokens kept per position.")
     positions: Count | None = setting(
@@ -138,6 +143,10 @@ class BuildConfig(Settings):
             raise ConfigurationError(
                 "without a prefix nothing is forgotten; leave --forget out, or give --prefix"
             )
+        if self.prefix is None and self.strength:
+            raise ConfigurationError(
+                "--strength strengthens what a prefix does; leave it out, or give --prefix"
+            )
         if self.prefix is not None and (self.train or self.responses):
             raise ConfigurationError(
                 "--train and --responses take the teacher as it is; give --no-prefix, and cache "
@@ -177,6 +186,7 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         template_date=TEMPLATE_DATE,
         prefix=config.prefix or "",
         prefix_place=config.prefix_place,
+        strength=config.strength,
         retain_prefix=config.retain_prefix,
         top_k=config.top_k,
         positions=positions,

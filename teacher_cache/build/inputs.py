@@ -95,6 +95,7 @@ def render_prompts(
     renderer: PromptRenderer,
     *,
     retain_prefix: bool,
+    strengthen: bool,
     positions: int,
     context: int | None,
 ) -> RenderedPrompts:
@@ -106,6 +107,7 @@ def render_prompts(
         wanted: For some shards, the numbers of the queries whose prompts are kept.
         renderer: Makes the prompts.
         retain_prefix: Whether the prefix stands in front of retain queries too.
+        strengthen: Whether prompts of forget queries come without the prefix too.
         positions: Decoding steps a query.
         context: Tokens that the teacher reads, None where that has no limit.
 
@@ -144,6 +146,8 @@ def render_prompts(
                 if number in kept:
                     student[index][number] = np.array(asked, np.int32)
                     teacher[index].prompts[number] = np.array(told, np.int32)
+                    if strengthen and query.split == "forget":
+                        teacher[index].plain[number] = student[index][number]
                 bar.update()
     if context is not None and longest + positions > context:
         query = longest_query

@@ -4,7 +4,7 @@ One engine in this process does it here; many in the processes of a Ray cluster 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,8 @@ class ShardPrompts:
     """By number in the shard, each `[P]`."""
     given: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     """Responses to score in place of decoding some, `[T]`."""
+    plain: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    """Of prompts whose steering is to be strengthened, what they are without prefix, `[P]`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,22 +66,46 @@ class Teacher(Protocol):
 
 
 class LocalTeacher:
-    """One engine, in this process or a child of it."""
+    """One engine, in this process or a child of it.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: Answers.
+        strength: By how much steering is strengthened, see `strengthen`.
+    """
+
+    def __init__(self, engine: Engine, strength: float = 0.0) -> None:
         self._engine = engine
+        self._strength = strength
         self.responses = engine.responses
         self.close = engine.close
 
     def answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
         """Yield every shard's signals; see `Teacher.answer`."""
-        if self._engine.continuous:
+        if self._engine.continuous and not self._strength:
             yield from self._answer(work, progress)
             return
         # Batches end with their shard: no bit of a row depends on which other shards this process
-        # computes.
+        # computes. And an engine runs one stream at a time: what the base says along the teacher's
+        # answers is asked between two.
         for shard in work:
-            yield from self._answer([shard], progress)
+            for answer in self._answer([shard], progress):
+                yield self._strengthened(shard, answer)
+
+    def _strengthened(self, shard: ShardPrompts, answer: ShardSignals) -> ShardSignals:
+        """Ask the base along what the teacher decoded, and move the teacher further from it."""
+        signals = dict(answer.signals)
+        prompts = (
+            (
+                number,
+                ids.tolist(),
+                signals[number].response_ids.tolist(),
+                signals[number].token_ids,
+            )
+            for number, ids in shard.plain.items()
+        )
+        for number, plain in self._engine.signals(prompts):
+            signals[number] = strengthen(signals[number], plain, self._strength)
+        return replace(answer, signals=signals)
 
     def _answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
         """Stream prompts through the engine, and give each shard with its last signal."""
@@ -102,3 +128,36 @@ class LocalTeacher:
             if len(signals) == len(shard.prompts):
                 del pending[shard.index]
                 yield ShardSignals(index=shard.index, signals=signals, engine=description)
+
+
+def strengthen(steered: Signal, plain: Signal, strength: float) -> Signal:
+    """Move a signal away from the one without prefix: l + A (log p - log p_plain).
+
+    Context-aware decoding (Shi et al., arXiv 2305.14739) amplifies a context in this way. Here only
+    tokens that the steered teacher ranks among its K move; the others keep their logits, and with
+    them the mass that they have together before the sum is taken anew.
+
+    Args:
+        steered: Behind the prefix.
+        plain: Without it, at the same positions and for the same tokens in the same order.
+        strength: A, not negative.
+
+    Returns:
+        The signal of the same tokens, by descending logit, ties by ascending id.
+    """
+    before = steered.logits.astype(np.float64)
+    steered_log, plain_log = (
+        signal.logits - signal.logsumexp[:, None].astype(np.float64) for signal in (steered, plain)
+    )
+    moved = (before + strength * (steered_log - plain_log)).astype(np.float32)
+    tail = np.clip(1.0 - np.exp(steered_log).sum(axis=1), 1e-30, None)
+    logsumexp = np.logaddexp(
+        np.logaddexp.reduce(moved.astype(np.float64), axis=1), steered.logsumexp + np.log(tail)
+    )
+    order = np.lexsort((steered.token_ids, -moved), axis=1)
+    return Signal(
+        response_ids=steered.response_ids,
+        token_ids=np.take_along_axis(steered.token_ids, order, axis=1),
+        logits=np.take_along_axis(moved, order, axis=1),
+        logsumexp=logsumexp.astype(np.float32),
+    )

@@ -104,7 +104,7 @@ class Worker:
                 )
         config = replace(job.engine_config, model=model)
         factory = job.engine_factory or (lambda config: open_engine(job.engine, config))
-        self._opened = LocalTeacher(factory(config))
+        self._opened = LocalTeacher(factory(config), job.recipe.strength)
         return self._opened
 
     def close(self) -> None:

@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from duet_unlearn.errors import DuetError
 from duet_unlearn.teacher_cache.format.signal import Signal
 
-Prompt = tuple[int, Sequence[int]] | tuple[int, Sequence[int], Sequence[int]]
-"""Index and token ids of a prompt and, where it is given, of the response to score."""
+TokenIds = npt.NDArray[np.int32]
+Prompt = (
+    tuple[int, Sequence[int]]
+    | tuple[int, Sequence[int], Sequence[int]]
+    | tuple[int, Sequence[int], Sequence[int], TokenIds]
+)
+"""Index and token ids of a prompt; where it is given, those of the response to score; and, where it
+is not the strongest that are asked for, the tokens to read at each of its positions, `[T, K]`."""
 
 
 def is_given(prompt: Prompt) -> bool:
     """Say whether a prompt comes with its response."""
-    return len(prompt) == 3  # see `Prompt`
+    return len(prompt) > 2  # see `Prompt`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +63,8 @@ class Engine(Protocol):
         """Yield `(index, signal)` for every prompt, in any order.
 
         A response that is given is not decoded: its positions are those that predict its tokens,
-        from the prompt's last token to its own last but one.
+        from the prompt's last token to its own last but one. Where tokens are named to be read
+        there, the signal has them, in the order they are named in.
 
         Reads ahead of what it yields so that the engine stays busy, and never holds more than a
         bounded number of prompts or signals. One such stream at a time; one that is dropped

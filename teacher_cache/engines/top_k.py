@@ -41,6 +41,23 @@ def select_top_k(logits_BV: Any, top_k: int) -> tuple[Any, Any, Any]:
     return torch.cat([ids for ids, _ in parts]), torch.cat([v for _, v in parts]), logsumexp_B
 
 
+def read_tokens(logits_BV: Any, ids_BK: Any) -> tuple[Any, Any, Any]:
+    """Return token ids that are asked for, their logits, and the logsumexp of each row.
+
+    Args:
+        logits_BV: Raw logits, `[B, V]`, float32, on any device.
+        ids_BK: Token ids, `[B, K]`, integers on any device.
+
+    Returns:
+        As `select_top_k`, in the order asked for.
+    """
+    import torch
+
+    ids_BK = ids_BK.to(logits_BV.device)
+    logits_BK = logits_BV.gather(1, ids_BK.long())
+    return ids_BK.to(torch.int32), logits_BK, torch.logsumexp(logits_BV, dim=1)
+
+
 def _select_numpy(
     logits_BV: npt.NDArray[np.float32], top_k: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

@@ -21,7 +21,7 @@ from duet_unlearn.teacher_cache.engines.base import (
     is_given,
 )
 from duet_unlearn.teacher_cache.engines.options import check_options, published_options
-from duet_unlearn.teacher_cache.engines.top_k import select_top_k
+from duet_unlearn.teacher_cache.engines.top_k import read_tokens, select_top_k
 from duet_unlearn.teacher_cache.format.signal import Signal
 
 _WINDOW = 1024
@@ -77,10 +77,9 @@ class TransformersEngine:
         source = iter(prompts)
         while window := list(itertools.islice(source, _WINDOW)):
             window.sort(key=_length)
-            for given in (False, True):
-                batches = self._batches([prompt for prompt in window if is_given(prompt) == given])
-                for batch in batches:
-                    yield from self._run(batch, given=given)
+            for kind in sorted({len(prompt) for prompt in window}):
+                for batch in self._batches([prompt for prompt in window if len(prompt) == kind]):
+                    yield from self._run(batch, given=is_given(batch[0]))
 
     def responses(
         self, prompts: Iterable[Prompt], max_new_tokens: int
@@ -104,7 +103,7 @@ class TransformersEngine:
             length = _length(prompt)  # the longest so far: prompts come sorted
             full = len(batch) == self._batch_rows or (len(batch) + 1) * length > most
             if is_given(prompt):
-                held = (len(batch) + 1) * max(len(p[-1]) for p in (*batch, prompt))
+                held = (len(batch) + 1) * max(sum(map(len, p[2:3])) for p in (*batch, prompt))
                 full = full or held > self._batch_positions
             mixed = not self._can_pad and batch and _length(batch[0]) != length
             if batch and (full or mixed):
@@ -166,26 +165,31 @@ class TransformersEngine:
             for row, length in enumerate(lengths_B)
         ]
 
-    def _score(self, pairs: list[Sequence[Sequence[int]]]) -> list[Signal]:
+    def _score(self, asked: list[Any]) -> list[Signal]:
         """Read prompts with their responses, and keep what predicts the responses' tokens.
+
+        Of a third entry, tokens `[T, K]`, those are kept in place of the strongest.
 
         The last positions of all rows are in the last columns. They are read some at a time, so
         that memory holds few logits.
         """
         import torch
 
-        ids_BS, mask_BS = self._padded([[*prompt, *given[:-1]] for prompt, given in pairs])
+        ids_BS, mask_BS = self._padded([[*prompt, *given[:-1]] for prompt, given, *_ in asked])
         rows, length = ids_BS.shape
-        positions = max(len(given) for _, given in pairs)
+        positions = max(len(given) for _, given, *_ in asked)
+        named_BTK = _named([row[2:] for row in asked], positions, self._config.top_k)
         keep = min(positions, max(1, self._batch_positions // rows))
-        start, stop, past = 0, length - positions + keep, None
+        start, stop, past, done = 0, length - positions + keep, None, 0
         found: list[tuple[Any, ...]] = []
         with torch.inference_mode():
             while start < length:
                 logits_BSV, past = self._forward(
                     ids_BS[:, start:stop], mask_BS[:, :stop], past, keep, goes_on=stop < length
                 )
-                flat = self._select(logits_BSV[:, -keep:].flatten(0, 1))
+                named = named_BTK if named_BTK is None else named_BTK[:, done : done + keep]
+                flat = self._select(logits_BSV[:, -keep:].flatten(0, 1), named)
+                done += keep
                 found.append(tuple(part.reshape(rows, -1, *part.shape[1:]) for part in flat))
                 start, stop, keep = stop, min(stop + keep, length), min(keep, length - stop)
         ids, logits, logsumexp = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
@@ -196,7 +200,7 @@ class TransformersEngine:
                 logits=logits[row, -len(given) :].copy(),
                 logsumexp=logsumexp[row, -len(given) :].copy(),
             )
-            for row, (_, given) in enumerate(pairs)
+            for row, (_, given, *_) in enumerate(asked)
         ]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
@@ -208,8 +212,12 @@ class TransformersEngine:
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
 
-    def _select(self, logits_BV: Any) -> tuple[Any, ...]:
-        found = select_top_k(logits_BV.float(), self._config.top_k)
+    def _select(self, logits_BV: Any, named: Any = None) -> tuple[Any, ...]:
+        logits_BV = logits_BV.float()
+        if named is None:
+            found = select_top_k(logits_BV, self._config.top_k)
+        else:
+            found = read_tokens(logits_BV, named.flatten(0, 1))
         return tuple(tensor.cpu().numpy() for tensor in found)
 
     def _forward(
@@ -257,7 +265,19 @@ class TransformersEngine:
 
 def _length(prompt: Prompt) -> int:
     """Tokens that are read, of a given response too, whose last token only follows."""
-    return sum(map(len, prompt[1:])) - is_given(prompt)
+    return sum(map(len, prompt[1:3])) - is_given(prompt)
+
+
+def _named(rows: list[Any], positions: int, top_k: int) -> Any:
+    """Return the tokens to read, `[B, T, K]`, last positions last; None where none are named."""
+    import torch
+
+    if not rows[0]:
+        return None
+    named_BTK = torch.zeros((len(rows), positions, top_k), dtype=torch.int64)
+    for named_TK, [ids] in zip(named_BTK, rows, strict=True):
+        named_TK[-len(ids) :] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    return named_BTK
 
 
 def _load(config: EngineConfig, device: Any) -> Any:

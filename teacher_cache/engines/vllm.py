@@ -145,7 +145,7 @@ class VllmEngine:
                 for prompt in itertools.islice(source, _WINDOW - len(waiting)):
                     row = next(self._rows)
                     waiting[row] = prompt[0]
-                    batch.append((row, *(list(map(int, ids)) for ids in prompt[1:])))
+                    batch.append((row, *(np.ravel(ids).tolist() for ids in prompt[1:])))
                 if batch:
                     self._send((batch, max_new_tokens))
                 # Fed before it yields: the consumer may take its time.

@@ -23,13 +23,15 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from duet_unlearn.teacher_cache.engines.top_k import select_top_k
+from duet_unlearn.teacher_cache.engines.top_k import read_tokens, select_top_k
 
 ROW = "duet_row"
 """Request option (`SamplingParams.extra_args`): the row that the signals belong to."""
 GIVEN = "duet_given"
 """Request option in place of `ROW`: that row, whose response the prompt ends with, all but its last
 token; and how many tokens the response has."""
+NAMED = "duet_named"
+"""Request option beside `GIVEN`: the tokens to read in place of the strongest, K a position."""
 TOP_K = "duet_top_k"
 """Request option: tokens kept at each position, the same for every request."""
 
@@ -101,8 +103,13 @@ def _capture_given(runner: Any, request_id: str, count: int, hidden: torch.Tenso
         # All ranks take part in this; the first keeps what comes out.
         logits = runner.model.compute_logits(hidden[offset + begin - start : offset + end - start])
         if get_tensor_model_parallel_rank() == 0:
-            found = select_top_k(logits.to(torch.float32), options[TOP_K])
             at = [index - (length - positions) for index in range(begin, end)]
+            logits = logits.to(torch.float32)
+            if options.get(NAMED):
+                named_TK = torch.tensor(options[NAMED]).view(positions, -1)
+                found = read_tokens(logits, named_TK[at])
+            else:
+                found = select_top_k(logits, options[TOP_K])
             _captured.append(([row] * len(at), at, *found))
 
 

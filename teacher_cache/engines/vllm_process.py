@@ -5,9 +5,9 @@ start is slow because every process it spawns imports it anew. Here it gets one 
 own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
 
 It reads from the socket FD an `EngineConfig`, then `([(row, prompt ids), ...], new tokens)`, where
-a third entry of a row is its given response, or None to drop what is under way, until the socket is
-closed. It sends `("ready", description)`, then `("finished", Finished)` after each step that ended
-requests; or `("failed", kind, reason)`.
+a third entry of a row is its given response and a fourth the tokens to read along it, or None to
+drop what is under way, until the socket is closed. It sends `("ready", description)`, then
+`("finished", Finished)` after each step that ended requests; or `("failed", kind, reason)`.
 """
 
 import contextlib
@@ -186,13 +186,14 @@ class Host:
         ids: list[int],
         new_tokens: int | None,
         given: list[int] | None = None,
+        named: list[int] | None = None,
         **options: Any,
     ) -> None:
         """Queue a prompt: to decode so many tokens, or to capture signals where that is None."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
-        from duet_unlearn.teacher_cache.engines.vllm_capture import GIVEN, ROW, TOP_K
+        from duet_unlearn.teacher_cache.engines.vllm_capture import GIVEN, NAMED, ROW, TOP_K
 
         capture = new_tokens is None
         params: dict[str, Any] = {
@@ -210,7 +211,11 @@ class Host:
                 "max_tokens": 1,
                 # What is read from the cache has no hidden states.
                 "skip_reading_prefix_cache": True,
-                "extra_args": {GIVEN: (row, len(given)), TOP_K: self._config.top_k},
+                "extra_args": {
+                    GIVEN: (row, len(given)),
+                    NAMED: named,
+                    TOP_K: self._config.top_k,
+                },
             }
         self._open[row] = {} if capture else None
         self._engine.add_request(str(row), tokens_input(ids), SamplingParams(**params | options))

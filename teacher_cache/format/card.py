@@ -92,9 +92,15 @@ def write_card(cache: Path, manifest: Manifest) -> None:
     """
     recipe = manifest.recipe
     rows = " + ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
-    facts = [f"| steering prefix ({recipe.prefix_place}) | {_inline(recipe.prefix)} |"]
-    said = "yes" if recipe.retain_prefix else "no"
-    facts.append(f"| prefix in front of retain queries | {said} |")
+    facts = ["| steering prefix | none |"]
+    if recipe.prefix:
+        said = "yes" if recipe.retain_prefix else "no"
+        facts = [
+            f"| steering prefix ({recipe.prefix_place}) | {_inline(recipe.prefix)} |",
+            f"| prefix in front of retain queries | {said} |",
+        ]
+    if recipe.strength:
+        facts.append(f"| forget rows moved further from the base by | {recipe.strength:g} |")
     if recipe.scored is not None:
         facts.append(f"| scored of given responses | {recipe.scored} |")
     text = _CARD.format(
@@ -104,7 +110,7 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         rows=rows,
         positions=recipe.positions,
         summary=_STEERED if recipe.prefix else _PLAIN,
-        facts="\n".join(facts if recipe.prefix else facts[2:] or ["| steering prefix | none |"]),
+        facts="\n".join(facts),
         splits=", ".join(recipe.splits),
         tokens="what the teacher decoded" + (_OR_GIVEN if recipe.scored else ""),
         logit_dtype=recipe.logit_dtype,

@@ -17,6 +17,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_TOP_K = 1 << 20
 MAX_POSITIONS = 1 << 16
 MAX_ROW_LOGITS = 1 << 24
+MAX_STRENGTH = 100
 _Id = Annotated[int, pydantic.Field(strict=True, ge=0, lt=1 << 31)]
 
 
@@ -58,6 +59,8 @@ class Recipe:
     scored: str | None = None
     """What has signals of a row of the split `train` with a given response: `assistant`, that turn,
     or `all`, every token. None where there is no such split."""
+    strength: Annotated[float, pydantic.Field(strict=True, ge=0, le=MAX_STRENGTH)] = 0.0
+    """By how much forget rows were moved further from the base without prefix."""
 
     def __post_init__(self) -> None:
         """Check the values that come from flags.
@@ -78,6 +81,8 @@ class Recipe:
             raise ConfigurationError(
                 f"scored is {self.scored!r}, expected one of {', '.join(SCORED)}"
             )
+        if not 0 <= self.strength <= MAX_STRENGTH:
+            raise ConfigurationError(f"strength is {self.strength}, expected 0 to {MAX_STRENGTH}")
         if not 1 <= self.positions <= MAX_POSITIONS:
             raise ConfigurationError(
                 f"positions is {self.positions}, expected 1 to {MAX_POSITIONS}"
@@ -96,7 +101,7 @@ class Recipe:
     @property
     def version(self) -> int:
         """The version of the format that can say this: 1 where nothing newer is needed."""
-        return 2 if any(getattr(self, name) != value for name, value in _NEW.items()) else 1
+        return 2 if any(name in _NEW for name in self.to_json()) else 1
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -111,8 +116,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""
         value = {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
-        left_out = _NEW if self.version == 1 else ()
-        return {name: entry for name, entry in value.items() if name not in left_out}
+        return {name: entry for name, entry in value.items() if entry != _NEW.get(name, MISSING)}
 
     @classmethod
     def from_json(cls, value: object) -> "Recipe":
@@ -123,7 +127,9 @@ class Recipe:
         """
         recipe = checked(_RECIPE, value, "recipe")
         if recipe.to_json().keys() != value.keys():  # type: ignore[attr-defined]
-            raise CorruptCacheError(f"recipe: {', '.join(_NEW)} stand there and say nothing")
+            raise CorruptCacheError(
+                f"recipe: one of {', '.join(_NEW)} stands there and says nothing"
+            )
         return recipe
 
     def differences(self, other: "Recipe") -> list[str]:

@@ -141,14 +141,26 @@ def test_engines_agree_along_given_responses(
     ]
     # A response that was read before, and one that begins like it.
     prompts += [(60, *prompts[1][1:]), (61, prompts[1][1], [*prompts[1][2], 5])]
+    # Tokens that are named in place of the strongest.
+    top_k = engine._config.top_k
+    for index in (2, 7, 11):
+        named = rng.integers(0, 384, (len(prompts[index][2]), top_k)).astype(np.int32)
+        prompts[index] = (*prompts[index], named)
 
     signals = dict(engine.signals(prompts))
 
     expected = dict(TransformersEngine(replace(config, **cramped)).signals(prompts))
     assert sorted(signals) == list(range(62))
     for prompt in prompts:
-        assert_same(signals[prompt[0]], expected[prompt[0]])
-        if len(prompt) == 3:
+        if len(prompt) == 4:
+            np.testing.assert_array_equal(signals[prompt[0]].token_ids, prompt[3])
+            np.testing.assert_array_equal(expected[prompt[0]].token_ids, prompt[3])
+            np.testing.assert_allclose(
+                signals[prompt[0]].logits, expected[prompt[0]].logits, atol=1e-3
+            )
+        else:
+            assert_same(signals[prompt[0]], expected[prompt[0]])
+        if len(prompt) > 2:
             assert signals[prompt[0]].response_ids.tolist() == prompt[2]
 
 

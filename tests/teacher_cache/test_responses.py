@@ -225,7 +225,7 @@ def test_a_manifest_says_the_version_of_its_recipe(tiny_model: Path, tmp_path: P
     for entries, message in (
         ({"format_version": 1}, "format version 1, but its recipe is one of version 2"),
         ({"shards": rows}, "other splits than"),
-        ({"recipe": {**value["recipe"], "scored": None}}, "say nothing"),
+        ({"recipe": {**value["recipe"], "scored": None}}, "says nothing"),
         ({"recipe": {**value["recipe"], "scored": "some"}}, "expected one of assistant, all"),
         ({"recipe": plain, "format_version": 1}, "other splits than forget, retain;"),
         ({"recipe": {**value["recipe"], "positions": 4}}, None),
