@@ -79,14 +79,14 @@ def main() -> None:
         given = [word for attack in attacks for word in ("--attacks", attack)]
         words = (*queries, "--general", kit, *given, "--max-new-tokens", NEW_TOKENS)
         document = ("--engine", arguments.engine, "--out", str(out / f"{name}.json"))
-        step(DISTILL, "eval", f"base={model}", *students, *words, *document)
+        step(DISTILL, "eval", *students, *words, *document)
 
     variants = {"student": LORA}
     for text in arguments.variant:
         name, _, flags = text.partition("=")
         variants[name] = shlex.split(flags)
     students = [train(name, *flags) for name, flags in variants.items()]
-    evaluate("eval", students, *arguments.attacks)
+    evaluate("eval", [f"base={model}", *students], *arguments.attacks)
     for family in sorted(
         {shape.family for shape in VIEW_SHAPES.values()} if arguments.leave_out else ()
     ):
