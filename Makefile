@@ -35,7 +35,7 @@ demo: setup ## cache a teacher, distill a student, measure what it forgot
 	@$(BIN)/duet-distill demo --out "$(DEMO_OUT)"
 
 test: setup ## run the tests
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 gpu: setup ## the tests and measurements that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
