@@ -41,13 +41,20 @@ def too_large(model: Path, dtype: str) -> ConfigurationError:
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", adapter: Path | None = None, trainable: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    adapter: Path | None = None,
+    trainable: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a model and, where one is given, a LoRA adapter on top of it.
 
-    For answering the model goes to the GPU where there is one, in evaluation mode, with the
-    adapter merged into its weights in memory. For training it stays in main memory, as its
-    trainer moves it, and the adapter stays apart.
+    For answering the model goes to `device` or the GPUs that there are, in evaluation mode, with
+    the adapter merged into its weights in memory. For training it stays in main memory, as its
+    trainer moves it, and the adapter stays apart. Code that comes with the folder runs only where
+    `trust_remote_code` says so.
 
     Raises:
         ConfigurationError: the memory does not hold the model, or peft is not installed.
@@ -58,7 +65,9 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    on_gpu = torch.cuda.is_available() and not trainable
+    places: str | dict[str, str] | None = None if device in (None, "cpu") else {"": str(device)}
+    if device is None and torch.cuda.is_available() and not trainable:
+        places = "auto"
     if dtype == "auto":
         dtype = fastest_dtype(folder)
     try:
@@ -66,7 +75,8 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
-                device_map="auto" if on_gpu else None,
+                device_map=places,
+                trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
             )

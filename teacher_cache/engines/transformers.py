@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from duet_unlearn.data.models.loading import is_out_of_memory, no_bars, too_large
+from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import run_in_memory, stream_answers
 from duet_unlearn.teacher_cache.engines.base import (
@@ -44,7 +44,7 @@ class TransformersEngine:
         Raises:
             ConfigurationError: `top_k` is larger than the vocabulary, an option is unusable, or the
                 memory does not hold the model.
-            DuetError: The model does not load.
+            DataError: The model does not load, or weights of it are missing.
         """
         import torch
 
@@ -52,8 +52,14 @@ class TransformersEngine:
         self._config = config
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = _device(config.engine_args.get("device", default))
-        self._model: Any = _load(config, self._device)
-        width = self._model.get_output_embeddings().weight.shape[0]
+        self._model: Any = load_model(
+            config.model,
+            dtype=config.compute_dtype,
+            device=str(self._device),
+            trust_remote_code=config.trust_remote_code,
+        )
+        head: Any = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        width = head.weight.shape[0]
         if config.top_k > width:
             raise ConfigurationError(
                 f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
@@ -278,28 +284,6 @@ def _named(rows: list[Any], positions: int, top_k: int) -> Any:
     for named_TK, [ids] in zip(named_BTK, rows, strict=True):
         named_TK[-len(ids) :] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
     return named_BTK
-
-
-def _load(config: EngineConfig, device: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with no_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                config.model,
-                dtype=getattr(torch, config.compute_dtype),
-                trust_remote_code=config.trust_remote_code,
-                local_files_only=True,
-            )
-        return model.to(device).eval()
-    except Exception as error:  # a dozen libraries raise here, each in its own way
-        if is_out_of_memory(error):
-            raise too_large(config.model, config.compute_dtype) from error
-        raise DuetError(
-            f"transformers engine: cannot load {config.model}: {cause(error)}; check the "
-            "model folder and the machine's memory"
-        ) from error
 
 
 def _device(name: str) -> Any:

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def test_options_are_described(tiny_model: Path) -> None:
     assert described["options"] == options
     assert described["settings"]["batch_rows"] == 2
     assert "options" not in TransformersEngine(make_config(tiny_model)).describe()
+
+
+def test_a_teacher_whose_weights_are_missing_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DuetError, match="1 weights are missing"):
+        TransformersEngine(make_config(tmp_path / "model"))
 
 
 def test_a_folder_that_does_not_load_is_one_line(tmp_path: Path) -> None:
