@@ -299,4 +299,8 @@ def _device(name: str) -> Any:
         raise ConfigurationError(
             f"transformers engine: device {name!r}, expected cpu, cuda or cuda:N"
         )
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise ConfigurationError(
+            f"transformers engine: device {name!r}, but PyTorch finds {found} GPUs here"
+        )
     return device

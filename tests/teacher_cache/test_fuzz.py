@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-INPUTS = int(os.environ.get("DUET_FUZZ_INPUTS", "300"))
+INPUTS = int(os.environ.get("DUET_FUZZ_INPUTS", "150"))
 FUZZ = Path(__file__).with_name("fuzz")
 
 

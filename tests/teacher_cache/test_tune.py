@@ -341,6 +341,7 @@ def test_the_command_prints_a_table_or_one_document() -> None:
         "prefix",
         "place",
         "retain_prefix",
+        "strength",
         "views",
         "positions",
         "steers",

@@ -154,7 +154,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line(
     seen.mkdir()
     monkeypatch.setattr(workers, "RESTARTS", 0)
     cases: list[tuple[dict[str, Any], Factory | None, str]] = [
-        ({"engine_args": {"device": "cuda:7"}}, None, r"^worker on \S+: transformers engine: cann"),
+        ({"engine_args": {"device": "cuda:7"}}, None, r"^worker on \S+: transformers engine: devi"),
         ({}, dying(seen, deaths=99), "a worker ended and was replaced 0 times.*run the same comm"),
         ({}, lambda _: 1 / 0, "a worker failed: division by zero"),
         ({"workers": 3}, None, "3 workers, but this Ray cluster has 2 CPUs and no GPU"),
