@@ -10,6 +10,7 @@ from duet_unlearn.data.shapes import load_shapes
 from duet_unlearn.errors import DuetError
 from duet_unlearn.evaluation.measures import RECALL
 from duet_unlearn.evaluation.report.charts import make_chart
+from duet_unlearn.evaluation.report.overview import make_overview, searched_recalls
 from duet_unlearn.evaluation.report.sources import (
     Document,
     Sources,
@@ -23,7 +24,6 @@ from duet_unlearn.evaluation.report.verdict import (
     index_scores,
     judge,
     not_tested,
-    searched_recalls,
 )
 
 CONTENT_FORMAT = 1
@@ -107,7 +107,12 @@ def _evaluation(
     return {
         "name": name,
         "verdicts": judge(document, searched),
-        "not_tested": not_tested(document, stress_tests=sources.stress_tests),
+        "overview": make_overview(document, sources),
+        "not_tested": not_tested(
+            document,
+            stress_tests=sources.stress_tests,
+            others=[other for _, other in sources.evaluations],
+        ),
         "labels": labels,
         "models": models,
         "columns": columns,
