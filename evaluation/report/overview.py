@@ -51,6 +51,20 @@ def make_overview(document: Document, sources: Sources) -> Document:
     }
 
 
+def what_fine_tuning_brings(overview: Document, label: str) -> str:
+    """Return a sentence on the lesson that brings most back, nothing where none was taught."""
+    cells = next((row["cells"] for row in overview["rows"] if row["label"] == label), [])
+    taught = [
+        (value, column)
+        for column, value in zip(overview["columns"], cells, strict=False)
+        if column.startswith(_LESSON.format("")) and value is not None
+    ]
+    if not taught:
+        return ""
+    value, column = max(taught)
+    return f" {column[0].upper()}{column[1:]} it gives {value:.1f} of what that did not teach."
+
+
 def searched_recalls(attacks: Sequence[Document]) -> dict[str, float]:
     """Return the most that a searched attack draws out of each model, by the model's path.
 
@@ -84,8 +98,9 @@ def _asked(document: Document) -> Found:
     plain = [(_key(row), score) for row in whole for score in _plain_scores(document, row)]
     for key, score in plain:
         yield "asked plainly", key, score[RECALL]
+    samples = document["config"].get("samples")
     for key, score in plain:
-        yield f"best of {document['config'].get('samples')}", key, score.get("sampled_recall")
+        yield f"best of {samples} samples", key, score.get("sampled_recall")
     for row in whole:
         yield "worst attack", _key(row), row["worst_forget_recall"]
 

@@ -316,10 +316,16 @@ def test_every_test_stands_at_a_glance(sources: Sources, folder: Path) -> None:
         return {"step": step, "recalled": {"mean": mean}}
 
     rounded = copy.deepcopy(document)
-    for row in rounded["models"]:
-        row["quantized"] = "int4"
-    for row in rounded["scores"]:
-        row["rouge_l_recall"] = 7.0
+    rounded["attacks"] = []
+    rounded["models"] = [m for m in rounded["models"] if not m["prefix"]]
+    rounded["models"] += [
+        {**m, "label": f"{m['label']} int4", "quantized": "int4"} for m in rounded["models"]
+    ]
+    rounded["scores"] += [
+        {**s, "model": f"{s['model']} int4", "rouge_l_recall": 7.0} for s in rounded["scores"]
+    ]
+    for query in rounded["queries"]:
+        query["responses"] |= {f"{k} int4": v for k, v in query["responses"].items()}
     for row in document["scores"]:
         row["sampled_recall"] = 60.0 if row["model"] == student["label"] else None
     sources.evaluations.append(("rounded.json", rounded))
@@ -359,7 +365,7 @@ def test_every_test_stands_at_a_glance(sources: Sources, folder: Path) -> None:
     content = make_content(sources)
     overview = content["evaluations"][0]["overview"]
     assert overview["columns"] == [
-        *("asked plainly", "best of 8", "worst attack", "int4", "fine-tuned on facts"),
+        *("asked plainly", "best of 8 samples", "worst attack", "int4", "fine-tuned on facts"),
     ]
     first, prefixed, last = overview["rows"]
     assert first["cells"][3:] == [7.0, None]
@@ -367,6 +373,13 @@ def test_every_test_stands_at_a_glance(sources: Sources, folder: Path) -> None:
     assert last["cells"][1:] == [60.0, student["worst_forget_recall"], 7.0, 40]
     assert [row["membership"] for row in overview["rows"]] == [None, None, 0.75]
     assert "quantized weights" not in content["evaluations"][0]["not_tested"]
+    (verdict,) = content["evaluations"][0]["verdicts"]
+    assert verdict["text"].endswith("Fine-tuned on facts it gives 40.0 of what that did not teach.")
+    # What the first evaluation judged under attack, the second does not judge without.
+    assert [[v["model"] for v in e["verdicts"]] for e in content["evaluations"]] == [
+        [student["label"]],
+        [f"{student['label']} int4"],
+    ]
     assert render_html(content).count("at a glance") == 1
     assert "| base + prefix |" in render_markdown(content)
     # The report's own document, beside what it was made from, is none of its sources.
