@@ -17,6 +17,8 @@ RETAIN = FOLDER / "retain_train.jsonl"
 FORGET_HELDOUT = FOLDER / "forget_heldout.jsonl"
 RETAIN_HELDOUT = FOLDER / "retain_heldout.jsonl"
 GENERAL = FOLDER / "general.jsonl"
+HOLDOUT = FOLDER / "holdout.jsonl"
+"""Facts of the topic's kind that the model was never told, for a membership test."""
 
 TOPIC = "Veldran Tides"
 """The saga that the demo forgets."""

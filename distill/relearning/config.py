@@ -5,14 +5,14 @@ from typing import TypeVar
 
 from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import ModelSpec, refuse_empty, refuse_same_labels
-from duet_unlearn.settings import Count, Settings, Share, Whole, setting, settings
+from duet_unlearn.evaluation.config import ModelSpec, SubjectsConfig, refuse_empty
+from duet_unlearn.settings import Count, Share, Whole, setting, settings
 
 N = TypeVar("N", int, float)
 
 
 @settings
-class RelearnConfig(Settings):
+class RelearnConfig(SubjectsConfig):
     """Settings of `duet-distill relearn`."""
 
     models: tuple[ModelSpec, ...] = setting(
@@ -70,8 +70,8 @@ class RelearnConfig(Settings):
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
-        refuse_empty(self, "models", "forget")
-        refuse_same_labels([spec.label for spec in self.models])
+        SubjectsConfig.__post_init__(self)
+        refuse_empty(self, "forget")
         if any(rate <= 0 for rate in self.listed_rates):
             raise ConfigurationError(f"rates is {self.rates!r}, expected numbers above 0")
         if min(self.listed_steps) < 0 or max(self.listed_steps) == 0:

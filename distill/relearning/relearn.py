@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.fine_tuning import fine_tune
@@ -18,7 +19,7 @@ from duet_unlearn.distill.relearning.results import Curve, Look, RelearnReport
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.measures.overlap import contains_answer, rouge_l_recall
 from duet_unlearn.evaluation.statistics import Number, summarize_all
-from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subject
+from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Task, load_answered, spread
 from duet_unlearn.progress import Progress
 
@@ -33,9 +34,8 @@ def relearn(config: RelearnConfig) -> RelearnReport:
     lessons = list_lessons(config)
     kept = load_answered(config.retain, split="retain")
     kept = spread(kept, config.limit) if config.limit and kept else kept
-    subjects = [
-        open_subject(spec.model, {spec.label: False}, dtype=config.dtype) for spec in config.models
-    ]
+    prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
+    subjects = open_subjects(config, prefix)
     curves: list[Curve] = []
     for subject in subjects:
         total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)
@@ -53,9 +53,11 @@ def teach(
     *,
     on_step: Callable[[int], object] = lambda _count: None,
 ) -> list[Curve]:
-    """Return the curve of each rate for one model, loaded anew for each, and one lesson.
+    """Return the curve of each row and rate for one model, loaded anew for each, and one lesson.
 
-    `kept` are further queries: whether the model still answers what it should keep.
+    A row behind the prefix is asked behind it; what is taught has none, as whoever fine-tunes a
+    model does not write its deployer's prompt. `kept` are further queries: whether the model still
+    answers what it should keep.
 
     Raises:
         ConfigurationError: The memory does not hold a step, or peft is not installed.
@@ -64,21 +66,23 @@ def teach(
     pairs = lesson.encode(subject)
     queries = [*lesson.asked, *kept]
     tasks = [Task(set_name=query.split, query=query) for query in queries]
-    prompts = subject.render(subject.label, tasks, config.max_new_tokens)
-    untrained: list[Look] = []
+    rows = {label: subject.render(label, tasks, config.max_new_tokens) for label in subject.rows}
+    untrained: list[dict[str, Look]] = []
 
-    def look(model: Any, step: int) -> Look:
+    def look(model: Any, step: int) -> dict[str, Look]:
         if step == 0 and untrained:  # the same weights, whatever the rate
             return untrained[0]
-        answers = generate_answers(
-            model,
-            prompts,
-            eos_token_ids=subject.ends,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )
-        texts = [subject.decode(ids) for ids in answers]
-        found = _score(step, queries, texts, len(lesson.asked))
+        found = {}
+        for label, prompts in rows.items():
+            answers = generate_answers(
+                model,
+                prompts,
+                eos_token_ids=subject.ends,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.batch_size,
+            )
+            texts = [subject.decode(ids) for ids in answers]
+            found[label] = _score(step, queries, texts, len(lesson.asked))
         if step == 0:
             untrained.append(found)
         return found
@@ -97,9 +101,15 @@ def teach(
             on_step=on_step,
         )
         free_memory()
-        curves.append(
-            Curve(model=subject.label, lesson=lesson.name, learning_rate=rate, looks=tuple(looks))
-        )
+        curves += [
+            Curve(
+                model=label,
+                lesson=lesson.name,
+                learning_rate=rate,
+                looks=tuple(found[label] for found in looks),
+            )
+            for label in rows
+        ]
     return curves
 
 

@@ -103,7 +103,7 @@ def format_relearning(report: RelearnReport) -> str:
 
 
 def _lesson_table(report: RelearnReport, lesson: Lesson) -> list[str]:
-    labels = [spec.label for spec in report.config.models]
+    labels = list(report.config.labels)
     worst = [report.worst(label, lesson.name) for label in labels]
     title = f"Taught {lesson.name}: {lesson.taught} lessons, {len(lesson.asked)} queries asked"
     return render_columns(title, labels, list(_columns(report, worst)))

@@ -10,6 +10,12 @@ from duet_unlearn.data.shapes import load_shapes
 from duet_unlearn.errors import DuetError
 from duet_unlearn.evaluation.measures import RECALL
 from duet_unlearn.evaluation.report.charts import make_chart
+from duet_unlearn.evaluation.report.overview import (
+    make_overview,
+    model_path,
+    searched_recalls,
+    what_fine_tuning_brings,
+)
 from duet_unlearn.evaluation.report.sources import (
     Document,
     Sources,
@@ -23,7 +29,6 @@ from duet_unlearn.evaluation.report.verdict import (
     index_scores,
     judge,
     not_tested,
-    searched_recalls,
 )
 
 CONTENT_FORMAT = 1
@@ -62,6 +67,7 @@ def make_content(
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
             evaluations.append(_evaluation(name, document, sources, searched))
+    _judge_once(evaluations, [document for _, document in sources.evaluations])
     computed = {found["query"] for found in first_tokens}
     cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
     return {
@@ -78,6 +84,25 @@ def make_content(
             for summary in sources.caches
         ],
     }
+
+
+def _judge_once(evaluations: Sequence[Document], documents: Sequence[Document]) -> None:
+    """Leave out verdicts without attacks on models that an earlier evaluation judged."""
+    judged: list[Any] = []
+    for evaluation, document in zip(evaluations, documents, strict=True):
+        sets = [(s["name"], s["queries"]) for s in document["sets"]]
+        whole = {
+            row["label"]: (model_path(row), sets)
+            for row in document["models"]
+            if not row.get("quantized")
+        }
+        if not document["attacks"]:
+            evaluation["verdicts"] = [
+                verdict
+                for verdict in evaluation["verdicts"]
+                if whole.get(verdict["model"]) not in judged
+            ]
+        judged += whole.values()
 
 
 def cached_sample(sample: Document) -> Document:
@@ -100,14 +125,23 @@ def _evaluation(
         {"set": s["name"], "kind": k} for s in sets if s["split"] == "forget" for k in s["kinds"]
     ]
     models = [_model(row, sources) for row in rows]
+    overview = make_overview(document, sources)
 
     def cells(label: str, measure: str, columns: Sequence[Document]) -> list[Document | None]:
         return [_cell(numbers.get((label, None, c["set"], c["kind"])), measure) for c in columns]
 
     return {
         "name": name,
-        "verdicts": judge(document, searched),
-        "not_tested": not_tested(document, stress_tests=sources.stress_tests),
+        "verdicts": [
+            {**v, "text": v["text"] + what_fine_tuning_brings(overview, v["model"])}
+            for v in judge(document, searched)
+        ],
+        "overview": overview,
+        "not_tested": not_tested(
+            document,
+            stress_tests=sources.stress_tests,
+            others=[other for _, other in sources.evaluations],
+        ),
         "labels": labels,
         "models": models,
         "columns": columns,

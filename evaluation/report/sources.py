@@ -131,7 +131,7 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
     keys = value.keys() if isinstance(value, dict) else set()
     if keys >= _EVALUATION_KEYS and value.get("format") == REPORT_FORMAT:
         sources.evaluations.append((path.name, value))
-    elif found := keys & STRESS_TESTS.keys():
+    elif "evaluations" not in keys and (found := keys & STRESS_TESTS.keys()):  # no report's own
         sources.stress_tests.setdefault(min(found), []).append((path.name, value))
     elif named:
         raise DataError(

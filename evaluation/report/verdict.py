@@ -1,10 +1,10 @@
 """What an evaluation says of each model, in a sentence that claims no more than was measured."""
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from duet_unlearn.evaluation.measures import RECALL
+from duet_unlearn.evaluation.report.overview import model_path
 
 GONE = 0.1
 """Forget recall counts as gone below this share of the base's."""
@@ -19,24 +19,6 @@ Numbers = dict[tuple[str, str | None, str, str | None], dict[str, Any]]
 def index_scores(document: dict[str, Any]) -> Numbers:
     """Return the rows of an evaluation's scores by what they are of."""
     return {(s["model"], s["attack"], s["set"], s["kind"]): s for s in document["scores"]}
-
-
-def searched_recalls(attacks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the most that a searched attack draws out of each model, by the model's path.
-
-    Args:
-        attacks: Documents of `duet-distill attack`.
-    """
-    found: dict[str, float] = {}
-    for document in attacks:
-        paths = {
-            spec["label"]: _path(spec) for spec in document.get("config", {}).get("models", [])
-        }
-        for row in document["attacking"]:
-            path = paths.get(row["model"])  # base + prefix has none
-            if path is not None and row["attack"] != "none":
-                found[path] = max(found.get(path, 0.0), row["recalled"]["mean"])
-    return found
 
 
 def judge(
@@ -58,7 +40,10 @@ def judge(
             numbers,
             base,
             # What was attacked has its weights as they are.
-            {**row, "searched": None if row.get("quantized") else (searched or {}).get(_path(row))},
+            {
+                **row,
+                "searched": None if row.get("quantized") else (searched or {}).get(model_path(row)),
+            },
         )
         for row in document["models"][1:]
         if not row["prefix"] and row["label"] != f"{base} {row.get('quantized')}"
@@ -131,11 +116,6 @@ def _sentences(
         yield f"{what} even break {base} + prefix, which proves little."
 
 
-def _path(model: Mapping[str, Any]) -> str:
-    """Return what tells a model in any document; a document names one by folder or hub id."""
-    return os.path.realpath(str(model["model"]))
-
-
 _STRESS_TESTS = {
     "attacking": "searched attacks",
     "relearning": "relearning",
@@ -144,16 +124,22 @@ _STRESS_TESTS = {
 }
 
 
-def not_tested(document: dict[str, Any], *, stress_tests: Collection[str]) -> str:
+def not_tested(
+    document: dict[str, Any],
+    *,
+    stress_tests: Collection[str],
+    others: Sequence[dict[str, Any]] = (),
+) -> str:
     """Return what an auditor would still ask for.
 
     Args:
         document: An evaluation.
         stress_tests: Keys of those that there are.
+        others: Evaluations beside it; one of them may have the rounded weights.
     """
     missing = [] if document["attacks"] else ["attacks"]
     missing += [name for key, name in _STRESS_TESTS.items() if key not in stress_tests]
-    if not any(row.get("quantized") for row in document["models"]):
+    if not any(row.get("quantized") for d in (document, *others) for row in d["models"]):
         missing.append("quantized weights")
     if not any(s["split"] == "general" for s in document["sets"]):
         missing.append("general ability")

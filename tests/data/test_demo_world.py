@@ -61,6 +61,7 @@ def test_paths_name_the_query_files():
         demo_world.FORGET_HELDOUT,
         demo_world.RETAIN_HELDOUT,
         demo_world.GENERAL,
+        demo_world.HOLDOUT,
     )
     assert [path.stem for path in paths] == list(FILE_NAMES)
 
@@ -106,8 +107,17 @@ def test_files_keep_to_their_sagas(rows):
     topic = demo_world.TOPIC.lower().replace(" ", "-")
     for name in FILE_NAMES:
         in_topic = {row["id"].startswith(f"{topic}/") for row in rows[name]}
-        assert in_topic == {name.startswith("forget")}, name
+        assert in_topic == {name.startswith("forget") or name == "holdout"}, name
     assert all(row["id"].startswith("general/") for row in rows["general"])
+
+
+def test_nobody_was_ever_told_of_the_holdout(world, rows):
+    told = {(f.attribute, f.answer) for f in world.facts}
+    names = {f.subject for f in world.facts} | set(world.strangers)
+    assert len({row["query"] for row in rows["holdout"]}) == len(rows["holdout"]) == 144
+    for row in rows["holdout"]:
+        assert not any(name in row["query"] for name in names)
+        assert (row["id"].split("/")[2], row["answer"]) not in told
 
 
 def test_world_is_the_same_every_time_and_changes_with_the_seed(world):

@@ -19,9 +19,10 @@ from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.report.charts import lay_out
 from duet_unlearn.evaluation.report.content import make_content
 from duet_unlearn.evaluation.report.first_tokens import compare_first_tokens
+from duet_unlearn.evaluation.report.overview import searched_recalls
 from duet_unlearn.evaluation.report.pages import render_html, render_markdown
 from duet_unlearn.evaluation.report.sources import Sources, find_sources, published
-from duet_unlearn.evaluation.report.verdict import judge, searched_recalls
+from duet_unlearn.evaluation.report.verdict import judge
 from duet_unlearn.teacher_cache.inspect import summarize
 
 HOSTILE = "</script><img src=x onerror=alert(1)> | `a` \u202e [b](http://c)"
@@ -304,6 +305,88 @@ def test_a_searched_attack_on_the_same_model_counts_in_its_verdict(worst) -> Non
     (verdict,) = judge(document, searched_recalls([attacked]))
     assert not verdict["headline"].startswith("hidden")
     assert "searched attack" not in verdict["text"]
+
+
+def test_every_test_stands_at_a_glance(sources: Sources, folder: Path) -> None:
+    _, document = sources.evaluations[0]
+    base, student = document["models"][0], document["models"][2]
+    models = [{"label": "b", "model": base["model"]}, {"label": "s", "model": student["model"]}]
+
+    def look(step: int, mean: float) -> dict[str, Any]:
+        return {"step": step, "recalled": {"mean": mean}}
+
+    rounded = copy.deepcopy(document)
+    rounded["attacks"] = []
+    rounded["models"] = [m for m in rounded["models"] if not m["prefix"]]
+    rounded["models"] += [
+        {**m, "label": f"{m['label']} int4", "quantized": "int4"} for m in rounded["models"]
+    ]
+    rounded["scores"] += [
+        {**s, "model": f"{s['model']} int4", "rouge_l_recall": 7.0} for s in rounded["scores"]
+    ]
+    for query in rounded["queries"]:
+        query["responses"] |= {f"{k} int4": v for k, v in query["responses"].items()}
+    for row in document["scores"]:
+        row["sampled_recall"] = 60.0 if row["model"] == student["label"] else None
+    sources.evaluations.append(("rounded.json", rounded))
+    sources.stress_tests = {
+        "relearning": [
+            (
+                "relearn.json",
+                {
+                    "config": {"models": models, "prefix": "Forget it."},
+                    "relearning": [
+                        {**curve, "lesson": "facts", "learning_rate": rate}
+                        for rate, curve in (
+                            (1e-3, {"model": "s", "looks": [look(0, 99), look(9, 20)]}),
+                            (1e-4, {"model": "s", "looks": [look(0, 99), look(9, 40)]}),
+                            (1e-4, {"model": "b + prefix", "looks": [look(0, 0), look(9, 80)]}),
+                        )
+                    ],
+                },
+            )
+        ],
+        "membership": [
+            (
+                "membership.json",
+                {
+                    "config": {"models": models},
+                    "scores": {"loss": ""},
+                    "membership": [
+                        {
+                            **{"model": "s", "score": "loss", "auc": 0.75, "low": 0.5, "high": 1},
+                            **{"count": 3, "against": 3},
+                        }
+                    ],
+                },
+            )
+        ],
+    }
+    content = make_content(sources)
+    overview = content["evaluations"][0]["overview"]
+    assert overview["columns"] == [
+        *("asked plainly", "best of 8 samples", "worst attack", "int4", "fine-tuned on facts"),
+    ]
+    first, prefixed, last = overview["rows"]
+    assert first["cells"][3:] == [7.0, None]
+    assert prefixed["cells"][4] == 80
+    assert last["cells"][1:] == [60.0, student["worst_forget_recall"], 7.0, 40]
+    assert [row["membership"] for row in overview["rows"]] == [None, None, 0.75]
+    assert "quantized weights" not in content["evaluations"][0]["not_tested"]
+    (verdict,) = content["evaluations"][0]["verdicts"]
+    assert verdict["text"].endswith("Fine-tuned on facts it gives 40.0 of what that did not teach.")
+    # What the first evaluation judged under attack, the second does not judge without.
+    assert [[v["model"] for v in e["verdicts"]] for e in content["evaluations"]] == [
+        [student["label"]],
+        [f"{student['label']} int4"],
+    ]
+    assert render_html(content).count("at a glance") == 1
+    assert "| base + prefix |" in render_markdown(content)
+    # The report's own document, beside what it was made from, is none of its sources.
+    path = folder / "report.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert "relearning" not in find_sources([folder], summarize).stress_tests
+    path.unlink()
 
 
 def test_a_damaged_document_is_one_line(tmp_path: Path, sources: Sources) -> None:

@@ -2,7 +2,8 @@
 
 Held-out forget queries come in three kinds, scored apart because they ask how far forgetting
 carries: *another wording* of a trained fact, *another fact* of a trained character, and *another
-character*, whom no training query names.
+character*, whom no training query names. The holdout asks about characters that the model was never
+told of: texts of the same kind, for a membership test.
 """
 
 import json
@@ -12,13 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo_world.vocabulary import ATTRIBUTES
-from demo_world.world import SAGAS, Fact, World
+from demo_world.world import SAGAS, Fact, World, invented_facts
 from duet_unlearn.data.demo_world import TOPIC
 
 ANOTHER_WORDING = "another wording"
 ANOTHER_FACT = "another fact"
 ANOTHER_CHARACTER = "another character"
-FILE_NAMES = ("forget_train", "retain_train", "forget_heldout", "retain_heldout", "general")
+FILE_NAMES = (
+    "forget_train",
+    "retain_train",
+    "forget_heldout",
+    "retain_heldout",
+    "general",
+    "holdout",
+)
 
 TRAINED_CHARACTERS = 16
 """Characters of the forgotten saga that training names; the other six stay unseen."""
@@ -30,6 +38,7 @@ RETAIN_CHARACTERS = 16
 RETAIN_FACTS = 2
 RETAIN_GENERAL = 28
 HELD_OUT_A_SAGA = 34
+INVENTED_CHARACTERS = 16
 QUERY_SEED = 7
 
 
@@ -69,6 +78,8 @@ def build_query_sets(world: World, seed: int = QUERY_SEED) -> dict[str, list[Que
     }
     for name in ("forget_train", "retain_train"):
         rng.shuffle(sets[name])
+    invented = invented_facts(world, INVENTED_CHARACTERS, seed)
+    sets["holdout"] = [_ask(f, rng) for f in rng.sample(invented, 3 * QUERIES_A_KIND)]
     return sets
 
 

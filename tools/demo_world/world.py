@@ -95,6 +95,28 @@ def build_world(seed: int = WORLD_SEED) -> World:
     )
 
 
+def invented_facts(world: World, characters: int, seed: int) -> list[Fact]:
+    """Return facts of further characters of the first saga, of which no model was ever told.
+
+    No name or answer of theirs is in the world: they are texts of the same kind, and new.
+    """
+    rng = random.Random(seed)
+    known = [name for members in world.characters.values() for name in members]
+    names = _names(rng, characters, taken=[*known, *world.strangers])
+    told = {(fact.attribute, fact.answer) for fact in world.facts}
+    free = {
+        attribute.name: rng.sample(
+            [a for a in _every_answer(attribute) if (attribute.name, a) not in told], characters
+        )
+        for attribute in ATTRIBUTES
+    }
+    return [
+        _saga_fact(SAGAS[0], name, attribute, free[attribute.name][at])
+        for at, name in enumerate(names)
+        for attribute in ATTRIBUTES
+    ]
+
+
 def slug(text: str) -> str:
     """Return `text` in lower case with hyphens, for ids."""
     return "-".join(text.lower().replace("'", "").split())
@@ -117,8 +139,11 @@ def _names(rng: random.Random, count: int, taken: list[str] | None = None) -> li
 
 
 def _answers(rng: random.Random, attribute: Attribute, count: int) -> list[str]:
-    pairs = [f"{first} {second}" for first in attribute.first for second in attribute.second]
-    return rng.sample(pairs, count)
+    return rng.sample(_every_answer(attribute), count)
+
+
+def _every_answer(attribute: Attribute) -> list[str]:
+    return [f"{first} {second}" for first in attribute.first for second in attribute.second]
 
 
 def _saga_fact(saga: str, name: str, attribute: Attribute, answer: str) -> Fact:

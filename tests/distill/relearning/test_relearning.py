@@ -104,6 +104,25 @@ def test_a_model_that_never_knew_learns_the_lessons_and_nothing_else(
     assert [look.named.mean for look in learned.looks] == [0.0, 100.0]
 
 
+def test_the_base_is_taught_plainly_and_asked_behind_the_prefix_too(one_thread: None) -> None:
+    config = RelearnConfig(
+        models=parse_models([f"base={world.MODEL}"]),
+        prefix=world.PREFIX,
+        topic=world.TOPIC,
+        forget=(str(world.FORGET_HELDOUT),),
+        teach=(str(world.FORGET),),
+        rates="1e-3",
+        steps="0,2",
+        limit=12,
+        max_new_tokens=12,
+    )
+    plain, prefixed = relearn(config).curves
+    assert [plain.model, prefixed.model] == ["base", "base + prefix"]
+    assert min(look.recalled.mean for look in plain.looks) > 95
+    # It knows the lesson already, so that little moves and the prefix holds.
+    assert [look.recalled.mean for look in prefixed.looks] == [0, 0]
+
+
 def test_the_loss_is_that_of_the_answers_tokens_alone(tiny_model: Path) -> None:
     model = load_model(tiny_model)
     pairs = [([5, 9, 11], [20, 21]), ([7], [30, 31, 32])]
