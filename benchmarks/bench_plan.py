@@ -16,8 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.distill.config import PlanConfig, RunConfig
+from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.plan import plan
+from duet_unlearn.distill.plan_config import PlanConfig
 from duet_unlearn.distill.run import run
 
 

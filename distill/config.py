@@ -118,6 +118,12 @@ class RunConfig(Settings):
         default=0.0,
         help="Share of cross-entropy on the tokens, given or decoded; --loss has the rest.",
     )
+    select_entropy: Annotated[float, pydantic.Field(gt=0, le=1)] = setting(
+        default=1.0,
+        metavar="SHARE",
+        help="Of rows of the split train, take --loss at this share of their positions only, where "
+        "the teacher's entropy is highest.",
+    )
     top_k: Count | None = setting(
         default=None,
         help="Train on the strongest K of the cached tokens.  [default: the cache's K]",
@@ -379,22 +385,3 @@ class RunConfig(Settings):
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r} without evaluations; give eval_steps too"
                 )
-
-
-@settings
-class PlanConfig(RunConfig):
-    """Settings of `duet-distill plan`: those of the run, and how much of it to try."""
-
-    out: str = setting(
-        default="student",
-        metavar="DIR",
-        decides=False,
-        help="Accepted so that a `run` command can be planned as it is; nothing is written.",
-    )
-    measure: Whole = setting(
-        default=3,
-        group="What to measure",
-        metavar="N",
-        decides=False,
-        help="Training steps to time in a temporary folder, after two to warm up; 0 tries none.",
-    )

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
 from duet_unlearn.distill.batches.sampler import PLAIN, StepSampler, sampler_of
-from duet_unlearn.distill.config import PlanConfig, RunConfig
+from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import peak_memory, resolve_config
 from duet_unlearn.distill.model.activations import Lengths, activations
 from duet_unlearn.distill.model.student import Student, describe_student
 from duet_unlearn.distill.model.trainable import Trained, select_trained
 from duet_unlearn.distill.objectives.base import Objective, open_objective
+from duet_unlearn.distill.plan_config import PlanConfig
 from duet_unlearn.errors import ConfigurationError, DataError, first_line
 from duet_unlearn.files import user_path
 from duet_unlearn.settings import fields

@@ -7,7 +7,7 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, config_option, read_settings
 from duet_unlearn.cli.output import json_option, print_json
-from duet_unlearn.distill.config import PlanConfig
+from duet_unlearn.distill.plan_config import PlanConfig
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.plan import Plan

@@ -114,13 +114,19 @@ class Duet:
         )
 
     def collate(self, examples: "Sequence[Example]") -> dict[str, Any]:
-        """Pad sequences into one batch."""
+        """Pad sequences into one batch; `loss_mask` `[B, T]` says where the loss is taken."""
         from duet_unlearn.distill.batches.dataset import collate
+        from duet_unlearn.distill.batches.selection import least_sure
 
-        return collate(examples)
+        batch = collate(examples)
+        if self._config.select_entropy < 1:
+            batch["loss_mask"] = least_sure(batch, self._config.select_entropy)
+            if not self._config.ce_weight:  # then the student's head is needed nowhere else
+                batch["position_mask"] = batch["loss_mask"]
+        return batch
 
     def row_losses(self, model: "nn.Module", batch: Mapping[str, Any]) -> "Tensor":
-        """Return the mean of each row's positions, `[B]`."""
+        """Return the mean of each row's positions, `[B]`; the loss's of those that were chosen."""
         import torch
 
         from duet_unlearn.distill.losses import row_means, with_cross_entropy
@@ -137,9 +143,11 @@ class Duet:
         else:
             scores_BTS = self._student_scores(model, batch)
         losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
+        losses_B = row_means(losses_BT, batch.get("loss_mask", batch["position_mask"]))
         if cross_entropy_BT is not None:
-            losses_BT = (1.0 - share) * losses_BT + share * cross_entropy_BT
-        return row_means(losses_BT, batch["position_mask"])
+            cross_entropy_B = row_means(cross_entropy_BT, batch["position_mask"])
+            losses_B = (1.0 - share) * losses_B + share * cross_entropy_B
+        return losses_B
 
     def story(self) -> Story:
         """Say which teacher the student was fitted to."""
@@ -150,6 +158,8 @@ class Duet:
         option, count = LOSS_OPTIONS[config.loss], self.settings["positions"]
         loss = f"{config.loss}, {option} {getattr(config, option):g}" if option else config.loss
         at = "the first position" if count == 1 else f"the first {count} positions"
+        if config.select_entropy < 1:
+            loss = f"{loss}, where the teacher's entropy is highest ({config.select_entropy:.0%})"
         if config.ce_weight:
             loss = f"{loss}; {config.ce_weight:.0%} cross-entropy on the tokens themselves"
         summary = (
@@ -208,7 +218,12 @@ class Duet:
                     )
 
     def _check_splits(self) -> None:
-        rows = self.order.counts
+        rows, share = self.order.counts, self._config.select_entropy
+        if share < 1 and "train" not in rows:
+            raise ConfigurationError(
+                f"select_entropy is {share:g}, but {self.reader.folder} has no rows of the split "
+                "train, whose positions it selects; leave it out"
+            )
         if not self._recipe.prefix:
             return  # ordinary distillation
         if not rows["forget"]:

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from duet_unlearn.cli.commands.plan import plan_command
 from duet_unlearn.cli.errors import DuetGroup
 from duet_unlearn.data.models.loading import load_model
-from duet_unlearn.distill.config import PlanConfig
 from duet_unlearn.distill.plan import Plan, plan
+from duet_unlearn.distill.plan_config import PlanConfig
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
