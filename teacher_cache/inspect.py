@@ -49,16 +49,21 @@ def render_summary(summary: dict[str, Any]) -> str:
     """Return the summary as text for a terminal of 80 columns or more."""
     recipe = summary["recipe"]
     steered = "forget and retain" if recipe["retain_prefix"] else "forget"
-    prefix = [f'prefix    "{recipe["prefix"]}"']
-    prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
+    prefix = ["prefix    none"]
+    if recipe["prefix"]:
+        prefix = [f'prefix    "{recipe["prefix"]}"']
+        prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
     if "strength" in recipe:
         prefix.append(f"          forget rows moved {recipe['strength']:g} further from the base")
+    if "temperature" in recipe:
+        sampled = f"{recipe['temperature']:g}, seed {recipe.get('seed', 0)}"
+        prefix.append(f"sampled   the answers to train queries, at temperature {sampled}")
     engines = ", ".join(_engine(engine) for engine in summary["engines"])
     lines = [
         f"cache     {summary['cache']}",
         f"digest    {summary['digest']}",
         f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or 'unknown'}",
-        *(prefix if recipe["prefix"] else ["prefix    none"]),
+        *prefix,
         f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
         f"{recipe['positions']} position(s), {recipe['logit_dtype']} logits",
         f"size      {summary['shards']} shard(s), {_bytes(summary['bytes'])}, "

@@ -178,6 +178,7 @@ class _Build:
             self.renderer,
             retain_prefix=self.recipe.retain_prefix,
             strengthen=self.recipe.strength > 0,
+            seed=self.recipe.seed if self.recipe.temperature else None,
             positions=self.recipe.positions,
             context=context,
         )
@@ -191,6 +192,7 @@ class _Build:
             positions=self.recipe.positions,
             eos_token_ids=self.recipe.eos_token_ids,
             compute_dtype=self.recipe.compute_dtype,
+            temperature=self.recipe.temperature,
             max_prompt_tokens=prompts.longest,
             max_new_tokens=answer_tokens,
             trust_remote_code=self.config.trust_remote_code,

@@ -101,6 +101,8 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         ]
     if recipe.strength:
         facts.append(f"| forget rows moved further from the base by | {recipe.strength:g} |")
+    if recipe.temperature:
+        facts.append(f"| answers sampled at temperature | {recipe.temperature:g} |")
     if recipe.scored is not None:
         facts.append(f"| scored of given responses | {recipe.scored} |")
     text = _CARD.format(

@@ -14,8 +14,8 @@ class Signal:
     """The teacher's signal for one query, T >= 1 positions."""
 
     response_ids: npt.NDArray[np.int32]
-    """Greedy tokens, `[T]`. Where T is smaller than the positions asked for, the last is an
-    end-of-sequence token."""
+    """Greedy, drawn or given tokens, `[T]`. Where T is smaller than the positions asked for, the
+    last of those that were decoded is an end-of-sequence token."""
     token_ids: npt.NDArray[np.int32]
     """Top-K token ids by descending logit, ties by ascending id, `[T, K]`."""
     logits: npt.NDArray[np.float32]
