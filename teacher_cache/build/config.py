@@ -20,7 +20,7 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.settings import Count, NotNegative, Settings, Whole, setting, settings
+from duet_unlearn.settings import Count, NotNegative, Positive, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
 from duet_unlearn.teacher_cache.engines import options, resolve_engine_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -94,6 +94,10 @@ class BuildConfig(Settings):
         default=0, help="Another seed gives other samples, the same seed the same."
     )
     top_k: Count = setting(default=100, group="What to keep", help="Tokens kept per position.")
+    top_p: Positive = setting(
+        default=1.0,
+        help="Of those, keep the fewest that hold this share of the teacher's mass; 1 keeps all.",
+    )
     positions: Count | None = setting(
         default=None,
         help="Decoding steps kept per query; longer given responses are several rows.  [default: "
@@ -209,6 +213,7 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         strength=config.strength,
         temperature=config.temperature,
         seed=config.seed,
+        top_p=config.top_p,
         retain_prefix=config.retain_prefix,
         top_k=config.top_k,
         positions=positions,
