@@ -1,11 +1,13 @@
 """Conversations: what one looks like, how it is checked, and how it is written as one text."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from typing import TypedDict
 
 STRETCH = '["tokens '
 """How the text of a row begins that is a stretch of a longer one."""
+_SAMPLE = '["sample", "'
 ROLES = ("system", "user", "assistant")
 
 
@@ -19,13 +21,13 @@ class Message(TypedDict):
 def text_from_messages(messages: Iterable[Message]) -> str:
     """One user turn's content as it is, or several turns as a JSON list.
 
-    A content that itself reads as such a list, or as a query in a view, is written as a list
-    too, so that no two conversations share a text.
+    A content that itself reads as such a list, or as a query in a view or a sample, is written as a
+    list too, so that no two conversations share a text.
     """
     turns = tuple(messages)
     if len(turns) == 1 and turns[0]["role"] == "user":
         content = turns[0]["content"]
-        if _parse(content) is None and split_view(content)[0] is None:
+        if _parse(content) is None and query_of_row(content) == content:
             return content
     # Built anew with a fixed order of keys: the text decides ids and fingerprints.
     plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
@@ -60,9 +62,24 @@ def split_view(text: str) -> tuple[str | None, str]:
     return parts[0], parts[1]
 
 
+def text_of_sample(number: int, query: str) -> str:
+    """The text of a row that holds a further sample of a query's answer, from the second on."""
+    return json.dumps(["sample", str(number), query], ensure_ascii=False)
+
+
+def query_of_row(text: str) -> str:
+    """The query's text alone of a row's: without a view or a sample's number."""
+    if text.startswith(_SAMPLE):
+        with contextlib.suppress(ValueError, RecursionError):
+            parts = json.loads(text)
+            if len(parts) == 3 and isinstance(parts[2], str):
+                return parts[2]
+    return split_view(text)[1]
+
+
 def asked_text(text: str) -> str:
-    """The query alone of a row's text: without a view, and without a given response."""
-    query = split_view(text)[1]
+    """The query alone of a row's text, without a given response either."""
+    query = query_of_row(text)
     turns = messages_from_text(query)
     answered = len(turns) > 1 and turns[-1]["role"] == "assistant"
     return text_from_messages(turns[:-1]) if answered else query

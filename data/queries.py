@@ -23,6 +23,7 @@ from duet_unlearn.data.messages import (
     split_view,
     text_from_messages,
     text_in_view,
+    text_of_sample,
     type_name,
 )
 from duet_unlearn.data.query_files import Rows, open_rows
@@ -89,6 +90,8 @@ class Query:
     """The shape in which it is asked; None asks it plainly."""
     given: Given | None = None
     """The tokens to score; None decodes a response."""
+    sample: int = 1
+    """Which of its sampled answers is meant, from 1."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -107,6 +110,12 @@ class Query:
     def in_view(self, view: Shape) -> "Query":
         """Return the same query in a shape, under an id of its own."""
         return replace(self, query_id=f"{self.query_id}@{view.name}", view=view)
+
+    def as_sample(self, number: int) -> "Query":
+        """Return the query for one of its sampled answers, from the second on under its own id."""
+        if number == 1:
+            return self
+        return replace(self, query_id=f"{self.query_id}~{number}", sample=number)
 
     def as_plain_text(self, control_tokens: Iterable[str]) -> "Query":
         """Return the same query with an invisible word joiner in each control token it spells.
@@ -127,6 +136,8 @@ class Query:
         if self.given is not None:
             return self.given.text
         text = text_from_messages(self.messages)
+        if self.sample > 1:
+            return text_of_sample(self.sample, text)
         return text if self.view is None else text_in_view(self.view.text, text)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from duet_unlearn.distill.config import LOSS_OPTIONS
 
+# How far below the largest logit one stands that holds no mass, at any temperature that is in use.
+_NOTHING = 1e5
 # Float32 cannot tell a smaller mass from none when it is what the K tokens leave of 1.
 _TAIL_FLOOR = 1e-6
 
@@ -115,12 +117,14 @@ class LossKind:
     """`function(student, teacher, **options)`: `[..., S]` twice to `[...]`."""
     tail: bool = False
     """Whether it compares all tokens beyond the K as one more bucket."""
+    softmax: bool = True
+    """Whether it compares distributions; else it is a mean over the tokens' raw logits."""
 
 
 LOSSES: Mapping[str, LossKind] = MappingProxyType(
     {
-        "huber": LossKind(function=huber),
-        "mse": LossKind(function=mse),
+        "huber": LossKind(function=huber, softmax=False),
+        "mse": LossKind(function=mse, softmax=False),
         "kl": LossKind(function=kl),
         "kl-tail": LossKind(function=kl, tail=True),
         "reverse-kl": LossKind(function=reverse_kl),
@@ -157,7 +161,8 @@ class Loss:
         Args:
             student_scores: `[..., K]` raw logits, and with a tail `[..., K + 1]`: the last is the
                 logsumexp of all other tokens, minus infinity where there are none.
-            teacher_logits: `[..., K]` raw logits.
+            teacher_logits: `[..., K]` raw logits, minus infinity in places without a token: there
+                the student's scores have no influence.
             teacher_logsumexp: `[...]` over the teacher's full vocabulary.
 
         Returns:
@@ -166,10 +171,26 @@ class Loss:
         kind = LOSSES[self.name]
         option = LOSS_OPTIONS[self.name]
         options = {} if option is None else {option: getattr(self, option)}
+        absent = teacher_logits.isneginf()
+        if not kind.softmax:
+            student, teacher = (s.masked_fill(absent, 0) for s in (student_scores, teacher_logits))
+            # The mean is over tokens that are there.
+            counts = absent.shape[-1] - absent.sum(dim=-1)
+            return kind.function(student, teacher, **options) * (absent.shape[-1] / counts)
+        teacher = _without(single(teacher_logits), absent)
         if not kind.tail:
-            return kind.function(student_scores, teacher_logits, **options)
-        student, teacher = _buckets(student_scores, teacher_logits, teacher_logsumexp)
+            student = _without(single(student_scores), absent)
+            return kind.function(student, teacher, **options)
+        cached = _without(single(student_scores[..., :-1]), absent)
+        student = torch.cat([cached, single(student_scores[..., -1:])], dim=-1)
+        student, teacher = _buckets(student, teacher, teacher_logsumexp)
         return kind.function(student, teacher, **options)
+
+
+def _without(logits: Tensor, absent: Tensor) -> Tensor:
+    """Put some logits, not all of a position, so far below the others that they hold no mass."""
+    largest = logits.detach().masked_fill(absent, -math.inf).amax(dim=-1, keepdim=True)
+    return torch.where(absent, largest - _NOTHING, logits)
 
 
 def tail_logsumexp(logits: Tensor, logsumexp: Tensor) -> Tensor:
@@ -202,7 +223,7 @@ def _buckets(
 def _empty_tail(buckets: Tensor, where: Tensor) -> Tensor:
     """Put the tail so far below the K logits that it holds no mass."""
     logits, tail = buckets[..., :-1], buckets[..., -1:]
-    nothing = logits.detach().amax(dim=-1, keepdim=True) - 1e3
+    nothing = logits.detach().amax(dim=-1, keepdim=True) - _NOTHING
     return torch.cat([logits, torch.where(where, nothing, tail)], dim=-1)
 
 
@@ -227,7 +248,7 @@ def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:
 
 
 def with_cross_entropy(
-    scores: Tensor, token_ids: Tensor, response_ids: Tensor
+    scores: Tensor, token_ids: Tensor, response_ids: Tensor, absent: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Split what a student gives the response's tokens from what a loss compares.
 
@@ -236,12 +257,14 @@ def with_cross_entropy(
             of them: `[..., 1 + K + 1]`.
         token_ids: Cached token ids, `[..., K]`.
         response_ids: The token that follows at each position, `[...]`.
+        absent: Which of the cached places have no token, `[..., K]`; their ids stand elsewhere too.
 
     Returns:
         Scores `[..., K + 1]` at the cached tokens, with the tail beyond them; and the cross-entropy
         of the response's token in nats, `[...]`.
     """
-    token, cached, rest = scores[..., 0], scores[..., 1:-1], scores[..., -1]
+    token, rest = scores[..., 0], scores[..., -1]
+    cached = scores[..., 1:-1].masked_fill(absent, -math.inf)
     outside = (token_ids != response_ids[..., None]).all(dim=-1)
     tail = torch.where(outside, torch.logaddexp(rest, token), rest)
     both = torch.cat([cached, tail[..., None]], dim=-1)

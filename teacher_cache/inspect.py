@@ -30,7 +30,10 @@ def summarize(cache: str | Path) -> dict[str, Any]:
         "engines": list(manifest.engines),
         "shards": len(manifest.shards),
         "bytes": manifest.num_bytes,
-        "bytes_per_logit": manifest.num_bytes / max(1, positions * manifest.recipe.top_k),
+        "bytes_per_position": manifest.num_bytes / max(1, positions),
+        "bytes_per_logit": manifest.num_bytes / max(1, positions * manifest.recipe.top_k)
+        if manifest.recipe.top_p == 1
+        else None,
         "splits": {
             split: {
                 "rows": sums.rows,
@@ -49,20 +52,30 @@ def render_summary(summary: dict[str, Any]) -> str:
     """Return the summary as text for a terminal of 80 columns or more."""
     recipe = summary["recipe"]
     steered = "forget and retain" if recipe["retain_prefix"] else "forget"
-    prefix = [f'prefix    "{recipe["prefix"]}"']
-    prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
+    prefix = ["prefix    none"]
+    if recipe["prefix"]:
+        prefix = [f'prefix    "{recipe["prefix"]}"']
+        prefix.append(f"          at {recipe['prefix_place']}, in front of {steered} queries")
     if "strength" in recipe:
         prefix.append(f"          forget rows moved {recipe['strength']:g} further from the base")
+    if "temperature" in recipe:
+        sampled = f"{recipe['temperature']:g}, seed {recipe.get('seed', 0)}"
+        prefix.append(f"sampled   the answers to train queries, at temperature {sampled}")
     engines = ", ".join(_engine(engine) for engine in summary["engines"])
+    most = f"Top-{recipe['top_k']}"
+    if summary["bytes_per_logit"] is None:
+        most = f"the fewest of the {most} that hold {recipe['top_p']:g} of the mass"
+        each = f"{summary['bytes_per_position']:.0f} bytes a position"
+    else:
+        each = f"{summary['bytes_per_logit']:.2f} bytes a logit"
     lines = [
         f"cache     {summary['cache']}",
         f"digest    {summary['digest']}",
         f"teacher   {summary['teacher']}, {recipe['compute_dtype']}, by {engines or 'unknown'}",
-        *(prefix if recipe["prefix"] else ["prefix    none"]),
-        f"recipe    {summary['recipe_id'][:19]}..., Top-{recipe['top_k']}, "
+        *prefix,
+        f"recipe    {summary['recipe_id'][:19]}..., {most}, "
         f"{recipe['positions']} position(s), {recipe['logit_dtype']} logits",
-        f"size      {summary['shards']} shard(s), {_bytes(summary['bytes'])}, "
-        f"{summary['bytes_per_logit']:.2f} bytes a logit",
+        f"size      {summary['shards']} shard(s), {_bytes(summary['bytes'])}, " + each,
         "",
         f"{'split':<10}{'queries':>10}{'positions':>12}{'Top-K mass':>12}{'entropy':>10}",
     ]

@@ -237,14 +237,19 @@ def signals_agree(first: Signal, other: Signal, relative: float) -> bool:
     """Say whether two signals of one query agree, up to `relative` of the largest logit."""
     if first.response_ids.tolist() != other.response_ids.tolist():
         return False
-    slack = relative * max(1.0, float(np.abs(first.logits).max()))
+    largest = np.abs(first.logits, where=first.logits > -np.inf, out=np.zeros_like(first.logits))
+    slack = relative * max(1.0, float(largest.max()))
     if np.abs(first.logsumexp - other.logsumexp).max() > slack:
         return False
-    for position in range(len(first.response_ids)):
-        ours = dict(zip(first.token_ids[position].tolist(), first.logits[position], strict=True))
-        theirs = dict(zip(other.token_ids[position].tolist(), other.logits[position], strict=True))
+    # Where rounding moves the mass of a token, one side may keep more of them than the other.
+    counts = ((first.logits > -np.inf) & (other.logits > -np.inf)).sum(axis=1)
+    for position, count in enumerate(counts):
+        ours, theirs = (
+            dict(zip(s.token_ids[position, :count].tolist(), s.logits[position], strict=False))
+            for s in (first, other)
+        )
         # A token that is only on one side may have been just below the other side's last.
-        last_ours, last_theirs = first.logits[position, -1], other.logits[position, -1]
+        last_ours, last_theirs = (s.logits[position, count - 1] for s in (first, other))
         if any(
             abs(ours.get(token, last_ours) - theirs.get(token, last_theirs)) > slack
             for token in ours.keys() | theirs.keys()

@@ -49,9 +49,9 @@ class CachedRow:
     response_ids: npt.NDArray[np.int32]
     """The tokens along the positions, `[T]`: what the teacher decoded, or what was given."""
     token_ids: npt.NDArray[np.int32]
-    """Top-K ids by descending logit, `[T, K]`."""
+    """Top-K ids by descending logit, `[T, K]`; the first again in places without a token."""
     logits: npt.NDArray[np.float32]
-    """Raw logits, `[T, K]`."""
+    """Raw logits, `[T, K]`; minus infinity in places without a token."""
     logsumexp: npt.NDArray[np.float32]
     """Over the full vocabulary, in nats, `[T]`."""
 

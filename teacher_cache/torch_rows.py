@@ -13,8 +13,8 @@ class TorchRows(Dataset[dict[str, Any]]):
     """A row is a dict: its texts as they are, its arrays as tensors of their own.
 
     `prompt_ids` [P], `response_ids` [T] and `token_ids` [T, K] are int64, `logits` [T, K] and
-    `logsumexp` [T] are float32. Rows differ in P and T: a loader takes `batch_size=None` or a
-    collate function.
+    `logsumexp` [T] are float32, minus infinity where a position has fewer than K tokens. Rows
+    differ in P and T: a loader takes `batch_size=None` or a collate function.
     """
 
     def __init__(self, shards: Shards) -> None:

@@ -133,7 +133,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     rows = len(examples)
     prompt_width = max(len(example.prompt_ids) for example in examples)
     positions = max(len(example.response_ids) for example in examples)
-    top_k = examples[0].token_ids.shape[1]
+    # Of caches made with top-p, no more places than a position of this batch fills.
+    top_k = max(int((example.logits > -np.inf).sum(axis=1).max()) for example in examples)
     # Id 0 pads: every model has it, and the attention mask hides it.
     input_ids = np.zeros((rows, prompt_width + positions - 1), np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -149,8 +150,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         input_ids[i, start : start + len(sequence)] = sequence
         attention_mask[i, start : start + len(sequence)] = 1
         response_ids[i, :scored] = example.response_ids
-        token_ids[i, :scored] = example.token_ids
-        teacher_logits[i, :scored] = example.logits
+        token_ids[i, :scored] = example.token_ids[:, :top_k]
+        teacher_logits[i, :scored] = example.logits[:, :top_k]
         teacher_logsumexp[i, :scored] = example.logsumexp
         position_mask[i, :scored] = True
     arrays = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
-from duet_unlearn.data.messages import STRETCH, messages_from_text, split_view
+from duet_unlearn.data.messages import STRETCH, messages_from_text, query_of_row, split_view
 from duet_unlearn.data.models.fingerprint import (
     chat_template_fingerprint,
     config_fingerprint,
@@ -160,7 +160,7 @@ def _first_difference(renderer: "PromptRenderer", reader: CacheReader) -> str | 
     for index in _compared_rows(reader):
         row = reader.row(index)
         cached = row.prompt_ids.tolist()
-        view, query = split_view(row.query)
+        view, query = split_view(row.query)[0], query_of_row(row.query)
         messages = messages_from_text(query)
         if row.split == "train" and query.startswith(STRETCH):
             continue  # its text is not all that its tokens come from

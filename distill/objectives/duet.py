@@ -137,7 +137,9 @@ class Duet:
             response_BT = batch["response_ids"]
             wanted = torch.cat([response_BT[..., None], ids_BTK], dim=-1)
             scores_BTS = self._student_scores(model, {**batch, "token_ids": wanted})
-            scores_BTS, cross_entropy_BT = with_cross_entropy(scores_BTS, ids_BTK, response_BT)
+            scores_BTS, cross_entropy_BT = with_cross_entropy(
+                scores_BTS, ids_BTK, response_BT, batch["teacher_logits"].isneginf()
+            )
             if not self._loss.tail:
                 scores_BTS = scores_BTS[..., :-1]
         else:

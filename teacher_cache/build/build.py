@@ -42,6 +42,7 @@ from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
 from duet_unlearn.teacher_cache.format.samples import collect_samples
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, CacheRow
+from duet_unlearn.teacher_cache.format.signal import keep_mass
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.steering import ANSWER_TOKENS
 
@@ -178,6 +179,7 @@ class _Build:
             self.renderer,
             retain_prefix=self.recipe.retain_prefix,
             strengthen=self.recipe.strength > 0,
+            seed=self.recipe.seed if self.recipe.temperature else None,
             positions=self.recipe.positions,
             context=context,
         )
@@ -191,6 +193,7 @@ class _Build:
             positions=self.recipe.positions,
             eos_token_ids=self.recipe.eos_token_ids,
             compute_dtype=self.recipe.compute_dtype,
+            temperature=self.recipe.temperature,
             max_prompt_tokens=prompts.longest,
             max_new_tokens=answer_tokens,
             trust_remote_code=self.config.trust_remote_code,
@@ -232,6 +235,7 @@ class _Build:
 
     def _answer(self, teacher: Teacher, prompts: RenderedPrompts) -> None:
         """Feed every prompt to the teacher and write each shard as its last signal arrives."""
+        top_p = self.recipe.top_p
         total = sum(len(shard.prompts) for shard in prompts.teacher)
         with Progress("teacher", total, "queries") as progress:
             for answer in teacher.answer(prompts.teacher, progress.update):
@@ -242,7 +246,7 @@ class _Build:
                         split=queries[number].split,
                         query=queries[number].text,
                         prompt_ids=student[number],
-                        signal=signal,
+                        signal=signal if top_p == 1 else keep_mass(signal, top_p),
                     )
                     for number, signal in answer.signals.items()
                 }

@@ -20,7 +20,7 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.settings import Count, NotNegative, Settings, setting, settings
+from duet_unlearn.settings import Count, NotNegative, Positive, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
 from duet_unlearn.teacher_cache.engines import options, resolve_engine_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -83,7 +83,21 @@ class BuildConfig(Settings):
         help="Move what is cached for forget queries by this much further from what the base says "
         "without the prefix.",
     )
+    temperature: NotNegative = setting(
+        default=0.0,
+        group="How to answer",
+        help="Sample the answers to --train at this temperature; 0 decodes them greedily. What is "
+        "cached is the same: raw logits, along the sampled tokens.",
+    )
+    samples: Count = setting(default=1, help="Sampled answers to each query, a row each.")
+    seed: Whole = setting(
+        default=0, help="Another seed gives other samples, the same seed the same."
+    )
     top_k: Count = setting(default=100, group="What to keep", help="Tokens kept per position.")
+    top_p: Positive = setting(
+        default=1.0,
+        help="Of those, keep the fewest that hold this share of the teacher's mass; 1 keeps all.",
+    )
     positions: Count | None = setting(
         default=None,
         help="Decoding steps kept per query; longer given responses are several rows.  [default: "
@@ -152,6 +166,16 @@ class BuildConfig(Settings):
                 "--train and --responses take the teacher as it is; give --no-prefix, and cache "
                 "what is to be forgotten apart"
             )
+        if self.temperature and not self.train:
+            raise ConfigurationError(
+                "--temperature samples the answers to --train alone; give --no-prefix and --train "
+                "FILE, or leave it out"
+            )
+        if not self.temperature and (self.samples > 1 or self.seed):
+            raise ConfigurationError(
+                "without --temperature answers are greedy, one a query; give it above 0, or leave "
+                "--samples and --seed out"
+            )
         if not (self.forget or self.retain or self.train or self.responses):
             raise ConfigurationError(
                 "no queries; give --forget FILE, and --retain FILE beside it, or with --no-prefix "
@@ -187,6 +211,9 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         prefix=config.prefix or "",
         prefix_place=config.prefix_place,
         strength=config.strength,
+        temperature=config.temperature,
+        seed=config.seed,
+        top_p=config.top_p,
         retain_prefix=config.retain_prefix,
         top_k=config.top_k,
         positions=positions,

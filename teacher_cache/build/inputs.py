@@ -1,5 +1,7 @@
 """What goes into a build: the set of queries, and their prompts rendered to token ids."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ def load_query_set(config: BuildConfig) -> list[Query]:
         for split in SPLITS
         for name in getattr(config, split)
     ]
+    if config.samples > 1:
+        sources = [(split, _samples(qs, config.samples, split)) for split, qs in sources]
     sources += [("train", load_given(name, config.score)) for name in config.responses]
     for split, queries in sources:
         for query in queries:
@@ -61,6 +65,19 @@ def load_query_set(config: BuildConfig) -> list[Query]:
     loaded = list(unique.values())
     retain = [query for query in loaded if query.split == "retain"]
     return loaded + [q.in_view(view) for view in _load_views(config.views) for q in retain]
+
+
+def _samples(queries: Iterable[Query], count: int, split: str) -> Iterable[Query]:
+    """Return a query of the split `train` for each of its answers, others once."""
+    if split != "train":
+        return queries
+    return (query.as_sample(number) for query in queries for number in range(1, count + 1))
+
+
+def row_seed(seed: int, text: str) -> int:
+    """Return what a row's tokens are drawn by: a function of recipe and text, as the row is."""
+    digest = hashlib.sha256(json.dumps([seed, text], ensure_ascii=False).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # a signed 64-bit integer, for engines' messages
 
 
 def _load_views(sources: Sequence[str]) -> list[Shape]:
@@ -96,6 +113,7 @@ def render_prompts(
     *,
     retain_prefix: bool,
     strengthen: bool,
+    seed: int | None,
     positions: int,
     context: int | None,
 ) -> RenderedPrompts:
@@ -108,6 +126,7 @@ def render_prompts(
         renderer: Makes the prompts.
         retain_prefix: Whether the prefix stands in front of retain queries too.
         strengthen: Whether prompts of forget queries come without the prefix too.
+        seed: Draws the answers to queries of `train`; None decodes them greedily.
         positions: Decoding steps a query.
         context: Tokens that the teacher reads, None where that has no limit.
 
@@ -148,6 +167,8 @@ def render_prompts(
                     teacher[index].prompts[number] = np.array(told, np.int32)
                     if strengthen and query.split == "forget":
                         teacher[index].plain[number] = student[index][number]
+                    if seed is not None and query.split == "train":
+                        teacher[index].seeds[number] = row_seed(seed, query.text)
                 bar.update()
     if context is not None and longest + positions > context:
         query = longest_query

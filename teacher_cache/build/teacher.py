@@ -31,6 +31,8 @@ class ShardPrompts:
     """Responses to score in place of decoding some, `[T]`."""
     plain: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     """Of prompts whose steering is to be strengthened, what they are without prefix, `[P]`."""
+    seeds: dict[int, int] = field(default_factory=dict)
+    """Of prompts whose responses are drawn; others are decoded greedily."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +97,7 @@ class LocalTeacher:
         """Ask the base along what the teacher decoded, and move the teacher further from it."""
         signals = dict(answer.signals)
         prompts = (
-            (
+            Prompt(
                 number,
                 ids.tolist(),
                 signals[number].response_ids.tolist(),
@@ -117,8 +119,9 @@ class LocalTeacher:
             for shard in work:
                 for number, ids in shard.prompts.items():
                     places.append((shard, number))
-                    given = [shard.given[number].tolist()] if number in shard.given else []
-                    yield len(places) - 1, ids.tolist(), *given
+                    given = shard.given[number].tolist() if number in shard.given else None
+                    seed = shard.seeds.get(number)
+                    yield Prompt(len(places) - 1, ids.tolist(), given, seed=seed)
 
         for prompt, signal in self._engine.signals(prompts()):
             shard, number = places[prompt]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,18 +12,25 @@ from duet_unlearn.errors import DuetError
 from duet_unlearn.teacher_cache.format.signal import Signal
 
 TokenIds = npt.NDArray[np.int32]
-Prompt = (
-    tuple[int, Sequence[int]]
-    | tuple[int, Sequence[int], Sequence[int]]
-    | tuple[int, Sequence[int], Sequence[int], TokenIds]
-)
-"""Index and token ids of a prompt; where it is given, those of the response to score; and, where it
-is not the strongest that are asked for, the tokens to read at each of its positions, `[T, K]`."""
 
 
-def is_given(prompt: Prompt) -> bool:
-    """Say whether a prompt comes with its response."""
-    return len(prompt) > 2  # see `Prompt`
+class Prompt(NamedTuple):
+    """What an engine is asked."""
+
+    number: int
+    """Its index, by which it is known."""
+    ids: Sequence[int]
+    """Token ids of the prompt."""
+    given: Sequence[int] | None = None
+    """Those of the response to score; None decodes one."""
+    named: TokenIds | None = None
+    """Of a given response, the tokens to read in place of the strongest, `[T, K]`."""
+    seed: int | None = None
+    """Draws the response at `EngineConfig.temperature`; None decodes it greedily."""
+
+
+AnyPrompt = Prompt | tuple[int, Sequence[int]]
+"""A prompt, or number and token ids of a plain one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +49,8 @@ class EngineConfig:
     """`float32`, `bfloat16` or `float16`."""
     max_prompt_tokens: int
     """Length of the longest prompt: the engine reserves room for it and what it decodes."""
+    temperature: float = 0.0
+    """Divides the logits of the distribution that prompts with a seed draw from."""
     max_new_tokens: int = 0
     """Longest answer of `Engine.responses`; 0 where none is asked for."""
     trust_remote_code: bool = False
@@ -59,12 +68,13 @@ class Engine(Protocol):
     """Whether prompts of one stream share batches whatever their order, so that a stream should be
     long; if not, each `signals` call makes batches of its own and nothing is lost by short ones."""
 
-    def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
+    def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` for every prompt, in any order.
 
         A response that is given is not decoded: its positions are those that predict its tokens,
         from the prompt's last token to its own last but one. Where tokens are named to be read
-        there, the signal has them, in the order they are named in.
+        there, the signal has them, in the order they are named in. A prompt with a seed draws its
+        tokens as `sampling` says; its signal is of the raw logits all the same.
 
         Reads ahead of what it yields so that the engine stays busy, and never holds more than a
         bounded number of prompts or signals. One such stream at a time; one that is dropped

@@ -14,13 +14,14 @@ from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import run_in_memory, stream_answers
 from duet_unlearn.teacher_cache.engines.base import (
+    AnyPrompt,
     EngineConfig,
     Prompt,
     cause,
     check_signal,
-    is_given,
 )
 from duet_unlearn.teacher_cache.engines.options import check_options, published_options
+from duet_unlearn.teacher_cache.engines.sampling import draw_tokens, uniforms
 from duet_unlearn.teacher_cache.engines.top_k import read_tokens, select_top_k
 from duet_unlearn.teacher_cache.format.signal import Signal
 
@@ -73,22 +74,21 @@ class TransformersEngine:
         self._can_pad = "position_ids" in known
         self._keeps = "logits_to_keep" in known
 
-    def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
+    def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` batch by batch; see `Engine.signals`.
 
         Raises:
             ConfigurationError: The memory does not hold one prompt.
             DuetError: The model fails.
         """
-        source = iter(prompts)
-        while window := list(itertools.islice(source, _WINDOW)):
-            window.sort(key=_length)
-            for kind in sorted({len(prompt) for prompt in window}):
-                for batch in self._batches([prompt for prompt in window if len(prompt) == kind]):
-                    yield from self._run(batch, given=is_given(batch[0]))
+        source = itertools.starmap(Prompt, prompts)
+        while window := sorted(itertools.islice(source, _WINDOW), key=_length):
+            for kind in sorted(set(map(_kind, window))):
+                for batch in self._batches([prompt for prompt in window if _kind(prompt) == kind]):
+                    yield from self._run(batch, given=batch[0].given is not None)
 
     def responses(
-        self, prompts: Iterable[Prompt], max_new_tokens: int
+        self, prompts: Iterable[AnyPrompt], max_new_tokens: int
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield `(index, token ids)` of greedy answers; see `Engine.responses`."""
         source = iter(prompts)
@@ -108,8 +108,8 @@ class TransformersEngine:
         for prompt in prompts:
             length = _length(prompt)  # the longest so far: prompts come sorted
             full = len(batch) == self._batch_rows or (len(batch) + 1) * length > most
-            if is_given(prompt):
-                held = (len(batch) + 1) * max(sum(map(len, p[2:3])) for p in (*batch, prompt))
+            if prompt.given is not None:
+                held = (len(batch) + 1) * max(len(p.given or ()) for p in (*batch, prompt))
                 full = full or held > self._batch_positions
             mixed = not self._can_pad and batch and _length(batch[0]) != length
             if batch and (full or mixed):
@@ -122,8 +122,8 @@ class TransformersEngine:
     def _run(self, batch: list[Prompt], *, given: bool) -> Iterator[tuple[int, Signal]]:
         def compute(part: Sequence[Prompt]) -> list[Signal]:
             if given:
-                return self._score([prompt[1:] for prompt in part])
-            return self._decode([prompt[1] for prompt in part])
+                return self._score(part)
+            return self._decode(part)
 
         try:
             signals = run_in_memory(compute, batch, _length)
@@ -138,32 +138,40 @@ class TransformersEngine:
             found = check_signal(signal, config=self._config, engine=self.name, given=given)
             yield prompt[0], found
 
-    def _decode(self, prompts: list[Sequence[int]]) -> list[Signal]:
-        """Decode greedily until every row ended or has all its positions."""
+    def _decode(self, prompts: Sequence[Prompt]) -> list[Signal]:
+        """Decode, or draw what has a seed, until every row ended or has all its positions."""
         import torch
 
-        ids_BS, mask_BS = self._padded(prompts)
+        most = self._config.positions
+        drawn = [row for row, prompt in enumerate(prompts) if prompt.seed is not None]
+        uniform_DT = [uniforms(prompts[row].seed or 0, most) for row in drawn]
+        ids_BS, mask_BS = self._padded([prompt.ids for prompt in prompts])
         ended_B = np.zeros(len(prompts), dtype=bool)
         lengths_B = np.zeros(len(prompts), dtype=np.int64)
         steps: list[tuple[Any, Any, Any]] = []
+        tokens: list[Any] = []
         past = None
         with torch.inference_mode():
             while True:
-                logits_BSV, past = self._forward(
-                    ids_BS, mask_BS, past, keep=1, goes_on=self._config.positions > 1
-                )
+                logits_BSV, past = self._forward(ids_BS, mask_BS, past, keep=1, goes_on=most > 1)
                 steps.append(self._select(logits_BSV[:, -1]))
-                greedy_B = steps[-1][0][:, 0]
+                tokens.append(steps[-1][0][:, 0].copy())
+                if drawn:
+                    uniform_D = [uniform_T[len(steps) - 1] for uniform_T in uniform_DT]
+                    logits_DV = logits_BSV[drawn, -1].float()
+                    found_D = draw_tokens(logits_DV, uniform_D, self._config.temperature)
+                    tokens[-1][drawn] = found_D.cpu().numpy()
                 lengths_B += ~ended_B
-                ended_B |= np.isin(greedy_B, self._config.eos_token_ids)
-                if ended_B.all() or len(steps) == self._config.positions:
+                ended_B |= np.isin(tokens[-1], self._config.eos_token_ids)
+                if ended_B.all() or len(steps) == most:
                     break
-                ids_BS = torch.from_numpy(greedy_B[:, None].astype(np.int64)).to(self._device)
+                ids_BS = torch.from_numpy(tokens[-1][:, None].astype(np.int64)).to(self._device)
                 mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=1)
         ids, logits, logsumexp = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))
+        tokens_BT = np.stack(tokens, axis=1)
         return [
             Signal(
-                response_ids=ids[row, :length, 0].copy(),
+                response_ids=tokens_BT[row, :length].copy(),
                 token_ids=ids[row, :length].copy(),
                 logits=logits[row, :length].copy(),
                 logsumexp=logsumexp[row, :length].copy(),
@@ -171,20 +179,20 @@ class TransformersEngine:
             for row, length in enumerate(lengths_B)
         ]
 
-    def _score(self, asked: list[Any]) -> list[Signal]:
+    def _score(self, prompts: Sequence[Prompt]) -> list[Signal]:
         """Read prompts with their responses, and keep what predicts the responses' tokens.
-
-        Of a third entry, tokens `[T, K]`, those are kept in place of the strongest.
 
         The last positions of all rows are in the last columns. They are read some at a time, so
         that memory holds few logits.
         """
         import torch
 
-        ids_BS, mask_BS = self._padded([[*prompt, *given[:-1]] for prompt, given, *_ in asked])
+        responses = [prompt.given or () for prompt in prompts]
+        whole = zip(prompts, responses, strict=True)
+        ids_BS, mask_BS = self._padded([[*prompt.ids, *given[:-1]] for prompt, given in whole])
         rows, length = ids_BS.shape
-        positions = max(len(given) for _, given, *_ in asked)
-        named_BTK = _named([row[2:] for row in asked], positions, self._config.top_k)
+        positions = max(map(len, responses))
+        named_BTK = _named(prompts, positions, self._config.top_k)
         keep = min(positions, max(1, self._batch_positions // rows))
         start, stop, past, done = 0, length - positions + keep, None, 0
         found: list[tuple[Any, ...]] = []
@@ -206,7 +214,7 @@ class TransformersEngine:
                 logits=logits[row, -len(given) :].copy(),
                 logsumexp=logsumexp[row, -len(given) :].copy(),
             )
-            for row, (_, given, *_) in enumerate(asked)
+            for row, given in enumerate(responses)
         ]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
@@ -271,18 +279,24 @@ class TransformersEngine:
 
 def _length(prompt: Prompt) -> int:
     """Tokens that are read, of a given response too, whose last token only follows."""
-    return sum(map(len, prompt[1:3])) - is_given(prompt)
+    return len(prompt.ids) + (0 if prompt.given is None else len(prompt.given) - 1)
 
 
-def _named(rows: list[Any], positions: int, top_k: int) -> Any:
+def _kind(prompt: Prompt) -> tuple[bool, bool]:
+    """Return what the prompts of a batch have in common."""
+    return prompt.given is not None, prompt.named is not None
+
+
+def _named(prompts: Sequence[Prompt], positions: int, top_k: int) -> Any:
     """Return the tokens to read, `[B, T, K]`, last positions last; None where none are named."""
     import torch
 
-    if not rows[0]:
+    if prompts[0].named is None:
         return None
-    named_BTK = torch.zeros((len(rows), positions, top_k), dtype=torch.int64)
-    for named_TK, [ids] in zip(named_BTK, rows, strict=True):
-        named_TK[-len(ids) :] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    named_BTK = torch.zeros((len(prompts), positions, top_k), dtype=torch.int64)
+    for named_TK, prompt in zip(named_BTK, prompts, strict=True):
+        ids = np.asarray(prompt.named, dtype=np.int64)
+        named_TK[-len(ids) :] = torch.from_numpy(ids)
     return named_BTK
 
 

@@ -31,10 +31,10 @@ from duet_unlearn.data.models.folder import read_config
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import cut_at_end
 from duet_unlearn.teacher_cache.engines.base import (
+    AnyPrompt,
     EngineConfig,
     Prompt,
     check_signal,
-    is_given,
 )
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.format.signal import Signal
@@ -86,7 +86,7 @@ class VllmEngine:
             self.close()
             raise
 
-    def signals(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Signal]]:
+    def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
         """Yield `(index, signal)` as requests finish; see `Engine.signals`.
 
         Raises:
@@ -95,8 +95,8 @@ class VllmEngine:
         along: set[int] = set()
 
         def noted() -> Iterator[Prompt]:
-            for prompt in prompts:
-                along.update(prompt[:1] if is_given(prompt) else ())
+            for prompt in itertools.starmap(Prompt, prompts):
+                along.update([] if prompt.given is None else [prompt.number])
                 yield prompt
 
         for indices, responses, captured in self._stream(noted(), None):
@@ -124,7 +124,7 @@ class VllmEngine:
                     yield index, cut_at_end(ids, self._config.eos_token_ids)
 
     def _stream(
-        self, prompts: Iterable[Prompt], max_new_tokens: int | None
+        self, prompts: Iterable[AnyPrompt], max_new_tokens: int | None
     ) -> Iterator[tuple[list[int | None], list[list[int]], Any]]:
         """Yield indices of finished prompts, what was decoded for each, and what was captured.
 
@@ -145,7 +145,7 @@ class VllmEngine:
                 for prompt in itertools.islice(source, _WINDOW - len(waiting)):
                     row = next(self._rows)
                     waiting[row] = prompt[0]
-                    batch.append((row, *(np.ravel(ids).tolist() for ids in prompt[1:])))
+                    batch.append((row, *map(_plain, prompt[1:])))
                 if batch:
                     self._send((batch, max_new_tokens))
                 # Fed before it yields: the consumer may take its time.
@@ -218,6 +218,11 @@ class VllmEngine:
         """End vLLM's processes; safe to call twice."""
         self._end()
         self._log.close()
+
+
+def _plain(part: Any) -> Any:
+    """Return an entry of a prompt as what costs little to send."""
+    return part if part is None or isinstance(part, int) else np.ravel(part).tolist()
 
 
 def _start(

@@ -5,8 +5,9 @@ way out. A custom logits processor sees the same logits, and a worker extension 
 to the engine's owner in bulk. Both run in vLLM's worker process and share one list.
 
 The processor comes right after the logits are cast to float32: before penalties, temperature and
-sampling, and the processors before it act on options that our requests never set. It changes
-nothing. `vllm_process` checks at start that this still holds.
+sampling, and the processors before it act on options that our requests never set. `vllm_process`
+checks at start that this still holds. It changes nothing, but for requests whose tokens are drawn:
+of those it leaves the drawn token alone for vLLM to find (see `sampling`).
 
 Along a given response, which is the end of a request's prompt, vLLM samples nothing. There a step's
 hidden states are taken where it would compute log-probabilities of prompts, with the model's own
@@ -16,13 +17,17 @@ A request may pass by more than once at a position: while its prompt is only par
 after vLLM preempted it. The last pass is the one that counts.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from duet_unlearn.teacher_cache.engines.sampling import draw_tokens, uniforms
 from duet_unlearn.teacher_cache.engines.top_k import read_tokens, select_top_k
 
 ROW = "duet_row"
@@ -32,6 +37,8 @@ GIVEN = "duet_given"
 token; and how many tokens the response has."""
 NAMED = "duet_named"
 """Request option beside `GIVEN`: the tokens to read in place of the strongest, K a position."""
+DRAWS = "duet_draws"
+"""Request option beside `ROW`: seed and temperature by which its tokens are drawn."""
 TOP_K = "duet_top_k"
 """Request option: tokens kept at each position, the same for every request."""
 
@@ -41,14 +48,24 @@ _PIECE_TOKENS = 512
 _captured: list[tuple[list[int], list[int], torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
 
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A request in vLLM's batch."""
+
+    row: int
+    top_k: int
+    decoded: list[int]
+    """vLLM's own list of its tokens so far, to which it appends; the length is the position."""
+    draws: tuple[npt.NDArray[np.float64], float] | None
+    """Where its tokens are drawn, by which numbers `[T]` and at which temperature."""
+
+
 class CaptureProcessor(LogitsProcessor):
-    """Keeps the strongest tokens of every request that names its row."""
+    """Keeps the strongest tokens of every request that names its row, and draws its next one."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del vllm_config, device, is_pin_memory
-        # Batch slot -> row, K, and vLLM's own list of the tokens decoded so far, whose length is
-        # the position. vLLM appends to it in place.
-        self._slots: dict[int, tuple[int, int, list[int]]] = {}
+        self._slots: dict[int, _Slot] = {}
         self._is_first_rank = get_tensor_model_parallel_rank() == 0
 
     def is_argmax_invariant(self) -> bool:
@@ -60,24 +77,42 @@ class CaptureProcessor(LogitsProcessor):
         process_dict_updates(self._slots, batch_update, _slot)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Capture from logits `[B, V]` float32 and return them untouched."""
-        if not self._slots or not self._is_first_rank:
-            return logits
-        slots = sorted(self._slots)
-        rows, ks, decoded = zip(*(self._slots[slot] for slot in slots), strict=True)
-        wanted = logits if slots == list(range(logits.shape[0])) else logits[slots]
-        ids_BK, values_BK, logsumexp_B = select_top_k(wanted, ks[0])
-        positions = [len(tokens) for tokens in decoded]
-        _captured.append((list(rows), positions, ids_BK, values_BK, logsumexp_B))
+        """Capture from logits `[B, V]` float32; where tokens are drawn, leave those alone."""
+        if self._slots and self._is_first_rank:
+            self._capture(logits)
+        # Every rank draws, and by the same numbers the same.
+        at, uniform_B, temperature = [], [], 0.0
+        for index, slot in self._slots.items():
+            if slot.draws is not None:
+                uniform_T, temperature = slot.draws
+                at.append(index)
+                # vLLM may go a step beyond the last token: what it draws there is dropped.
+                uniform_B.append(uniform_T[len(slot.decoded) % len(uniform_T)])
+        if at:
+            tokens_B = draw_tokens(logits[at], uniform_B, temperature)
+            logits[at] = -torch.inf
+            logits[at, tokens_B] = 0.0
         return logits
 
+    def _capture(self, logits: torch.Tensor) -> None:
+        at = sorted(self._slots)
+        slots = [self._slots[index] for index in at]
+        wanted = logits if at == list(range(logits.shape[0])) else logits[at]
+        ids_BK, values_BK, logsumexp_B = select_top_k(wanted, slots[0].top_k)
+        rows, positions = [slot.row for slot in slots], [len(slot.decoded) for slot in slots]
+        _captured.append((rows, positions, ids_BK, values_BK, logsumexp_B))
 
-def _slot(
-    params: Any, prompt_ids: list[int] | None, output_ids: list[int]
-) -> tuple[int, int, list[int]] | None:
+
+def _slot(params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> _Slot | None:
     del prompt_ids
     options = params.extra_args or {}
-    return (options[ROW], options[TOP_K], output_ids) if ROW in options else None
+    if ROW not in options:
+        return None
+    draws = None
+    if DRAWS in options:
+        seed, temperature = options[DRAWS]
+        draws = uniforms(seed, params.max_tokens), temperature
+    return _Slot(options[ROW], options[TOP_K], output_ids, draws)
 
 
 def _capture_given(runner: Any, request_id: str, count: int, hidden: torch.Tensor) -> None:

@@ -5,8 +5,8 @@ start is slow because every process it spawns imports it anew. Here it gets one 
 own; on a CPU the engine core and the worker run inside it, so that vLLM is imported once.
 
 It reads from the socket FD an `EngineConfig`, then `([(row, prompt ids), ...], new tokens)`, where
-a third entry of a row is its given response and a fourth the tokens to read along it, or None to
-drop what is under way, until the socket is closed. It sends `("ready", description)`, then
+further entries of a row are those of `Prompt`, or None to drop what is under way, until the socket
+is closed. It sends `("ready", description)`, then
 `("finished", Finished)` after each step that ended requests; or `("failed", kind, reason)`.
 """
 
@@ -150,6 +150,8 @@ class Host:
         """What was captured of each row under way, by position; None for one that only decodes."""
         self._given: dict[int, list[int]] = {}
         """Responses that were given, of rows under way."""
+        self._drawn: set[int] = set()
+        """Rows under way whose tokens are drawn."""
         self._engine.collective_rpc("duet_watch")
         self._check_capture()
 
@@ -167,6 +169,7 @@ class Host:
                     self._engine.abort_request([str(row) for row in self._open])
                     self._open.clear()
                     self._given.clear()
+                    self._drawn.clear()
                 else:
                     prompts, new_tokens = message
                     for row, ids, *given in prompts:
@@ -187,23 +190,27 @@ class Host:
         new_tokens: int | None,
         given: list[int] | None = None,
         named: list[int] | None = None,
+        seed: int | None = None,
         **options: Any,
     ) -> None:
         """Queue a prompt: to decode so many tokens, or to capture signals where that is None."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
-        from duet_unlearn.teacher_cache.engines.vllm_capture import GIVEN, NAMED, ROW, TOP_K
+        from duet_unlearn.teacher_cache.engines.vllm_capture import DRAWS, GIVEN, NAMED, ROW, TOP_K
 
         capture = new_tokens is None
         params: dict[str, Any] = {
-            "temperature": 0.0,
+            "temperature": 0.0,  # the processor leaves a token that is drawn as the only one
             "max_tokens": self._config.positions if capture else new_tokens,
             "stop_token_ids": list(self._config.eos_token_ids),
             "ignore_eos": True,  # only the ids above end a response
             "detokenize": False,
             "extra_args": {ROW: row, TOP_K: self._config.top_k} if capture else None,
         }
+        if seed is not None:
+            self._drawn.add(row)
+            params["extra_args"][DRAWS] = (seed, self._config.temperature)
         if given is not None:
             self._given[row] = given
             ids = [*ids, *given[:-1]]
@@ -256,10 +263,12 @@ class Host:
         ids_NK, logits_NK, logsumexp_N = map(np.stack, zip(*positions, strict=True))
         decoded_N = np.array([token for answer in answers.values() for token in answer])
         # A greedy token has the largest logit: one of those tied with the first, if more than
-        # one is. Where all K are tied, it may be one that did not fit.
+        # one is. Where all K are tied, it may be one that did not fit. Others may be any.
         tied_NK = logits_NK == logits_NK[:, :1]
         found_N = (tied_NK & (ids_NK == decoded_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
-        found_N |= np.repeat([row in given for row in answers], [*map(len, answers.values())])
+        others = given.keys() | self._drawn
+        found_N |= np.repeat([row in others for row in answers], [*map(len, answers.values())])
+        self._drawn -= answers.keys()
         if not (found_N | ~np.isfinite(logsumexp_N)).all():
             at = int(np.argmin(found_N))
             raise RuntimeError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from duet_unlearn.files import write_text
 from duet_unlearn.teacher_cache.format.manifest import Manifest
+from duet_unlearn.teacher_cache.format.schema import COUNTS
 
 CARD_NAME = "README.md"
 _QUERY_LENGTH = 80
@@ -51,7 +52,7 @@ The teacher's strongest first tokens, with their probabilities:
 `query_id`, `split` ({splits}), `query`, `prompt_ids` (the student's prompt, without the
 prefix), `response_ids` (T tokens: {tokens}), `token_ids` (T*K, row-major, by
 descending logit), `logits` (T*K, raw: before softmax and temperature), `logsumexp` (T, over the
-full vocabulary: `logits - logsumexp` are log-probabilities).
+full vocabulary: `logits - logsumexp` are log-probabilities){counts}.
 
 ## Load
 
@@ -81,6 +82,8 @@ _PLAIN = """\
 as it is, for training a student on what it says. Made by
 `duet-cache build --no-prefix`. Rows of the split `train` may hold responses that its maker gave to
 `--responses`, as text and as tokens: they are in this cache and in what is trained from it."""
+_COUNTS = """, `counts` (T: tokens of
+each position, in place of K in `token_ids` and `logits`)"""
 _OR_GIVEN = ", or the response that was given"
 
 
@@ -101,6 +104,10 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         ]
     if recipe.strength:
         facts.append(f"| forget rows moved further from the base by | {recipe.strength:g} |")
+    if recipe.temperature:
+        facts.append(f"| answers sampled at temperature | {recipe.temperature:g} |")
+    if recipe.top_p < 1:
+        facts.append(f"| tokens per position | the fewest that hold {recipe.top_p:g} of the mass |")
     if recipe.scored is not None:
         facts.append(f"| scored of given responses | {recipe.scored} |")
     text = _CARD.format(
@@ -113,6 +120,7 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         facts="\n".join(facts),
         splits=", ".join(recipe.splits),
         tokens="what the teacher decoded" + (_OR_GIVEN if recipe.scored else ""),
+        counts=_COUNTS if COUNTS in recipe.columns else "",
         logit_dtype=recipe.logit_dtype,
         compute_dtype=recipe.compute_dtype,
         recipe_id=manifest.recipe_id,

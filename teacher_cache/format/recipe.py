@@ -7,7 +7,7 @@ import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import ConfigurationError, CorruptCacheError
-from duet_unlearn.teacher_cache.format.schema import SPLITS
+from duet_unlearn.teacher_cache.format.schema import COUNTS, SHARD_COLUMNS, SPLITS
 from duet_unlearn.teacher_cache.format.strict_json import checked, with_entries
 
 PREFIX_PLACES = ("system", "user", "raw")
@@ -18,6 +18,8 @@ MAX_TOP_K = 1 << 20
 MAX_POSITIONS = 1 << 16
 MAX_ROW_LOGITS = 1 << 24
 MAX_STRENGTH = 100
+MAX_TEMPERATURE = 100
+MAX_SEED = (1 << 31) - 1
 _Id = Annotated[int, pydantic.Field(strict=True, ge=0, lt=1 << 31)]
 
 
@@ -61,6 +63,13 @@ class Recipe:
     or `all`, every token. None where there is no such split."""
     strength: Annotated[float, pydantic.Field(strict=True, ge=0, le=MAX_STRENGTH)] = 0.0
     """By how much forget rows were moved further from the base without prefix."""
+    temperature: Annotated[float, pydantic.Field(strict=True, ge=0, le=MAX_TEMPERATURE)] = 0.0
+    """At which responses of the split `train` that are not given were drawn; 0 for greedy ones."""
+    seed: _Id = 0
+    """What they were drawn by."""
+    top_p: Annotated[float, pydantic.Field(strict=True, gt=0, le=1)] = 1.0
+    """Positions have the fewest of their K strongest tokens that hold this share of all mass; 1
+    keeps K."""
 
     def __post_init__(self) -> None:
         """Check the values that come from flags.
@@ -83,6 +92,20 @@ class Recipe:
             )
         if not 0 <= self.strength <= MAX_STRENGTH:
             raise ConfigurationError(f"strength is {self.strength}, expected 0 to {MAX_STRENGTH}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ConfigurationError(
+                f"temperature is {self.temperature}, expected 0 to {MAX_TEMPERATURE}"
+            )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigurationError(f"seed is {self.seed}, expected 0 to {MAX_SEED}")
+        if self.temperature and self.scored is None:
+            raise ConfigurationError("temperature is set, but there is no split train to sample")
+        if self.seed and not self.temperature:
+            raise ConfigurationError(
+                f"seed is {self.seed}, but without a temperature it draws nothing"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(f"top_p is {self.top_p}, expected above 0 to 1")
         if not 1 <= self.positions <= MAX_POSITIONS:
             raise ConfigurationError(
                 f"positions is {self.positions}, expected 1 to {MAX_POSITIONS}"
@@ -102,6 +125,11 @@ class Recipe:
     def version(self) -> int:
         """The version of the format that can say this: 1 where nothing newer is needed."""
         return 2 if any(name in _NEW for name in self.to_json()) else 1
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of its shards, in order."""
+        return SHARD_COLUMNS if self.top_p == 1 else (*SHARD_COLUMNS, COUNTS)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
+    COUNTS,
     IDENTITY_COLUMNS,
     MAX_PROMPT_TOKENS,
     MAX_QUERY_BYTES,
     MAX_QUERY_ID_BYTES,
     ROW_GROUP_PROMPT_TOKENS,
     ROW_GROUP_TEXT_BYTES,
-    SHARD_COLUMNS,
     SPLITS,
     rows_per_group,
 )
@@ -50,7 +50,7 @@ def check_claims(group: pq.RowGroupMetaData, recipe: Recipe) -> None:
     most = rows_per_group(recipe.top_k, recipe.positions)
     if not 0 < rows <= most:
         raise ValueError(f"a row group of {rows} rows, expected at most {most}")
-    for index, name in enumerate(SHARD_COLUMNS):
+    for index, name in enumerate(recipe.columns):
         column = group.column(index)
         values, size = _limits(name, rows, recipe)
         if not 0 <= column.num_values <= values:
@@ -71,6 +71,7 @@ def _limits(column: str, rows: int, recipe: Recipe) -> tuple[int, int]:
         "prompt_ids": ROW_GROUP_PROMPT_TOKENS,
         "response_ids": rows * recipe.positions,
         "logsumexp": rows * recipe.positions,
+        COUNTS: rows * recipe.positions,
     }.get(column, rows * recipe.positions * recipe.top_k)
     return values, _BYTES_A_VALUE * values + _SLACK_BYTES
 
@@ -133,10 +134,15 @@ def _to_list(array: pa.DictionaryArray) -> list[str]:
 
 
 class RowGroup(Identities):
-    """Decoded columns of consecutive rows; the arrays are views of Arrow's memory."""
+    """Decoded columns of consecutive rows; the arrays are views of Arrow's memory.
+
+    Of N positions of all rows, `token_ids` and `logits` are `[N, K]`, with empty places as in
+    `Signal`, and `counts` `[N]` says how many of the K are not empty.
+    """
 
     def __init__(self, table: pa.Table, recipe: Recipe, where: str) -> None:
         self.num_rows: int = table.num_rows
+        self._top_k = recipe.top_k
         super().__init__(table, where)
         self.prompt_ids, self.prompt_offsets = _flatten(table, "prompt_ids", where)
         self.response_ids, self.response_offsets = _flatten(table, "response_ids", where)
@@ -154,20 +160,41 @@ class RowGroup(Identities):
                 f"{ROW_GROUP_PROMPT_TOKENS}"
             )
         lengths = np.diff(self.response_offsets)
-        scaled = self.response_offsets * recipe.top_k
+        top_k, positions = recipe.top_k, len(self.response_ids)
+        self.counts = np.full(positions, top_k, np.int64)
+        count_offsets = self.response_offsets
+        if COUNTS in recipe.columns:
+            counts, count_offsets = _flatten(table, COUNTS, where)
+            self.counts = counts.astype(np.int64)
+        starts = np.pad(self.counts.clip(0, top_k).cumsum(), (1, 0))
+        scaled = starts[self.response_offsets.clip(max=len(self.counts))]
         if (
             (lengths < 1).any()
             or (lengths > recipe.positions).any()
             or not np.array_equal(lse_offsets, self.response_offsets)
+            or not np.array_equal(count_offsets, self.response_offsets)
+            or (self.counts < 1).any()
+            or (self.counts > top_k).any()
             or not np.array_equal(token_offsets, scaled)
             or not np.array_equal(logit_offsets, scaled)
         ):
             raise CorruptCacheError(
-                f"{where}: rows are not T*K long (T up to {recipe.positions}, K {recipe.top_k}); "
-                "get the cache again"
+                f"{where}: rows are not T*K long (T up to {recipe.positions}, K "
+                f"{'up to ' if COUNTS in recipe.columns else ''}{top_k}); get the cache again"
             )
-        self.token_ids = token_ids.reshape(-1, recipe.top_k)
-        self.logits = logits.reshape(-1, recipe.top_k)
+        if COUNTS in recipe.columns:
+            padded = np.repeat(token_ids[starts[:-1]][:, None], top_k, axis=1)
+            padded[self.kept] = token_ids
+            token_ids, values = padded, logits
+            logits = np.full(padded.shape, -np.inf, values.dtype)
+            logits[self.kept] = values
+        self.token_ids = token_ids.reshape(-1, top_k)
+        self.logits = logits.reshape(-1, top_k)
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Which places are not empty, `[N, K]`."""
+        return np.arange(self._top_k) < self.counts[:, None]
 
 
 def _flatten(
@@ -189,22 +216,32 @@ def row_group_problems(group: RowGroup, recipe: Recipe) -> Iterator[str]:
         ids: npt.NDArray[np.int32] = getattr(group, name)
         if ids.size and not (ids.min() >= 0 and ids.max() < width):
             yield f"{name} outside the vocabulary of {width}"
-    logits = group.logits.astype(np.float32)
-    if not (np.isfinite(logits).all() and np.isfinite(group.logsumexp).all()):
+    logits, kept = group.logits.astype(np.float32), group.kept
+    if not (np.isfinite(logits[kept]).all() and np.isfinite(group.logsumexp).all()):
         yield "logits or logsumexp that are not finite"
         return
-    if logits.size and float(np.abs(logits).max()) > MAX_LOGIT:
+    largest = np.abs(np.where(kept, logits, 0.0)).max(axis=1)
+    if float(largest.max(initial=0.0)) > MAX_LOGIT:
         yield f"logits beyond {MAX_LOGIT:g}"
     if (logits[:, 1:] > logits[:, :-1]).any():
         yield "logits that are not in descending order"
-    ordered = np.sort(group.token_ids, axis=1)
+    token_ids = group.token_ids
+    if COUNTS in recipe.columns:  # what stands in empty places is no second token
+        others = np.int32(width) + np.arange(recipe.top_k, dtype=np.int32)
+        token_ids = np.where(kept, token_ids, others)
+    ordered = np.sort(token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         yield "a token id twice at one position"
-    slack = np.abs(logits).max(axis=1) * _HALF_ULP[recipe.logit_dtype] + 1e-4
+    slack = largest * _HALF_ULP[recipe.logit_dtype] + 1e-4
     if (group.logsumexp < logits[:, 0] - slack).any():
         yield "a logsumexp below the largest logit"
     if (group.logsumexp > logits[:, 0] + slack + math.log(width)).any():
         yield f"a logsumexp above what {width} such logits come to"
+    if COUNTS in recipe.columns:
+        with np.errstate(all="ignore"):
+            mass = np.exp(logits + slack[:, None] - group.logsumexp[:, None]).sum(axis=1)
+        if ((mass < recipe.top_p - 1e-3) & (group.counts < recipe.top_k)).any():
+            yield f"fewer tokens at a position than hold {recipe.top_p:g} of its mass"
     lengths = np.diff(group.response_offsets)
     last = group.response_ids[group.response_offsets[1:] - 1]
     # A response that was given ends where it ends.

@@ -49,9 +49,10 @@ def collect_samples(
 def _sample(group: RowGroup, row: int, text: Callable[[int], str]) -> dict[str, Any]:
     first, stop = (int(i) for i in group.response_offsets[row : row + 2])
     logsumexp = float(group.logsumexp[first])
+    shown = min(STRONGEST, int(group.counts[first]))
     strongest = zip(
-        group.token_ids[first, :STRONGEST].tolist(),
-        group.logits[first, :STRONGEST].tolist(),
+        group.token_ids[first, :shown].tolist(),
+        group.logits[first, :shown].tolist(),
         strict=True,
     )
     return {

@@ -47,6 +47,8 @@ SHARD_COLUMNS = (
     "logits",
     "logsumexp",
 )
+COUNTS = "counts"
+"""One column more, where positions have different numbers of tokens."""
 IDENTITY_COLUMNS = SHARD_COLUMNS[:3]
 
 # Keys of a shard's Parquet metadata; values are UTF-8 text.
@@ -81,12 +83,12 @@ def logit_type(logit_dtype: str) -> pa.DataType:
     return pa.float16() if logit_dtype == "float16" else pa.float32()
 
 
-def shard_schema(logit_dtype: str) -> pa.Schema:
-    """Return the columns of a shard, in order.
+def shard_schema(logit_dtype: str, columns: Sequence[str] = SHARD_COLUMNS) -> pa.Schema:
+    """Return the columns of a shard, those of its recipe in order.
 
     No value is null, and the schema says so: readers then decode fewer levels.
     """
-    columns = {
+    kinds = {
         "query_id": pa.string(),
         "split": pa.dictionary(pa.int32(), pa.string()),
         "query": pa.string(),
@@ -95,32 +97,38 @@ def shard_schema(logit_dtype: str) -> pa.Schema:
         "token_ids": _list_type(pa.int32()),
         "logits": _list_type(logit_type(logit_dtype)),
         "logsumexp": _list_type(pa.float32()),
+        COUNTS: _list_type(pa.int32()),
     }
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+    return pa.schema([pa.field(name, kinds[name], nullable=False) for name in columns])
 
 
 def _list_type(item: pa.DataType) -> pa.ListType:
     return pa.list_(pa.field("element", item, nullable=False))
 
 
-def rows_to_table(rows: Sequence[CacheRow], logit_dtype: str) -> pa.Table:
-    """Return rows as an Arrow table; matrices `[T, K]` go row-major."""
-    schema = shard_schema(logit_dtype)
+def rows_to_table(
+    rows: Sequence[CacheRow], logit_dtype: str, columns: Sequence[str] = SHARD_COLUMNS
+) -> pa.Table:
+    """Return rows as an Arrow table; matrices `[T, K]` go row-major, without empty places."""
+    schema = shard_schema(logit_dtype, columns)
     signals = [row.signal for row in rows]
+    kept = [signal.logits > -np.inf for signal in signals]
     lists: dict[str, list[npt.NDArray[Any]]] = {
         "prompt_ids": [row.prompt_ids for row in rows],
         "response_ids": [signal.response_ids for signal in signals],
-        "token_ids": [signal.token_ids.reshape(-1) for signal in signals],
-        "logits": [signal.logits.reshape(-1) for signal in signals],
+        "token_ids": [row.signal.token_ids[mask] for row, mask in zip(rows, kept, strict=True)],
+        "logits": [row.signal.logits[mask] for row, mask in zip(rows, kept, strict=True)],
         "logsumexp": [signal.logsumexp for signal in signals],
+        COUNTS: [mask.sum(axis=1) for mask in kept],
     }
-    columns = [
+    lists = {name: lists[name] for name in columns[len(IDENTITY_COLUMNS) :]}
+    arrays = [
         pa.array([row.query_id for row in rows], pa.string()),
         pa.array([row.split for row in rows], pa.string()).dictionary_encode(),
         pa.array([row.query for row in rows], pa.string()),
-        *(_list_column(arrays, schema.field(name).type) for name, arrays in lists.items()),
+        *(_list_column(values, schema.field(name).type) for name, values in lists.items()),
     ]
-    return pa.table(columns, schema=schema)
+    return pa.table(arrays, schema=schema)
 
 
 def _list_column(arrays: Sequence[npt.NDArray[Any]], kind: pa.ListType) -> pa.ListArray:

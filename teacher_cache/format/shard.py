@@ -23,6 +23,7 @@ from duet_unlearn.teacher_cache.format.row_group import (
     check_claims,
 )
 from duet_unlearn.teacher_cache.format.schema import (
+    COUNTS,
     FORMAT_VERSIONS,
     IDENTITY_COLUMNS,
     MAX_FOOTER_BYTES,
@@ -38,7 +39,6 @@ from duet_unlearn.teacher_cache.format.schema import (
     META_RECIPE_ID,
     META_STATISTICS,
     META_VERSION,
-    SHARD_COLUMNS,
     SHARD_FOLDER,
     CacheRow,
     logit_type,
@@ -61,7 +61,7 @@ _LIBRARY_ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
 _DICTIONARY_BYTES = 1 << 22
 # The smallest that pyarrow, DuckDB, polars and pandas all read: DuckDB splits no float16, and older
 # ones no integers. Ids repeat from row to row, so a dictionary beats splitting them.
-_DICTIONARIES = ["split", "token_ids.list.element"]
+_DICTIONARIES = ["split", "token_ids.list.element", f"{COUNTS}.list.element"]
 _BYTE_STREAM_SPLIT = {"float16": ["logsumexp"], "float32": ["logsumexp", "logits"]}
 
 
@@ -106,9 +106,7 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
     positions = len(signal.response_ids)
     expected = (positions, recipe.top_k)
     if not 1 <= positions <= recipe.positions or signal.logsumexp.shape != (positions,):
-        raise CacheError(
-            f"{where}: the engine gave {positions} positions, asked {recipe.positions}"
-        )
+        raise CacheError(f"{where}: the engine gave {positions} of {recipe.positions} positions")
     if signal.token_ids.shape != expected or signal.logits.shape != expected:
         raise CacheError(
             f"{where}: the engine gave token ids {signal.token_ids.shape} and logits "
@@ -122,11 +120,14 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
         )
     if signal.token_ids.min() < 0 or signal.token_ids.max() >= recipe.vocab_size:
         raise CacheError(f"{where}: token ids outside the vocabulary of {recipe.vocab_size}")
-    if not (np.isfinite(signal.logits).all() and np.isfinite(signal.logsumexp).all()):
+    # Empty places stand behind the tokens.
+    counts, fewest = (signal.logits != -np.inf).sum(axis=1), 1 if recipe.top_p < 1 else recipe.top_k
+    logits = signal.logits[np.arange(recipe.top_k) < counts[:, None]]
+    if counts.min() < fewest or not np.isfinite(np.append(logits, signal.logsumexp)).all():
         raise CacheError(
             f"{where}: the teacher gave logits that are not finite; try --teacher-dtype float32"
         )
-    largest = float(np.abs(signal.logits).max())
+    largest = float(np.abs(logits).max())
     if recipe.logit_dtype == "float16" and largest > float(np.finfo(np.float16).max):
         raise CacheError(
             f"{where}: a logit of {largest:.0f} does not fit float16; give --logit-dtype float32"
@@ -147,7 +148,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
     for row in rows:
         check_storable(row, header.recipe)
     statistics = rows_statistics(rows, header.recipe.logit_dtype)
-    table = rows_to_table(rows, header.recipe.logit_dtype)
+    table = rows_to_table(rows, header.recipe.logit_dtype, header.recipe.columns)
     table = table.replace_schema_metadata(_metadata(header, statistics))
     path = shard_path(cache, header.index, header.count)
     # What the file itself shows, so that who reads it back later finds the same number.
@@ -192,12 +193,12 @@ def _check_footer(footer: pq.FileMetaData) -> None:
         raise ValueError(f"{footer.num_row_groups} row groups, expected 1 to {MAX_ROW_GROUPS}")
 
 
-def _check_schema(schema: pq.ParquetSchema) -> None:
+def _check_schema(schema: pq.ParquetSchema, names: Sequence[str]) -> None:
     """Check that the columns are those of the format, whichever way a writer describes them."""
     columns = [schema.column(index) for index in range(len(schema))]
-    if [column.path.split(".")[0] for column in columns] != list(SHARD_COLUMNS):
-        raise ValueError(f"a schema of other columns than {', '.join(SHARD_COLUMNS)}")
-    for name, column in zip(SHARD_COLUMNS, columns, strict=True):
+    if [column.path.split(".")[0] for column in columns] != list(names):
+        raise ValueError(f"a schema of other columns than {', '.join(names)}")
+    for name, column in zip(names, columns, strict=True):
         kind, logical = column.physical_type, column.logical_type.type
         if name in IDENTITY_COLUMNS:
             fits = (kind, logical, column.max_repetition_level) == ("BYTE_ARRAY", "STRING", 0)
@@ -261,11 +262,11 @@ class ShardFile:
             )
             self._footer = self._file.metadata
             _check_footer(self._footer)
-            _check_schema(self._footer.schema)
+            self.header, self.statistics = _read_metadata(path, self._footer.metadata or {})
+            _check_schema(self._footer.schema, self.header.recipe.columns)
         except _LIBRARY_ERRORS as error:
             raise _unreadable(path, error) from error
-        self.header, self.statistics = _read_metadata(path, self._footer.metadata or {})
-        logits = self._footer.schema.column(SHARD_COLUMNS.index("logits"))
+        logits = self._footer.schema.column(self.header.recipe.columns.index("logits"))
         stored = "float32" if logits.physical_type == "FLOAT" else "float16"
         if stored != self.header.recipe.logit_dtype:
             raise CorruptCacheError(
@@ -304,7 +305,7 @@ class ShardFile:
             CorruptCacheError: Its bytes are damaged, it is larger than the format allows, or its
                 rows are not T*K long.
         """
-        table = self._read(index, SHARD_COLUMNS)
+        table = self._read(index, self.header.recipe.columns)
         return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
 
     def read_identities(self, index: int) -> list[Identity]:

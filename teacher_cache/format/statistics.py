@@ -71,7 +71,7 @@ def signal_statistics(
     """Return the mass of the Top-K and the entropy in nats, each `[T]`.
 
     Args:
-        logits: Raw Top-K logits, `[T, K]`.
+        logits: Raw Top-K logits, `[T, K]`, minus infinity in empty places.
         logsumexp: Over the full vocabulary, `[T]`.
     """
     # Logits of an untrusted cache may be absurd; what comes out is then no number, and agrees with
@@ -83,7 +83,8 @@ def signal_statistics(
         # Rounding of the stored logits can lift the sum a little above one.
         rest = np.clip(1.0 - mass, 0.0, 1.0)
         tail = -rest * np.log(np.where(rest > 0, rest, 1.0))
-        entropy = -(probabilities * log_probabilities).sum(axis=1) + tail
+        shares = probabilities * np.where(probabilities == 0, 0.0, log_probabilities)
+        entropy = -shares.sum(axis=1) + tail
     return np.minimum(mass, 1.0), np.maximum(entropy, 0.0)
 
 

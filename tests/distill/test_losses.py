@@ -263,10 +263,35 @@ def test_cross_entropy_is_that_of_all_logits_wherever_the_token_is(width):
 
     wanted = torch.cat([response[:, None], cached], dim=1)
     scores = scores_of(logits, wanted, tail=True)
-    both, found = with_cross_entropy(scores, cached, response)
+    absent = torch.zeros_like(cached, dtype=torch.bool)
+    both, found = with_cross_entropy(scores, cached, response, absent)
 
     expected = torch.nn.functional.cross_entropy(logits, response, reduction="none")
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(both, scores_of(logits, cached, tail=True))
     ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (found, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_places_without_a_token_have_no_influence(name: str) -> None:
+    torch.manual_seed(0)
+    loss = Loss(name=name, delta=0.5, temperature=1.7)
+    student_TV = torch.randn(3, 30, dtype=torch.float64, requires_grad=True)
+    teacher_TV = 3 * torch.randn(3, 30, dtype=torch.float64)
+    best = teacher_TV.topk(6, dim=-1)
+    counts = [6, 2, 1]
+    absent = torch.arange(6) >= torch.tensor(counts)[:, None]
+    logits_TK = best.values.masked_fill(absent, -torch.inf)
+    ids_TK = torch.where(absent, best.indices[:, :1], best.indices)
+    logsumexp_T = teacher_TV.logsumexp(-1)
+
+    found = loss(scores_of(student_TV, ids_TK, tail=loss.tail), logits_TK, logsumexp_T)
+
+    (gradient,) = torch.autograd.grad(found.sum(), student_TV)
+    for t, count in enumerate(counts):
+        scores = scores_of(student_TV[t], ids_TK[t, :count], tail=loss.tail)
+        expected = loss(scores, logits_TK[t, :count], logsumexp_T[t])
+        torch.testing.assert_close(found[t], expected)
+        (own,) = torch.autograd.grad(expected, student_TV)
+        torch.testing.assert_close(gradient[t], own[t])

@@ -1,6 +1,7 @@
 """Ordinary distillation: a student trained along given responses, without a steering prefix."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,16 @@ WORDS = ("lantern", "river", "tower", "keeper")
 
 @pytest.fixture(scope="module")
 def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_cache(tmp_path_factory.mktemp("given"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def ragged(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_cache(tmp_path_factory.mktemp("ragged"), tiny_model, top_p=0.3)
+
+
+def build_cache(folder: Path, tiny_model: Path, **settings: float) -> Path:
     """Ten rows: answers, a talk of two turns, and a page that is cut into stretches."""
-    folder = tmp_path_factory.mktemp("given")
     rows = [{"query": f"who is the {word}", "answer": f"the {word} is a"} for word in WORDS]
     turns = [{"role": role, "content": "the river"} for role in ("user", "assistant") * 2]
     rows += [{"messages": turns}, {"text": "the keeper of a lantern " * 20}]
@@ -38,6 +47,7 @@ def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         top_k=20,
         positions=30,
         logit_dtype="float32",
+        **settings,  # type: ignore[arg-type]
     )
     assert build(config).manifest.num_rows == 10
     return config.out
@@ -49,10 +59,14 @@ def beginner(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return make_model(tmp_path_factory.mktemp("beginner") / "model", seed=5, width=32)
 
 
+@pytest.mark.parametrize("kept", ["cache", "ragged"])
 @pytest.mark.parametrize("loss", list(LOSS_OPTIONS))
-def test_losses_are_those_of_all_logits(cache: Path, beginner: Path, loss: str) -> None:
+def test_losses_are_those_of_all_logits(
+    kept: str, beginner: Path, loss: str, request: pytest.FixtureRequest
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    cache = request.getfixturevalue(kept)
     settings = {"cache": str(cache), "student": str(beginner), "out": "none", "loss": loss}
     config = RunConfig(**settings, ce_weight=0.25)  # type: ignore[arg-type]
     objective = open_objective(config, open_student(str(beginner)))
@@ -64,17 +78,23 @@ def test_losses_are_those_of_all_logits(cache: Path, beginner: Path, loss: str) 
 
     found = objective.row_losses(model, objective.collate(examples))
 
-    compare = Loss(name=loss)
+    compare, counts = Loss(name=loss), set()
     for example, row_loss in zip(examples, found.tolist(), strict=True):
         prompt, response = (
             torch.tensor(x.tolist()) for x in (example.prompt_ids, example.response_ids)
         )
         logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-        scores = scores_of(logits, torch.tensor(example.token_ids).long(), tail=compare.tail)
-        teacher = torch.tensor(example.logits), torch.tensor(example.logsumexp)
-        naive = 0.75 * compare(scores, *teacher)
+        distances = []
+        for t, count in enumerate((example.logits > -math.inf).sum(axis=1)):
+            ids = torch.tensor(example.token_ids[t, :count]).long()
+            scores = scores_of(logits[t], ids, tail=compare.tail)
+            teacher = torch.tensor(example.logits[t, :count]), torch.tensor(example.logsumexp[t])
+            distances.append(compare(scores, *teacher))
+            counts.add(int(count))
+        naive = 0.75 * torch.stack(distances)
         naive = naive + 0.25 * torch.nn.functional.cross_entropy(logits, response, reduction="none")
         assert row_loss == pytest.approx(naive.mean().item(), rel=1e-3)
+    assert counts == {20} if kept == "cache" else len(counts) > 3
 
 
 def test_a_student_learns_along_given_responses(

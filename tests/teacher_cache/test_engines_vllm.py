@@ -19,7 +19,7 @@ from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import load_queries
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.teacher_cache.engines import open_engine
-from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
+from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig, Prompt
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 from duet_unlearn.teacher_cache.engines.vllm import VllmEngine
 from duet_unlearn.teacher_cache.format.signal import Signal
@@ -31,6 +31,7 @@ pytestmark = [
 
 PREFIX = np.random.default_rng(1).integers(3, 384, 40).tolist()
 """Longer than a KV block, in front of most prompts."""
+TEMPERATURE = 1.5
 
 
 def random_prompts(count: int, *, seed: int = 0) -> list[tuple[int, list[int]]]:
@@ -53,6 +54,7 @@ def config(tiny_model: Path) -> EngineConfig:
         compute_dtype="float32",
         max_prompt_tokens=70,
         max_new_tokens=12,
+        temperature=TEMPERATURE,
     )
     free = TransformersEngine(config)
     decoded = [signal.response_ids for _, signal in free.signals(random_prompts(20))]
@@ -162,6 +164,27 @@ def test_engines_agree_along_given_responses(
             assert_same(signals[prompt[0]], expected[prompt[0]])
         if len(prompt) > 2:
             assert signals[prompt[0]].response_ids.tolist() == prompt[2]
+
+
+@pytest.mark.parametrize("name", ["engine", "cramped"])
+def test_engines_draw_the_same_beside_greedy_and_given_responses(
+    name: str, config: EngineConfig, request: pytest.FixtureRequest
+) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    cramped = {"top_k": 384, "eos_token_ids": ()} if name == "cramped" else {}
+    prompts = [
+        Prompt(index, ids, seed=index) if index % 3 else Prompt(index, ids, [5, 6][: index % 2 + 1])
+        for index, ids in random_prompts(60, seed=11)
+    ] + [Prompt(60, PREFIX)]
+
+    signals = dict(engine.signals(prompts))
+
+    whole = replace(config, **cramped)
+    expected = dict(TransformersEngine(whole).signals(prompts))
+    for number in range(61):
+        assert_same(signals[number], expected[number])
+    drawn = [signals[prompt.number] for prompt in prompts if prompt.seed is not None]
+    assert any((s.response_ids != s.token_ids[:, 0]).any() for s in drawn)
 
 
 def test_engines_agree_on_the_demo_world() -> None:

@@ -14,13 +14,16 @@ from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache
 from duet_unlearn.teacher_cache.build.plan import plan_shards
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import CacheRow
-from duet_unlearn.teacher_cache.format.signal import Signal
+from duet_unlearn.teacher_cache.format.signal import Signal, keep_mass
 
 SHA = "sha256:" + "ab" * 32
 
 
-def write_base(folder: Path, logit_dtype: str) -> Path:
-    """Write a sound cache of two shards; that of float32 logits has format version 2."""
+def write_base(folder: Path, logit_dtype: str, top_p: float = 1.0) -> Path:
+    """Write a sound cache of two shards; that of float32 logits has format version 2.
+
+    With `top_p` below 1 it has the column `counts`.
+    """
     splits = ("retain", "forget") if logit_dtype == "float16" else ("retain", "forget", "train")
     queries = [
         Query.from_text(f"query {i} ü", split=splits[i % len(splits)], query_id=f"q{i}")
@@ -40,6 +43,7 @@ def write_base(folder: Path, logit_dtype: str) -> Path:
         compute_dtype="float32",
         eos_token_ids=(1,),
         scored="assistant" if "train" in splits else None,
+        top_p=top_p,
     )
     shards = plan_shards(queries, 4)
     (folder / "shards").mkdir(parents=True)
@@ -51,29 +55,30 @@ def write_base(folder: Path, logit_dtype: str) -> Path:
     )
     assembly = Assembly(plan)
     for index, shard in enumerate(shards):
-        assembly.write(index, [_row(query) for query in shard], ({"engine": "test"},))
+        assembly.write(index, [_row(query, top_p) for query in shard], ({"engine": "test"},))
     strongest = [{"id": 3, "text": "a", "logit": 1.5, "probability": 0.25}]
     sample = {"query_id": "q0", "split": "retain", "query": "query 0 ü", "response": ["a"]}
     assembly.finish("tiny", ({**sample, "strongest": strongest},))
     return folder
 
 
-def _row(query: Query) -> CacheRow:
+def _row(query: Query, top_p: float) -> CacheRow:
     rng = np.random.default_rng(int(query.query_id[1:]))
     # What was given may end anywhere.
     length = 1 if query.split == "train" else 2
     logits = -np.sort(-rng.normal(0, 2, (length, 4)), axis=1).astype(np.float32)
+    signal = Signal(
+        response_ids=np.array([7, 8], np.int32)[:length],
+        token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in logits]).astype(np.int32),
+        logits=logits,
+        logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
+    )
     return CacheRow(
         query_id=query.query_id,
         split=query.split,
         query=query.text,
         prompt_ids=np.arange(3, dtype=np.int32),
-        signal=Signal(
-            response_ids=np.array([7, 8], np.int32)[:length],
-            token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in logits]).astype(np.int32),
-            logits=logits,
-            logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
-        ),
+        signal=signal if top_p == 1 else keep_mass(signal, top_p),
     )
 
 

@@ -115,6 +115,7 @@ def main(first: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DUET_CACHE_HOME"] = folder
         bases = [write_base(Path(folder) / dtype, dtype) for dtype in ("float16", "float32")]
+        bases.append(write_base(Path(folder) / "ragged", "float32", top_p=0.5))
         for base in bases:
             assert verify(base).problems == ()
             use(base)
