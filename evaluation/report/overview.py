@@ -53,7 +53,9 @@ def make_overview(document: Document, sources: Sources) -> Document:
 
 def what_fine_tuning_brings(overview: Document, label: str) -> str:
     """Return a sentence on the lesson that brings most back, nothing where none was taught."""
-    cells = next((row["cells"] for row in overview["rows"] if row["label"] == label), [])
+    cells: list[float | None] = next(
+        (row["cells"] for row in overview["rows"] if row["label"] == label), []
+    )
     taught = [
         (value, column)
         for column, value in zip(overview["columns"], cells, strict=False)
