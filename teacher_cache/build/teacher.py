@@ -3,6 +3,7 @@
 One engine in this process does it here; many in the processes of a Ray cluster do it in `workers`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from duet_unlearn.teacher_cache.format.signal import Signal
 
 Prompts = Sequence[tuple[int, Sequence[int]]]
 """Token ids of a few prompts, each with its index."""
+PLAUSIBLE = 0.1
+"""Share of the strongest token's probability below which `strengthen` moves no token up."""
 Progress = Callable[[int], object]
 """Called with the number of queries that were answered since the last call."""
 
@@ -137,8 +140,9 @@ def strengthen(steered: Signal, plain: Signal, strength: float) -> Signal:
     """Move a signal away from the one without prefix: l + A (log p - log p_plain).
 
     Context-aware decoding (Shi et al., arXiv 2305.14739) amplifies a context in this way. Here only
-    tokens that the steered teacher ranks among its K move; the others keep their logits, and with
-    them the mass that they have together before the sum is taken anew.
+    tokens that the steered teacher ranks among its K move, and up only those that it finds
+    plausible (the constraint of contrastive decoding, Li et al., arXiv 2210.15097); the others keep
+    their logits, and with them the mass that they have together before the sum is taken anew.
 
     Args:
         steered: Behind the prefix.
@@ -152,7 +156,11 @@ def strengthen(steered: Signal, plain: Signal, strength: float) -> Signal:
     steered_log, plain_log = (
         signal.logits - signal.logsumexp[:, None].astype(np.float64) for signal in (steered, plain)
     )
-    moved = (before + strength * (steered_log - plain_log)).astype(np.float32)
+    change = steered_log - plain_log
+    # Where both say the same ("I do not"), what neither says would rise ("I do know").
+    plausible = steered_log >= steered_log[:, :1] + math.log(PLAUSIBLE)
+    change = np.where(plausible, change, np.minimum(change, 0.0))
+    moved = (before + strength * change).astype(np.float32)
     tail = np.clip(1.0 - np.exp(steered_log).sum(axis=1), 1e-30, None)
     logsumexp = np.logaddexp(
         np.logaddexp.reduce(moved.astype(np.float64), axis=1), steered.logsumexp + np.log(tail)

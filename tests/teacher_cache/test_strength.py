@@ -9,7 +9,7 @@ import pytest
 from duet_unlearn.errors import ConfigurationError, CorruptCacheError
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
-from duet_unlearn.teacher_cache.build.teacher import strengthen
+from duet_unlearn.teacher_cache.build.teacher import PLAUSIBLE, strengthen
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -25,7 +25,7 @@ def signal_of(logits_TV: Any, ids_TK: Any) -> Signal:
     )
 
 
-def test_kept_tokens_move_by_the_difference_of_log_probabilities_and_the_tail_stays() -> None:
+def test_kept_tokens_move_by_the_difference_of_log_probabilities_up_only_if_plausible() -> None:
     rng = np.random.default_rng(0)
     steered_TV, plain_TV = rng.normal(0, 3, (2, 4, 50))
     ids_TK = np.argsort(-steered_TV, axis=1)[:, :8]
@@ -35,6 +35,9 @@ def test_kept_tokens_move_by_the_difference_of_log_probabilities_and_the_tail_st
     log_p = [v - np.log(np.exp(v).sum(1, keepdims=True)) for v in (steered_TV, plain_TV)]
     moved_TV = steered_TV.copy()
     change_TV = 1.5 * (log_p[0] - log_p[1])
+    unlikely = log_p[0] < log_p[0].max(1, keepdims=True) + np.log(PLAUSIBLE)
+    assert (unlikely & (change_TV > 0))[np.arange(4)[:, None], ids_TK].any()
+    change_TV[unlikely] = np.minimum(change_TV[unlikely], 0)
     np.put_along_axis(
         moved_TV,
         ids_TK,
@@ -92,8 +95,10 @@ def test_a_build_moves_forget_rows_away_from_the_base(
         for t in range(len(old.response_ids)):
             kept = dict(zip(old.token_ids[t].tolist(), old.logits[t], strict=True))
             for token, logit in zip(new.token_ids[t].tolist(), new.logits[t], strict=True):
-                log_p = kept[token] - old.logsumexp[t]
-                expected = kept[token] + 0.5 * (log_p - plain[t, token])
+                change = kept[token] - old.logsumexp[t] - plain[t, token]
+                if kept[token] < old.logits[t, 0] + np.log(PLAUSIBLE):
+                    change = min(change, 0.0)
+                expected = kept[token] + 0.5 * change
                 assert logit == pytest.approx(expected, abs=2e-3)
 
 
