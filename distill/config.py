@@ -42,7 +42,7 @@ AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 # With views a query is two sequences.
 AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 120
 
-_EVALUATION_SETTINGS = ("eval_forget", "eval_retain", "eval_attacks", "early_stopping_patience")
+_ASKED = ("eval_forget", "eval_retain", "eval_attacks")
 
 
 @settings
@@ -258,6 +258,12 @@ class RunConfig(Settings):
         decides=False,
         help="Held-out queries with answers that should be kept. Repeatable.",
     )
+    eval_cache: str | None = setting(
+        default=None,
+        metavar="CACHE",
+        decides=False,
+        help="In place of queries: a cache of held-out rows, on which the loss is taken.",
+    )
     eval_attacks: tuple[str, ...] = setting(
         default=(),
         metavar="FILE|@NAME",
@@ -265,7 +271,8 @@ class RunConfig(Settings):
         help="Also ask them in each of these shapes, as attacks; the worst counts. Repeatable.",
     )
     eval_limit: Count | None = setting(
-        default=None, help="Ask this many queries of each file, evenly spread.  [default: all]"
+        default=None,
+        help="Ask this many queries of each file, or rows of CACHE, evenly spread.  [default: all]",
     )
     eval_max_new_tokens: Count = setting(default=64, help="Longest generated answer, in tokens.")
     eval_retain_drop: NotNegative = setting(
@@ -276,13 +283,13 @@ class RunConfig(Settings):
         default="best",
         aliases=("keep", "load-best-model-at-end"),
         help="Which weights the student has: of the evaluated step that forgets most and keeps "
-        "enough, or of the last.",
+        "enough, or has the lowest loss on --eval-cache, or of the last.",
     )
     early_stopping_patience: Count | None = setting(
         default=None,
         metavar="N",
         aliases=("early-stop", "patience"),
-        help="Stop after N evaluations in a row without a lower forget recall.",
+        help="Stop after N evaluations in a row without a lower forget recall, or loss.",
     )
     logging_steps: Count = setting(
         default=10, group="Logs and checkpoints", decides=False, help="Steps between two log lines."
@@ -374,13 +381,19 @@ class RunConfig(Settings):
         )
 
     def _check_evaluation(self) -> None:
+        for name in _ASKED:
+            if self.eval_cache and getattr(self, name):
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r} beside eval_cache ({self.eval_cache}); "
+                    "give one of them: a student is chosen by recalls or by its loss"
+                )
         for name in ("eval_forget", "eval_retain"):
-            if self.eval_steps and not getattr(self, name):
+            if self.eval_steps and not self.eval_cache and not getattr(self, name):
                 raise ConfigurationError(
                     f"{name} is empty, expected held-out queries to ask every {self.eval_steps} "
-                    "steps"
+                    "steps; a cache to take the loss on goes with eval_cache"
                 )
-        for name in _EVALUATION_SETTINGS:
+        for name in (*_ASKED, "eval_cache", "early_stopping_patience"):
             if getattr(self, name) and not self.eval_steps:
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r} without evaluations; give eval_steps too"

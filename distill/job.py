@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student, open_student
@@ -16,7 +16,9 @@ from duet_unlearn.files import user_path
 from duet_unlearn.urls import published_value
 
 if TYPE_CHECKING:
+    from duet_unlearn.distill.objectives.duet import Duet
     from duet_unlearn.distill.training.held_out import HeldOut
+    from duet_unlearn.distill.training.held_out_rows import HeldOutRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,7 @@ class RunResult:
     kept_step: int
     """The step whose weights the student has."""
     evaluations: list[dict[str, float]]
-    """Recalls on held-out queries, step 0 first; empty where none were made."""
+    """Recalls on held-out queries or losses on held-out rows, step 0 first; empty without."""
     learning_rate: float
     """Peak learning rate."""
     loss: dict[str, list[float]]
@@ -79,7 +81,7 @@ class Job:
     """With every `auto` and None replaced that the machine does not decide."""
     objective: Objective
     student: Student
-    held_out: "HeldOut | None"
+    held_out: "HeldOut | HeldOutRows | None"
     folder: RunFolder
 
 
@@ -91,6 +93,15 @@ def resolve_config(config: RunConfig, student: Student, objective: Objective) ->
         rows=sum(objective.order.counts.values()),
         in_views=bool(objective.order.num_views),
     )
+
+
+def _open_held_out(config: RunConfig, objective: Objective) -> "HeldOut | HeldOutRows":
+    from duet_unlearn.distill.training.held_out import HeldOut
+    from duet_unlearn.distill.training.held_out_rows import HeldOutRows
+
+    if config.eval_cache is None:
+        return HeldOut(config)
+    return HeldOutRows(config, cast("Duet", objective))  # no other objective takes a cache
 
 
 def resolve_job(config: RunConfig) -> Job:
@@ -114,11 +125,7 @@ def resolve_job(config: RunConfig) -> Job:
         )
     objective = open_objective(config, student)
     resolved = resolve_config(config, student, objective)
-    held_out = None
-    if config.eval_steps:
-        from duet_unlearn.distill.training.held_out import HeldOut
-
-        held_out = HeldOut(config)
+    held_out = _open_held_out(resolved, objective) if config.eval_steps else None
     identity = {
         # It is published beside the student: no password, no path of this machine.
         "settings": published_value(resolved.identity()),

@@ -43,6 +43,7 @@ _ADAM_STATES = 2
 _NO_EVALUATION: dict[str, Any] = {
     "eval_steps": 0,
     "eval_forget": (),
+    "eval_cache": None,
     "eval_retain": (),
     "eval_attacks": (),
     "early_stopping_patience": None,

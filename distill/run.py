@@ -14,7 +14,7 @@ from duet_unlearn.distill.model.trainable import select_trained
 from duet_unlearn.distill.objectives.base import SPLITS
 from duet_unlearn.distill.output.run_folder import LOG_FILE
 from duet_unlearn.distill.output.student_folder import publish, write_student
-from duet_unlearn.distill.training.checkpoint_selection import Rule, evaluations_of
+from duet_unlearn.distill.training.checkpoint_selection import evaluations_of
 from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError, first_line
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ def _make_trainer(
     def make_sampler(index: int, num_processes: int) -> "StepSampler":
         return sampler_of(order, config, process=index, num_processes=num_processes)
 
-    rule = Rule(drop=config.eval_retain_drop, patience=config.early_stopping_patience)
-    schedule = Schedule(config.eval_steps, rule if job.held_out else None)
+    rule = None if job.held_out is None else job.held_out.rule
+    schedule = Schedule(config.eval_steps, rule)
     trainer = DuetTrainer(
         model=model,
         args=args,
@@ -208,7 +208,7 @@ def _make_trainer(
 
 def _warn_of_loss(config: RunConfig, result: RunResult) -> None:
     """Log if no step kept enough."""
-    if not result.evaluations or config.checkpoint_selection != "best":
+    if not (config.eval_forget and result.evaluations) or config.checkpoint_selection != "best":
         return
     base = result.evaluations[0]["retain"]
     kept = next(e["retain"] for e in result.evaluations if e["step"] == result.kept_step)

@@ -51,11 +51,13 @@ def _print_result(result: "RunResult", *, as_json: bool) -> None:
     for split, (first, last) in result.loss.items():
         click.echo(f"loss {split} {first:.4f} -> {last:.4f}")
     if result.evaluations:
-        click.echo("held-out recall of ROUGE-L in points\n  step  forget  retain")
+        recalls = "forget" in result.evaluations[0]
+        names, digits = (("forget", "retain"), 1) if recalls else (("loss", "cross_entropy"), 4)
+        what = "recall of ROUGE-L in points" if recalls else "rows"
+        click.echo(f"held-out {what}\n  step  {'  '.join(names)}")
         for found in result.evaluations:
             note = "  base" if found["step"] == 0 else ""
             if found["step"] == result.kept_step:
                 note = "  <- the student"
-            click.echo(
-                f"{found['step']:>6}  {found['forget']:>6.1f}  {found['retain']:>6.1f}{note}"
-            )
+            cells = "".join(f"  {found[name]:>{len(name)}.{digits}f}" for name in names)
+            click.echo(f"{found['step']:>6}{cells}{note}")

@@ -28,7 +28,7 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = MappingProxyType(
             inputs=("cache",),
             settings=(
                 *("replay", "views", "loss", "delta", "temperature", "ce_weight"),
-                *("select_entropy", "top_k", "positions"),
+                *("select_entropy", "top_k", "positions", "eval_cache"),
             ),
         ),
         "gradient-difference": ObjectiveKind(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from duet_unlearn.data.prompts import PromptRenderer
     from duet_unlearn.distill.batches.dataset import CacheDataset, Example
+    from duet_unlearn.distill.model.sparse_head import StudentScores
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Duet:
         config = self._config
         self._loss = Loss(name=config.loss, delta=config.delta, temperature=config.temperature)
         self._student_scores = StudentScores(model, tail=self._loss.tail or bool(config.ce_weight))
+        self._whole_scores = StudentScores(model, tail=True)
 
     @property
     def dataset(self) -> "CacheDataset":
@@ -126,30 +128,46 @@ class Duet:
         return batch
 
     def row_losses(self, model: "nn.Module", batch: Mapping[str, Any]) -> "Tensor":
-        """Return the mean of each row's positions, `[B]`; the loss's of those that were chosen."""
+        """Return the mean of each row's positions, `[B]`; of the loss, of those chosen."""
+        from duet_unlearn.distill.losses import row_means
+
+        if share := self._config.ce_weight:
+            losses_B, cross_entropy_B = self._both(self._student_scores, model, batch)
+            return (1.0 - share) * losses_B + share * cross_entropy_B
+        scores_BTS = self._student_scores(model, batch)
+        losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
+        return row_means(losses_BT, batch["position_mask"])
+
+    def held_out_losses(
+        self, model: "nn.Module", batch: Mapping[str, Any]
+    ) -> "tuple[Tensor, Tensor]":
+        """Return each row's means of `--loss` and of cross-entropy over all positions, `[B]`.
+
+        The first is what training lowers: with `--ce-weight`, cross-entropy has its share of it.
+        """
+        share = self._config.ce_weight
+        losses_B, cross_entropy_B = self._both(self._whole_scores, model, batch)
+        return (1.0 - share) * losses_B + share * cross_entropy_B, cross_entropy_B
+
+    def _both(
+        self, scores: "StudentScores", model: "nn.Module", batch: Mapping[str, Any]
+    ) -> "tuple[Tensor, Tensor]":
+        """Return each row's mean loss and mean cross-entropy, `[B]`."""
         import torch
 
         from duet_unlearn.distill.losses import row_means, with_cross_entropy
 
-        share, ids_BTK = self._config.ce_weight, batch["token_ids"]
-        cross_entropy_BT = None
-        if share:
-            response_BT = batch["response_ids"]
-            wanted = torch.cat([response_BT[..., None], ids_BTK], dim=-1)
-            scores_BTS = self._student_scores(model, {**batch, "token_ids": wanted})
-            scores_BTS, cross_entropy_BT = with_cross_entropy(
-                scores_BTS, ids_BTK, response_BT, batch["teacher_logits"].isneginf()
-            )
-            if not self._loss.tail:
-                scores_BTS = scores_BTS[..., :-1]
-        else:
-            scores_BTS = self._student_scores(model, batch)
+        ids_BTK, response_BT = batch["token_ids"], batch["response_ids"]
+        wanted = torch.cat([response_BT[..., None], ids_BTK], dim=-1)
+        scores_BTS = scores(model, {**batch, "token_ids": wanted})
+        scores_BTS, cross_entropy_BT = with_cross_entropy(
+            scores_BTS, ids_BTK, response_BT, batch["teacher_logits"].isneginf()
+        )
+        if not self._loss.tail:
+            scores_BTS = scores_BTS[..., :-1]
         losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
         losses_B = row_means(losses_BT, batch.get("loss_mask", batch["position_mask"]))
-        if cross_entropy_BT is not None:
-            cross_entropy_B = row_means(cross_entropy_BT, batch["position_mask"])
-            losses_B = (1.0 - share) * losses_B + share * cross_entropy_B
-        return losses_B
+        return losses_B, row_means(cross_entropy_BT, batch["position_mask"])
 
     def story(self) -> Story:
         """Say which teacher the student was fitted to."""

@@ -105,7 +105,7 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
             f"{split} {' to '.join(f'{v:.4g}' for v in result['loss'].get(split, ())) or 'none'}"
             for split in result["queries"]
         ),
-        "held-out queries": _held_out(result),
+        "held out": _held_out(result),
     }
     card = _CARD.format(
         header="".join(f"{key}: {value}\n" for key, value in header.items())
@@ -143,6 +143,12 @@ def _held_out(result: dict[str, Any]) -> str:
     if not result["evaluations"]:
         return "not asked in training"
     base, kept = _base_and_kept(result)
+    if "loss" in base:
+        changes = ", ".join(
+            f"{name.replace('_', '-')} {base[name]:.4f} to {kept[name]:.4f}"
+            for name in ("loss", "cross_entropy")
+        )
+        return f"{changes}, means over rows; weights of step {kept['step']}"
     changes = ", ".join(
         f"{split} {base[split]:.1f} to {kept[split]:.1f}" for split in ("forget", "retain")
     )
@@ -150,7 +156,7 @@ def _held_out(result: dict[str, Any]) -> str:
 
 
 def _evaluation(result: dict[str, Any]) -> str:
-    if not result["evaluations"]:
+    if not result["evaluations"] or "loss" in result["evaluations"][0]:
         return ""
     rows = "\n".join(
         f"| {label} | {e['forget_plain']:.1f} | {e['forget']:.1f} | {e['retain_plain']:.1f} | "

@@ -95,7 +95,7 @@ def publish(job: "Job", result: "RunResult") -> None:
         "versions": versions(lora=config.lora_rank is not None),
         "result": {**dataclasses.asdict(result), "out": ""},
     }
-    _write_config(staged, settings, story.record)
+    _write_config(staged, settings, {**folder.identity, **story.record})
     write_card(staged, run_file, story)
     # With the names of all files, the folder proves later that nothing of others is in it.
     listed = {**run_file, "files": sorted({*files_of(staged), RUN_FILE})}
@@ -110,6 +110,8 @@ def _write_config(folder: Path, settings: dict[str, Any], record: Mapping[str, A
     if "cache" in record:
         kept["cache"] = _pinned(kept["cache"], record["cache"]["digest"])
         kept["replay"] = list(map(_pinned, kept["replay"], record.get("replay", ())))
+    if kept["eval_cache"]:
+        kept["eval_cache"] = _pinned(kept["eval_cache"], record["held_out"])
     header = (
         "# The settings of this student, `auto` resolved where it is the same on every machine. To "
         f"train it again:\n#   duet-distill run --config {CONFIG_FILE} --out ANOTHER_FOLDER\n"

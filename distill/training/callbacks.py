@@ -18,7 +18,13 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.training.checkpoint_selection import (
+    Evaluation,
+    HeldOutLoss,
+    LowestLoss,
+    Rule,
+    evaluations_of,
+)
 from duet_unlearn.progress import Progress
 
 if TYPE_CHECKING:
@@ -102,11 +108,11 @@ class LogFile(TrainerCallback):
 class Schedule(TrainerCallback):
     """Evaluates every so many steps and after the last one; a log line goes before each."""
 
-    def __init__(self, eval_steps: int, rule: Rule | None) -> None:
+    def __init__(self, eval_steps: int, rule: Rule | LowestLoss | None) -> None:
         self._eval_steps = eval_steps
         self._rule = rule
         self.trainer: DuetTrainer | None = None
-        self.base: Evaluation | None = None
+        self.base: Evaluation | HeldOutLoss | None = None
         """Measured before training began, in time for the log."""
         self.begun = False
 

@@ -8,12 +8,14 @@ The student is the evaluated step that forgets most of those that keep enough:
 1. keep enough: its retain recall is at most `drop` points below the base's;
 2. of these, the lowest forget recall; of equals, the latest step.
 
-If no step keeps enough, it is the step with the highest retain recall.
+If no step keeps enough, it is the step with the highest retain recall. Where a held-out cache is
+evaluated in place of queries, it is the step with the lowest loss.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,20 +30,40 @@ class Evaluation:
     forget_plain: float
     retain_plain: float
 
-    def metrics(self) -> dict[str, float]:
-        """Return the recalls as the Trainer names metrics."""
-        recalls = dataclasses.asdict(self)
-        return {f"eval_{name}": value for name, value in recalls.items() if name != "step"}
+    def __str__(self) -> str:
+        return f"forget {self.forget:.1f}, retain {self.retain:.1f}"
 
 
-def evaluations_of(history: Sequence[Mapping[str, float]]) -> list[Evaluation]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutLoss:
+    """Means over the rows of a held-out cache at one step; step 0 is the base."""
+
+    step: int
+    loss: float
+    """The run's own, at all positions."""
+    cross_entropy: float
+    """Of the rows' tokens, in nats a token; a row counts as one, however long."""
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, cross-entropy {self.cross_entropy:.4f}"
+
+
+def metrics_of(found: Evaluation | HeldOutLoss) -> dict[str, float]:
+    """Return what was found as the Trainer names metrics."""
+    values = dataclasses.asdict(found)
+    return {f"eval_{name}": value for name, value in values.items() if name != "step"}
+
+
+def evaluations_of(history: Sequence[Mapping[str, float]]) -> list[Any]:
     """Return the evaluations that a Trainer's log history tells of, the base's first."""
-    names = [field.name for field in dataclasses.fields(Evaluation) if field.name != "step"]
-    return [
-        Evaluation(step=int(entry["step"]), **{name: entry[f"eval_{name}"] for name in names})
-        for entry in history
-        if "eval_forget" in entry
-    ]
+    found: list[Any] = []
+    for entry in history:
+        for kind in (Evaluation, HeldOutLoss):
+            names = {field.name for field in dataclasses.fields(kind)} - {"step"}
+            if all(f"eval_{name}" in entry for name in names):
+                values = {name: entry[f"eval_{name}"] for name in names}
+                found.append(kind(step=int(entry["step"]), **values))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,3 +102,22 @@ class Rule:
             return False
         first = next(step.step for step in enough if step.forget == lowest)
         return sum(step.step > first for step in steps) >= self.patience
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowestLoss:
+    """The same by the loss on a held-out cache."""
+
+    patience: int | None = None
+    """Evaluations in a row without a lower loss to wait for; None waits to the end."""
+
+    def choose(self, evaluations: Sequence[HeldOutLoss]) -> HeldOutLoss:
+        """Return the best evaluation of those behind the base's; of equals the first."""
+        return min(evaluations[1:], key=lambda found: found.loss)
+
+    def may_stop(self, evaluations: Sequence[HeldOutLoss]) -> bool:
+        """Return whether `patience` evaluations in a row brought nothing."""
+        if self.patience is None or len(evaluations) <= self.patience:
+            return False
+        best = self.choose(evaluations).step
+        return sum(found.step > best for found in evaluations) >= self.patience

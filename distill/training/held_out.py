@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student
-from duet_unlearn.distill.training.checkpoint_selection import Evaluation
+from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer
@@ -52,6 +52,7 @@ class HeldOut:
         self._attacks = load_attacks(config.eval_attacks)
         self._sets = load_sets(self._config.sources, limit=config.eval_limit)
         self._tasks = list_tasks(self._sets, self._attacks)
+        self.rule = Rule(drop=config.eval_retain_drop, patience=config.early_stopping_patience)
         self._prompts: list[list[int]] = []
         self._tokenizer: Any = None
         self._ends: tuple[int, ...] = ()
@@ -96,7 +97,7 @@ class HeldOut:
             process: Index of this process.
             processes: How many processes share the queries; 1 where each has to ask them all.
         """
-        with _undisturbed(model):
+        with undisturbed(model):
             answers = generate_answers(
                 model,
                 self._prompts[process::processes],
@@ -137,8 +138,8 @@ class HeldOut:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: "PreTrainedModel") -> Iterator[None]:
-    """Answer in evaluation mode, and put everything back."""
+def undisturbed(model: "PreTrainedModel") -> Iterator[None]:
+    """Run the model in evaluation mode, and put everything back."""
     import torch
 
     base: Any = getattr(model, "get_base_model", lambda: model)()

@@ -20,12 +20,20 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from duet_unlearn.distill.batches.sampler import StepSampler
 from duet_unlearn.distill.objectives.base import SPLITS, Objective
-from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule, evaluations_of
+from duet_unlearn.distill.training.checkpoint_selection import (
+    Evaluation,
+    HeldOutLoss,
+    LowestLoss,
+    Rule,
+    evaluations_of,
+    metrics_of,
+)
 from duet_unlearn.errors import ConfigurationError, OutputError, first_line, some
 from duet_unlearn.files import write_error
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.training.held_out import HeldOut
+    from duet_unlearn.distill.training.held_out_rows import HeldOutRows
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +74,8 @@ class DuetTrainer(Trainer):
         objective: Objective,
         make_sampler: Callable[[int, int], StepSampler],
         callbacks: list[TrainerCallback],
-        held_out: "HeldOut | None" = None,
-        rule: Rule | None = None,
+        held_out: "HeldOut | HeldOutRows | None" = None,
+        rule: Rule | LowestLoss | None = None,
     ) -> None:
         super().__init__(
             model=model, args=args, train_dataset=objective.dataset, callbacks=callbacks
@@ -154,8 +162,8 @@ class DuetTrainer(Trainer):
                 "same command again: it resumes from the last one"
             ) from error
 
-    def measure(self) -> Evaluation:
-        """Ask the held-out queries; every process calls this and gets the result."""
+    def measure(self) -> Evaluation | HeldOutLoss:
+        """Ask the held-out queries or rows; every process calls this and gets the result."""
         held_out, accelerator = self._held_out, self.accelerator
         if held_out is None:
             raise RuntimeError("no held-out queries")
@@ -171,21 +179,19 @@ class DuetTrainer(Trainer):
             )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Ask the held-out queries and log their recalls; the Trainer calls this when it is due."""
+        """Measure and log what is held out; the Trainer calls this when it is due."""
         metrics = self.log_evaluation(self.measure())
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def log_evaluation(self, found: Evaluation) -> dict[str, float]:
-        """Log recalls as `eval_...` into the history that checkpoints hold."""
-        metrics = found.metrics()
+    def log_evaluation(self, found: Evaluation | HeldOutLoss) -> dict[str, float]:
+        """Log it as `eval_...` into the history that checkpoints hold."""
+        metrics = metrics_of(found)
         self.log(dict(metrics))
         if self.is_world_process_zero():
-            logger.info(
-                "step %d: held-out forget %.1f, retain %.1f", found.step, found.forget, found.retain
-            )
+            logger.info("step %d: held-out %s", found.step, found)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:  # noqa: ARG002

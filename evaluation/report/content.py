@@ -41,6 +41,7 @@ _HELD_OUT = {
     "retain": "retain, worst shape",
     "retain_plain": "retain, plainly",
 }
+_HELD_OUT_LOSSES = {"loss": "loss", "cross_entropy": "cross-entropy"}
 
 
 def make_content(
@@ -263,7 +264,9 @@ def _student(student: StudentRun) -> Document:
     losses = _curves(student.log, _LOSSES)
     charts = [make_chart("Loss", "loss", losses, log=True)] if any(losses.values()) else []
     if result["evaluations"]:
-        charts.append(make_chart("Held out", "recall", _curves(result["evaluations"], _HELD_OUT)))
+        by_loss = "loss" in result["evaluations"][0]
+        curves = _curves(result["evaluations"], _HELD_OUT_LOSSES if by_loss else _HELD_OUT)
+        charts.append(make_chart("Held out", "loss" if by_loss else "recall", curves, log=by_loss))
     facts = {
         "base": f"{run['base']['name']}, {run['base']['weights']}",
         "cache": run["cache"]["digest"],
