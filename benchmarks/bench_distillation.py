@@ -78,14 +78,15 @@ def train(
     steps: int,
 ) -> Iterator[int]:
     """Train, and yield the number of steps after each."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+    trained = [weight for weight in student.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=float(config.learning_rate), weight_decay=0.0)
     sampler, done = sampler_of(objective.order, config), 0
     for epoch in range(steps):
         sampler.set_epoch(epoch)
         for draws in sampler:
             batch = objective.collate([objective.dataset[draw] for draw in draws])
             (losses(batch) * batch["weight"]).sum().backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             done += 1
@@ -117,6 +118,7 @@ def main() -> None:
                 out="none",
                 loss="kl-tail",
                 batch_size=BATCH,
+                learning_rate=RATE,
                 **STUDENTS.get(label, {}),
             )
             objective = open_objective(config, base)
