@@ -21,7 +21,7 @@ def entropy(logits: Tensor, logsumexp: Tensor) -> Tensor:
     """Return the entropy of a teacher whose tokens beyond the K are one symbol.
 
     Args:
-        logits: `[..., K]` raw logits of the K tokens.
+        logits: `[..., K]` raw logits of the K tokens, minus infinity in places without one.
         logsumexp: `[...]` over the full vocabulary.
 
     Returns:
@@ -29,8 +29,9 @@ def entropy(logits: Tensor, logsumexp: Tensor) -> Tensor:
         full vocabulary.
     """
     tail = tail_logsumexp(logits, logsumexp).unsqueeze(-1)
-    log_shares = torch.cat([logits, tail], dim=-1).log_softmax(dim=-1)
-    return -(log_shares.exp() * log_shares).sum(dim=-1)
+    shares = torch.cat([logits, tail], dim=-1).softmax(dim=-1)
+    nats: Tensor = torch.special.entr(shares).sum(dim=-1)
+    return nats
 
 
 def least_sure(batch: Mapping[str, Any], share: float) -> Tensor:

@@ -25,6 +25,9 @@ def test_entropy_by_hand():
     expected = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
     found = entropy(logits, torch.tensor(3.0, dtype=torch.float64))
     assert found.item() == pytest.approx(expected)
+    # A place without a token, as in caches made with top-p.
+    logits = torch.cat([logits, torch.tensor([-math.inf], dtype=torch.float64)])
+    assert entropy(logits, torch.tensor(3.0, dtype=torch.float64)).item() == found.item()
 
 
 def test_entropy_is_that_of_all_tokens_merged_beyond_the_k():
