@@ -6,8 +6,8 @@ own; on a CPU the engine core and the worker run inside it, so that vLLM is impo
 
 It reads from the socket FD an `EngineConfig`, then `([(row, prompt ids), ...], new tokens)`, where
 further entries of a row are those of `Prompt`, or None to drop what is under way, until the socket
-is closed. It sends `("ready", description)`, then
-`("finished", Finished)` after each step that ended requests; or `("failed", kind, reason)`.
+is closed. It sends `("ready", description)`, then `("finished", Finished)` after each step that
+ended requests; or `("failed", kind, reason)`.
 """
 
 import contextlib

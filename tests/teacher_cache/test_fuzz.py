@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-INPUTS = int(os.environ.get("DUET_FUZZ_INPUTS", "150"))
+INPUTS = int(os.environ.get("DUET_FUZZ_INPUTS", "300"))
 FUZZ = Path(__file__).with_name("fuzz")
 
 
