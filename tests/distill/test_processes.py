@@ -88,7 +88,7 @@ def settings(tiny_cache: Path, tiny_model: Path, write_queries, tmp_path: Path) 
 
 
 def assert_same_run(alone, together: Path) -> None:
-    """The loss curve within 1e-4, the weights within 1e-5, the same evaluations."""
+    """The loss curve within 1e-4, the weights within 1e-5, the same recalls and near losses."""
     lines = [line for line in log_of(together) if "loss" in line]
     assert len(lines) == alone.steps
     for one, other in zip(log_of(Path(alone.out)), log_of(together), strict=True):
@@ -97,7 +97,7 @@ def assert_same_run(alone, together: Path) -> None:
     assert largest_difference(Path(alone.out), together) < 1e-5
     told = json.loads((together / "duet_run.json").read_text())["result"]
     for one, other in zip(alone.evaluations, told["evaluations"], strict=True):
-        assert other == pytest.approx(one, abs=1e-4)
+        assert other == pytest.approx(one, abs=1e-6 if "forget" in one else 1e-4)
 
 
 def test_two_processes_do_what_one_does(train, settings, tmp_path):
