@@ -235,7 +235,7 @@ class RunConfig(Settings):
         default=AUTO,
         aliases=("torch-dtype",),
         help="Dtype of the weights in training; bfloat16 halves memory and loses small updates. "
-        "auto is bfloat16 for LoRA on a model that is stored so, else float32.",
+        "auto is bfloat16 for LoRA where model and machine have it, else float32.",
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         default=AUTO, help="Dtype of the saved student; auto is that of MODEL."
@@ -321,12 +321,12 @@ class RunConfig(Settings):
             )
 
     def resolved(
-        self, *, hidden_size: int, stored_dtype: str, rows: int, in_views: bool = False
+        self, *, hidden_size: int, stored_dtype: str, fast_dtype: str, rows: int, in_views: bool
     ) -> "RunConfig":
-        """Return these settings with every `auto` that a machine does not decide replaced.
+        """Return these settings with every `auto` replaced but that of `precision`.
 
-        The width and stored dtype are the student's, rows the queries of an epoch; `in_views` says
-        whether each query is also trained in a view.
+        The width and dtypes are the student's, as stored and as this machine computes it fastest,
+        rows the queries of an epoch; `in_views`: each query is also trained in a view.
         """
         lora, rank = self.lora_rank is not None, self.lora_rank or 0
         rate, batch = self.learning_rate, self.batch_size
@@ -340,7 +340,7 @@ class RunConfig(Settings):
             wanted, a_pass = lora_steps if lora else AUTO_STEPS, -(-rows // int(batch))
             steps = steps or min(max(wanted, a_pass), AUTO_MOST_EPOCHS * a_pass)
             epochs = -(-steps // a_pass)
-        dtype = "bfloat16" if lora and stored_dtype == "bfloat16" else "float32"
+        dtype = "bfloat16" if lora and fast_dtype == "bfloat16" else "float32"
         return self.replaced(
             learning_rate=rate,
             epochs=epochs,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from duet_unlearn.data.models.loading import fastest_dtype
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student, open_student
 from duet_unlearn.distill.objectives.base import Objective, open_objective
@@ -90,6 +91,7 @@ def resolve_config(config: RunConfig, student: Student, objective: Objective) ->
     return config.replaced(**objective.settings).resolved(
         hidden_size=student.hidden_size,
         stored_dtype=student.stored_dtype,
+        fast_dtype=fastest_dtype(student.folder),
         rows=sum(objective.order.counts.values()),
         in_views=bool(objective.order.num_views),
     )

@@ -23,7 +23,6 @@ from duet_unlearn.data.models.folder import (
     model_name,
     read_config,
     resolve_model_folder,
-    stored_dtype,
 )
 from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples, load_prefixes
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
@@ -232,13 +231,12 @@ class _Measurement:
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs."""
-        dtype = self.config.teacher_dtype
         return EngineConfig(
             model=self.model,
             top_k=min(TOP_K, head_width(read_config(self.model))),
             positions=1,
             eos_token_ids=eos_token_ids(self.model),
-            compute_dtype=stored_dtype(read_config(self.model)) if dtype == "auto" else dtype,
+            compute_dtype=options.compute_dtype(self.config.teacher_dtype, self.model),
             max_prompt_tokens=self.longest,
             max_new_tokens=self.config.max_new_tokens,
             trust_remote_code=self.config.trust_remote_code,

@@ -104,14 +104,16 @@ def load_model(
 
 
 def fastest_dtype(folder: Path) -> str:
-    """Return the dtype in which this machine answers fastest without storing less than the folder.
+    """Return the dtype in which this machine computes fastest without losing what is stored.
 
     That is the stored one on a GPU; on a CPU it is bfloat16 where the model is stored so and the
     processor multiplies it in hardware, else float32.
     """
+    stored = stored_dtype(read_config(folder))
+    if stored == "float32":
+        return stored
     import torch
 
-    stored = stored_dtype(read_config(folder))
     if torch.cuda.is_available():
         return stored
     return "bfloat16" if stored == "bfloat16" and _cpu_has_bfloat16() else "float32"

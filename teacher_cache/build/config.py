@@ -16,7 +16,6 @@ from duet_unlearn.data.models.folder import (
     eos_token_ids,
     head_width,
     read_config,
-    stored_dtype,
 )
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
@@ -194,7 +193,6 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         DataError: The model folder is unusable.
     """
     model_config = read_config(folder)
-    dtype = config.teacher_dtype
     positions = config.positions
     if positions is None:
         limits = (PLAIN_POSITIONS, (context_length(model_config) or 1 << 30) // 2)
@@ -218,7 +216,9 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         top_k=config.top_k,
         positions=positions,
         logit_dtype=config.logit_dtype,
-        compute_dtype=stored_dtype(model_config) if dtype == "auto" else dtype,
+        compute_dtype=options.compute_dtype(
+            config.teacher_dtype, folder, elsewhere=config.ray_address != "local"
+        ),
         eos_token_ids=eos_token_ids(folder),
         scored=config.score if config.train or config.responses else None,
     )

@@ -4,19 +4,28 @@ An engine's options may decide how fast it runs and on what. They are no part of
 whatever decides a signal, or whether it can be captured, is not theirs to set.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+from duet_unlearn.data.models.folder import read_config, stored_dtype
+from duet_unlearn.data.models.loading import fastest_dtype
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import setting
+
+logger = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "vllm", "transformers"]
 TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Settings of every command that runs a teacher, each where its help page has them.
 _ENGINE = "What runs the teacher; auto takes vLLM where it imports."
-_DTYPE = "What the teacher computes in; auto is what its config.json names."
+_DTYPE = (
+    "What the teacher computes in; auto is what its config.json names, but float32 on a processor "
+    "without arithmetic in that. Part of the recipe."
+)
 ENGINE = partial(setting, default="auto", group="Engine", help=_ENGINE)
 ENGINE_ARGS = partial(
     setting,
@@ -78,6 +87,29 @@ def check_options(engine: str, options: Mapping[str, Any]) -> None:
                 f"transformers engine: option {name} is {value!r}, expected "
                 f"{TRANSFORMERS_OPTIONS[name]}"
             )
+
+
+def compute_dtype(asked: TeacherDtype, folder: Path, *, elsewhere: bool = False) -> str:
+    """Return what a teacher computes in, with `auto` replaced.
+
+    Args:
+        asked: The setting.
+        folder: Of the teacher.
+        elsewhere: It runs on other machines than this one, whose processors say nothing then.
+    """
+    if asked != "auto":
+        return asked
+    stored = stored_dtype(read_config(folder))
+    fastest = stored if elsewhere else fastest_dtype(folder)
+    if fastest != stored:
+        logger.info(
+            "teacher_dtype auto: %s, since this processor has no arithmetic in %s, as the model is "
+            "stored; --teacher-dtype %s computes in that, several times as long",
+            fastest,
+            stored,
+            stored,
+        )
+    return fastest
 
 
 def published_options(options: Mapping[str, Any]) -> dict[str, Any]:

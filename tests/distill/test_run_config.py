@@ -55,10 +55,20 @@ def test_a_bad_value_is_named_with_what_is_allowed(settings, message):
 
 
 def resolved(
-    *, hidden_size=256, stored_dtype="float32", rows=236, in_views=False, **settings
+    *,
+    hidden_size=256,
+    stored_dtype="float32",
+    fast_dtype=None,
+    rows=236,
+    in_views=False,
+    **settings,
 ) -> RunConfig:
     return config_of(**settings).resolved(
-        in_views=in_views, hidden_size=hidden_size, stored_dtype=stored_dtype, rows=rows
+        in_views=in_views,
+        hidden_size=hidden_size,
+        stored_dtype=stored_dtype,
+        fast_dtype=fast_dtype or stored_dtype,
+        rows=rows,
     )
 
 
@@ -92,6 +102,9 @@ def test_the_automatic_dtype_is_half_for_an_adapter_on_a_half_model_alone():
     assert resolved(stored_dtype="bfloat16").dtype == "float32"
     assert resolved(stored_dtype="bfloat16", lora_rank=8).dtype == "bfloat16"
     assert resolved(stored_dtype="float16", lora_rank=8).dtype == "float32"
+    slow = {"stored_dtype": "bfloat16", "fast_dtype": "float32"}  # a processor without bfloat16
+    assert resolved(**slow, lora_rank=8).dtype == "float32"
+    assert resolved(**slow, lora_rank=8).save_dtype == "bfloat16"
     assert resolved(stored_dtype="bfloat16", lora_rank=8, dtype="float32").dtype == "float32"
     assert resolved(stored_dtype="bfloat16").save_dtype == "bfloat16"
 

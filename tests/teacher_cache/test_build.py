@@ -1,5 +1,6 @@
 """Building a cache with a real engine: resume, hits, refusals, and what never enters it."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from duet_unlearn.data.models import loading
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, split_view
 from duet_unlearn.errors import (
@@ -28,7 +31,7 @@ from duet_unlearn.errors import (
 )
 from duet_unlearn.files import claim_folder
 from duet_unlearn.teacher_cache.build.build import BuildResult, build
-from duet_unlearn.teacher_cache.build.config import BuildConfig
+from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import merge_evenly, plan_shards
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
@@ -424,6 +427,32 @@ def test_other_weights_of_the_same_size_and_time_are_another_recipe(
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(MismatchError, match="weights"):
         run(config, teacher=str(model))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes every dtype as it is stored")
+def test_a_teacher_computes_in_what_the_processor_has(
+    config: BuildConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = Path(shutil.copytree(config.teacher, tmp_path / "half"))
+    named = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**named, "dtype": "bfloat16"}))
+
+    def found(**settings: Any) -> str:
+        return make_recipe(dataclasses.replace(config, **settings), folder).compute_dtype
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(loading, "_cpu_has_bfloat16", lambda: True)
+    assert found() == "bfloat16"
+    assert not caplog.messages
+    monkeypatch.setattr(loading, "_cpu_has_bfloat16", lambda: False)
+    assert found() == "float32"
+    assert "auto: float32" in caplog.text
+    assert found(teacher_dtype="bfloat16") == "bfloat16"
+    # The workers of a cluster may be other machines than this one.
+    assert found(ray_address="auto", workers=2) == "bfloat16"
 
 
 def test_what_engine_options_name_is_not_published() -> None:
