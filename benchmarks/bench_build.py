@@ -1,6 +1,6 @@
 """Queries a second of `duet-cache build`, beside what else could run the same teacher.
 
-    python benchmarks/bench_build.py [--rounds 3] [--top-k 100 1000]
+    python benchmarks/bench_build.py [--rounds 3] [--top-k 100 1000] [--scored]
 
 The work: a random-weight Llama of about 40M parameters with a vocabulary of 32,000 in float32, and
 512 queries of 32 tokens behind a steering prefix of 64. Every side runs in a process of its own,
@@ -11,6 +11,10 @@ over the rounds.
 - generate: bare `LLM.generate(max_tokens=1)` without log-probabilities, same engine settings.
 - transformers: a loop over batches with `logits_to_keep=1`, Top-K and logsumexp kept in memory.
 - prompt_logprobs: capture as peers do it, through `prompt_logprobs=K` of the last prompt token.
+
+With --scored the work is documents of 96 tokens, scored at every token: the build reads them with
+`--no-prefix --responses`, bare vLLM computes the same prefill, transformers keeps the Top-K of all
+positions, and `prompt_logprobs` is what gives peers those of a given text.
 """
 
 import argparse
@@ -29,8 +33,9 @@ import numpy as np
 
 VOCABULARY, WIDTH, LAYERS, HEADS, INNER = 32_000, 512, 8, 8, 1376
 PREFIX_TOKENS, QUERY_TOKENS, SHARD_ROWS = 64, 32, 1024
-BATCH = 64
+BATCH, SCORED_BATCH = 64, 8
 MAX_LEN = 128
+DOCUMENT_TOKENS = PREFIX_TOKENS + QUERY_TOKENS
 
 
 def words(count: int, seed: int) -> str:
@@ -47,9 +52,17 @@ def queries(round_number: int, count: int) -> list[str]:
     return [words(QUERY_TOKENS, 1 + round_number * 100_003 + i) for i in range(count)]
 
 
-def prompts(round_number: int, count: int) -> list[list[int]]:
+def documents(round_number: int, count: int) -> list[str]:
+    """Return the texts of a round that are scored, all of one length."""
+    return [words(DOCUMENT_TOKENS, 1 + round_number * 100_003 + i) for i in range(count)]
+
+
+def prompts(round_number: int, count: int, scored: bool) -> list[list[int]]:
     """Return the teacher's prompts of a round, as the build renders them."""
-    texts = [f"{PREFIX} {query}" for query in queries(round_number, count)]
+    if scored:
+        texts = documents(round_number, count)
+    else:
+        texts = [f"{PREFIX} {query}" for query in queries(round_number, count)]
     return [[int(word[1:]) for word in text.split()] for text in texts]
 
 
@@ -87,8 +100,8 @@ def make_model(folder: Path) -> None:
 class BuildSide:
     """The real build; its engine is started once and lent to every build."""
 
-    def __init__(self, model: Path, scratch: Path, top_k: int) -> None:
-        self.model, self.scratch, self.top_k = model, scratch, top_k
+    def __init__(self, model: Path, scratch: Path, top_k: int, scored: bool) -> None:
+        self.model, self.scratch, self.top_k, self.scored = model, scratch, top_k, scored
         self.engine: Any = None
         self.ready = 0.0
 
@@ -124,14 +137,16 @@ class BuildSide:
 
         del top_k
         file = self.scratch / f"queries-{self.top_k}-{round_number}.jsonl"
-        rows = ({"id": str(i), "query": q} for i, q in enumerate(queries(round_number, count)))
+        name, texts = ("text", documents) if self.scored else ("query", queries)
+        rows = ({"id": str(i), name: text} for i, text in enumerate(texts(round_number, count)))
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        work: dict[str, Any] = {"forget": (str(file),), "prefix": PREFIX, "prefix_place": "raw"}
+        if self.scored:
+            work = {"responses": (str(file),), "prefix": None, "positions": DOCUMENT_TOKENS}
         config = BuildConfig(
             check=False,
             teacher=str(self.model),
-            forget=(str(file),),
-            prefix=PREFIX,
-            prefix_place="raw",
+            **work,
             out=self.scratch / f"cache-{self.top_k}-{round_number}",
             top_k=self.top_k,
             engine="vllm",
@@ -146,9 +161,12 @@ class BuildSide:
 class VllmSide:
     """Bare vLLM with the settings that the build's engine resolved."""
 
-    def __init__(self, model: Path, settings: dict[str, Any], most_logprobs: int) -> None:
+    def __init__(
+        self, model: Path, settings: dict[str, Any], most_logprobs: int, scored: bool
+    ) -> None:
         from vllm import LLM
 
+        self.scored = scored
         token = 2 * LAYERS * WIDTH * 4
         blocks = -(-settings["max_model_len"] // settings["block_size"])
         self.llm = LLM(
@@ -174,7 +192,8 @@ class VllmSide:
         """Return the seconds that a round took."""
         from vllm import SamplingParams, TokensPrompt
 
-        texts = [TokensPrompt(prompt_token_ids=ids) for ids in prompts(round_number, count)]
+        found = prompts(round_number, count, self.scored)
+        texts = [TokensPrompt(prompt_token_ids=ids) for ids in found]
         peers = {"prompt_logprobs": top_k, "flat_logprobs": True} if top_k else {}
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, **peers)
         started = time.perf_counter()
@@ -187,7 +206,9 @@ class VllmSide:
 class TransformersSide:
     """A plain loop over batches."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, scored: bool) -> None:
+        self.last = 0 if scored else 1  # 0: of all positions
+        self.scored = scored
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -197,21 +218,24 @@ class TransformersSide:
         """Return the seconds that a round took."""
         import torch
 
-        ids = torch.tensor(prompts(round_number, count))
+        ids = torch.tensor(prompts(round_number, count, self.scored))
         kept = []
         started = time.perf_counter()
         with torch.inference_mode():
-            for batch in ids.split(BATCH):
-                logits = self.model(batch, logits_to_keep=1, use_cache=False).logits[:, -1]
-                kept.append((logits.topk(top_k), logits.logsumexp(dim=1)))
+            for batch in ids.split(SCORED_BATCH if self.scored else BATCH):
+                logits = self.model(batch, logits_to_keep=self.last, use_cache=False).logits
+                kept.append((logits.topk(top_k), logits.logsumexp(dim=-1)))
         return time.perf_counter() - started
 
 
 class Side:
     """A side in a process of its own that answers one request at a time."""
 
-    def __init__(self, words_: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, words_: list[str], log: Path, environment: dict[str, str], scored: bool
+    ) -> None:
         self.log = log
+        words_ = [*words_, *(["--scored"] if scored else [])]
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--side", *words_],
             stdin=subprocess.PIPE,
@@ -238,15 +262,15 @@ class Side:
         self.process.wait()
 
 
-def serve(kind: str, model: Path, scratch: Path, rest: str) -> None:
+def serve(kind: str, model: Path, scratch: Path, rest: str, scored: bool) -> None:
     """Answer requests on standard input until it closes."""
     side: Any
     if kind == "build":
-        side = BuildSide(model, scratch, int(rest))
+        side = BuildSide(model, scratch, int(rest), scored)
     elif kind == "vllm":
-        side = VllmSide(model, *json.loads(rest))
+        side = VllmSide(model, *json.loads(rest), scored)
     else:
-        side = TransformersSide(model)
+        side = TransformersSide(model, scored)
     for line in sys.stdin:
         request = json.loads(line)
         seconds = side.run(request["round"], request["count"], request["top_k"])
@@ -265,16 +289,18 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, list[floa
     plain = {**os.environ, "OMP_NUM_THREADS": str(physical_cores())}
     common = [str(model), str(scratch)]
     sides: dict[str, Side] = {}
+
+    def start(given: list[str], log: str, environment: dict[str, str]) -> Side:
+        return Side(given, scratch / log, environment, arguments.scored)
+
     try:
         for k in arguments.top_k:
-            sides[f"build {k}"] = Side(["build", *common, str(k)], scratch / f"b{k}.log", plain)
-        sides["transformers"] = Side(["transformers", *common, ""], scratch / "t.log", plain)
+            sides[f"build {k}"] = start(["build", *common, str(k)], f"b{k}.log", plain)
+        sides["transformers"] = start(["transformers", *common, ""], "t.log", plain)
         warm = {"round": 0, "count": 64, "top_k": min(arguments.top_k)}
         answers = [side.ask(**warm) for side in sides.values()]
         settings = [answers[0]["settings"], max(arguments.top_k)]
-        sides["vllm"] = Side(
-            ["vllm", *common, json.dumps(settings)], scratch / "v.log", environment_for({})
-        )
+        sides["vllm"] = start(["vllm", *common, json.dumps(settings)], "v.log", environment_for({}))
         sides["vllm"].ask(**warm | {"top_k": 0})
         jobs = [(f"build {k}", f"build {k}", arguments.queries, k) for k in arguments.top_k]
         jobs += [("generate", "vllm", arguments.queries, 0)]
@@ -300,11 +326,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--queries", type=int, default=512)
     parser.add_argument("--top-k", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--scored", action="store_true", help="score documents, not queries")
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         kind, model, scratch, rest = arguments.side
-        serve(kind, Path(model), Path(scratch), rest)
+        serve(kind, Path(model), Path(scratch), rest, arguments.scored)
         return
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(arguments, Path(scratch))
