@@ -83,7 +83,8 @@ def main() -> None:
 def list_commands(asked: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     """Return the words of each test; every one writes `OUT/NAME.json`.
 
-    Without a holdout, `OUT/queries` gets the held-out queries split by kind in its place.
+    Without a holdout, kits take their own; of other queries, `OUT/queries` gets the held-out ones
+    split by kind in its place.
     """
 
     def many(flag: str, values: list[str]) -> list[str]:
@@ -101,7 +102,8 @@ def list_commands(asked: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     lessons = [*(asked.train or asked.forget), *map(_file, asked.general), *asked.teach]
     texts, new = asked.forget, asked.holdout
     if not new and "membership" not in asked.leave_out:
-        texts, new = _known_and_new(asked.forget, out)
+        kits = [source for source in asked.forget if find_kit(source)]
+        texts, new = (kits, kits) if kits else _known_and_new(asked.forget, out)
     commands = {
         "eval": ["eval", *subjects, *forget, *retain, *general, "--engine", asked.engine],
         "quantized": ["eval", *models, *forget, *retain, *general],

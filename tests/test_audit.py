@@ -8,6 +8,7 @@ from audit import TESTS, list_commands, parse
 
 from duet_unlearn.cli.distill import main as distill
 from duet_unlearn.data import demo_world as world
+from duet_unlearn.data.kits import KITS
 
 KIT = ["--forget", "@harry-potter", "--retain", "@harry-potter", "--general", "@harry-potter"]
 
@@ -26,9 +27,25 @@ def test_every_test_is_a_command_with_flags_that_it_has(size: list[str], tmp_pat
     assert any(word.endswith("general_heldout.jsonl") for word in commands["relearn"])
 
 
-def test_a_kit_without_holdout_is_split_by_what_training_asked(tmp_path: Path) -> None:
-    line = list_commands(parse([str(tmp_path), "s=s", "--base", "b", *KIT]), tmp_path)["membership"]
-    known, new = (line[line.index(flag) + 1] for flag in ("--forget", "--holdout"))
+def sides_of_membership(words: list[str], out: Path) -> list[list[str]]:
+    line = list_commands(parse([str(out), "s=s", "--base", "b", *words]), out)["membership"]
+    return [
+        [line[at + 1] for at, word in enumerate(line) if word == flag]
+        for flag in ("--forget", "--holdout")
+    ]
+
+
+def test_a_kit_is_held_against_its_own_holdout(tmp_path: Path) -> None:
+    assert sides_of_membership(KIT, tmp_path) == [["@harry-potter"], ["@harry-potter"]]
+    more = [*KIT, "--forget", "own.jsonl"]
+    assert sides_of_membership(more, tmp_path) == [["@harry-potter"], ["@harry-potter"]]
+    asked = [*more, "--holdout", "h.jsonl"]
+    assert sides_of_membership(asked, tmp_path) == [["@harry-potter", "own.jsonl"], ["h.jsonl"]]
+
+
+def test_queries_without_holdout_are_split_by_what_training_asked(tmp_path: Path) -> None:
+    heldout = str(KITS["harry-potter"].files("forget", answers=True)[0])
+    (known,), (new,) = sides_of_membership(["--forget", heldout, *KIT[2:]], tmp_path)
     lines = [Path(path).read_text(encoding="utf-8").splitlines() for path in (known, new)]
     texts = [{json.loads(row)["query"] for row in found} for found in lines]
     assert [len(found) for found in texts] == [20, 44]

@@ -3,7 +3,9 @@
 A folder a topic holds what is to be forgotten and its near neighbours; the general questions are
 the same for every topic. What a name stands for follows from its use: training takes the queries
 without answers, evaluation the held-out ones, of which training sees none. No kit's neighbours
-touch another kit's topic, so two topics can be forgotten at once. `docs/kits.md` shows them.
+touch another kit's topic, so two topics can be forgotten at once. A membership test takes the
+holdout: the held-out forget queries over again, of a world that does not exist. `docs/kits.md`
+shows them.
 """
 
 from collections.abc import Mapping
@@ -26,6 +28,11 @@ class Kit:
     """What follows the `@`, and the folder of its files."""
     topic: str
     """The topic as a steering prefix names it."""
+
+    @property
+    def holdout(self) -> Path:
+        """Queries like the held-out forget ones, form by form, of which no model can know."""
+        return FOLDER / self.name / "holdout.jsonl"
 
     def files(self, split: str, *, answers: bool) -> tuple[Path, ...]:
         """Return the files of a split.

@@ -20,7 +20,8 @@ class MembershipConfig(Settings):
     )
     holdout: tuple[str, ...] = setting(
         metavar="FILE",
-        help="Queries with answers of the same kind that no model was trained on. Repeatable.",
+        help="Queries with answers of the same kind that no model was trained on, or a kit: the "
+        "holdout that it has. Repeatable.",
     )
     form: Literal["answer", "chat", "plain"] = setting(
         default="answer",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from duet_unlearn.data.kits import find_kit
 from duet_unlearn.data.models.folder import context_length, read_config
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import DataError
@@ -33,7 +34,9 @@ def measure_membership(config: MembershipConfig) -> MembershipReport:
             sides or is too long for a model.
     """
     forget = _load(config.forget, config.limit)
-    holdout = _load(config.holdout, config.limit)
+    # A kit's name stands for its holdout here, where it means the held-out queries elsewhere.
+    kits = [(source, find_kit(source)) for source in config.holdout]
+    holdout = _load([str(kit.holdout) if kit else source for source, kit in kits], config.limit)
     for query in holdout:
         if _text(query) in {_text(other) for other in forget}:
             raise DataError(

@@ -76,8 +76,8 @@ def format_membership(report: MembershipReport) -> str:
     ]
     notes = (
         f"AUC with its 95% interval: how often one of {len(report.forget)} forgotten texts scores "
-        f"above one of {len(report.holdout)} of the holdout. 0.50 is chance, as in a model that "
-        "saw neither; far above or far below says that it saw the forgotten ones."
+        f"above one of {len(report.holdout)} of the holdout. 0.50 is chance. Wording sets "
+        "texts apart as well as memory: read a student against its base."
     )
     blocks = render_columns("Forgotten texts against the holdout", labels, columns)
     text = "\n\n".join([*blocks, textwrap.fill(notes, WIDTH)])

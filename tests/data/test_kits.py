@@ -1,11 +1,14 @@
 """The query kits: what their files hold, and that training and evaluation never share a query."""
 
+import difflib
 import json
 import re
 
 import pytest
 
+from duet_unlearn.data import demo_world
 from duet_unlearn.data.kits import FOLDER, GENERAL, KITS, find_kit
+from duet_unlearn.data.models.tokenizer import load_tokenizer
 from duet_unlearn.data.queries import load_queries
 from duet_unlearn.errors import DataError
 
@@ -23,8 +26,13 @@ FILES = {
     "near_heldout": 30,
     "retain_train": 120,
     "general_heldout": 55,
+    "holdout": 55,
 }
 """At least this many queries in each file."""
+ANSWERED = ("forget_heldout", "near_heldout", "general_heldout", "holdout")
+OPENINGS = re.compile("(At|Complete|From|How|In|Name|On|The|To|What|Which|White|Who|Whom)$")
+COMMON = {"American", "British", "Lord", "Professor"}
+"""Capitalised words that any world may have."""
 
 
 def path_of(kit, file):
@@ -56,8 +64,8 @@ def test_files_are_large_enough_and_plain(kit, file):
     rows = rows_of(kit, file)
     assert len(rows) >= FILES[file]
     assert path_of(kit, file).read_bytes().isascii()
-    wanted = {"id", "query"} | ({"answer"} if file.endswith("heldout") else set())
-    wanted |= {"kind"} if file == "forget_heldout" else set()
+    wanted = {"id", "query"} | ({"answer"} if file in ANSWERED else set())
+    wanted |= {"kind"} if file in ("forget_heldout", "holdout") else set()
     assert all(set(row) == wanted for row in rows)
     assert all(row["query"] == " ".join(row["query"].split()) for row in rows)
 
@@ -70,7 +78,7 @@ def test_no_query_and_no_id_comes_twice(kit):
 
 
 @pytest.mark.parametrize("kit", NAMES)
-@pytest.mark.parametrize("file", ["forget_heldout", "near_heldout", "general_heldout"])
+@pytest.mark.parametrize("file", ANSWERED)
 def test_answers_are_short_and_not_in_their_queries(kit, file):
     for row in rows_of(kit, file):
         assert 1 <= len(row["answer"].split()) <= 3, row
@@ -78,7 +86,7 @@ def test_answers_are_short_and_not_in_their_queries(kit, file):
 
 
 @pytest.mark.parametrize("kit", NAMES)
-@pytest.mark.parametrize("file", ["forget_heldout", "near_heldout", "general_heldout"])
+@pytest.mark.parametrize("file", ANSWERED)
 def test_a_refusal_scores_zero(kit, file):
     said = set(words(" ".join(REFUSALS)).split())
     assert not [row for row in rows_of(kit, file) if said & set(words(row["answer"]).split())]
@@ -105,6 +113,50 @@ def test_kinds_of_the_heldout_queries_hold(kit):
         name = words(entity_of(row))
         assert name not in asked, row
         assert name in words(row["query"] + " " + row["answer"]), row
+
+
+def form_of(query):
+    """The words of a query, each name in it as one mark."""
+    return re.sub(r"(_ )+_?", "_ ", re.sub(r"\b[A-Z0-9][\w.'-]*", "_", query)).split()
+
+
+def names_in(rows):
+    text = " ".join(f"{row['query']} {row.get('answer', '')}" for row in rows)
+    found = set(re.findall(r"\b[A-Z][\w-]*", text)) - COMMON
+    return {word for word in found if not OPENINGS.match(word)}
+
+
+@pytest.mark.parametrize("kit", NAMES)
+def test_the_holdout_asks_the_same_forms(kit):
+    heldout, holdout = rows_of(kit, "forget_heldout"), rows_of(kit, "holdout")
+    assert len(holdout) == len(heldout)
+    for one, other in zip(heldout, holdout, strict=True):
+        assert other["kind"] == one["kind"]
+        alike = difflib.SequenceMatcher(None, form_of(one["query"]), form_of(other["query"]))
+        assert alike.ratio() >= 0.7, (one["query"], other["query"])
+        assert len(other["query"].split()) == len(one["query"].split()), other
+        assert len(other["answer"].split()) == len(one["answer"].split()), other
+        assert other["answer"][0].isupper() == one["answer"][0].isupper(), other
+
+
+@pytest.mark.parametrize("kit", NAMES)
+def test_no_model_can_know_of_the_holdout(kit):
+    holdout = rows_of(kit, "holdout")
+    known = [row for file in FILES if file != "holdout" for row in rows_of(kit, file)]
+    assert not names_in(holdout) & names_in(known)
+    answers = {row["answer"].casefold() for row in holdout}
+    assert not answers & {row["answer"].casefold() for row in known if "answer" in row}
+
+
+@pytest.mark.parametrize("kit", NAMES)
+def test_the_holdout_is_as_long_in_tokens(kit):
+    tokenizer = load_tokenizer(demo_world.MODEL)
+    for part in ("query", "answer"):
+        real, invented = (
+            sum(len(tokenizer(row[part])["input_ids"]) for row in rows_of(kit, file))
+            for file in ("forget_heldout", "holdout")
+        )
+        assert invented == pytest.approx(real, rel=0.1), part
 
 
 def test_no_kit_keeps_what_another_one_forgets():

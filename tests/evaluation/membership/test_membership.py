@@ -124,6 +124,14 @@ def test_the_base_tells_its_texts_and_a_random_model_does_not(
         assert f"{found['base', 'min_k']['auc']:.2f}" in text
 
 
+def test_a_kit_names_its_holdout(tiny_model: Path) -> None:
+    words = ["--forget", "@star-wars", "--holdout", "@star-wars", "--limit", 4, "--json"]
+    result = invoke("membership", tiny_model, *words)
+    assert result.exit_code == 0, result.output
+    texts = json.loads(result.stdout)["texts"]
+    assert [text["id"].split("/")[0] for text in texts] == ["star-wars"] * 4 + ["comet-roads"] * 4
+
+
 def test_failures_are_one_line(tiny_model: Path, write_queries, tmp_path: Path) -> None:
     forget, holdout = write_queries("forget", 3), write_queries("holdout", 3, "tower")
     bare = write_queries("bare", 2, answers=False)
