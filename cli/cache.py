@@ -72,16 +72,13 @@ def prefixes_command() -> None:
         click.echo(f"@{name}: {template.description}\n    {template.text}")
 
 
-for command in (
-    tune_command,
-    build_command,
-    push_command,
-    pull_command,
-    list_command,
-    merge_command,
-    diff_command,
-):
-    main.add_command(command)
+main.add_command(tune_command)
+main.add_command(build_command)
+main.add_command(push_command)
+main.add_command(pull_command)
+main.add_command(list_command)
+main.add_command(merge_command)
+main.add_command(diff_command)
 
 if __name__ == "__main__":  # python -m duet_unlearn.cli.cache
     main(prog_name="duet-cache")

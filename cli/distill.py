@@ -11,10 +11,12 @@ from duet_unlearn.cli.commands.evaluate import eval_command
 from duet_unlearn.cli.commands.plan import plan_command
 from duet_unlearn.cli.commands.report import report_command
 from duet_unlearn.cli.commands.run import run_command
-from duet_unlearn.cli.commands.stress.attack import attack_command
-from duet_unlearn.cli.commands.stress.membership import membership_command
-from duet_unlearn.cli.commands.stress.probe import probe_command
-from duet_unlearn.cli.commands.stress.relearn import relearn_command
+from duet_unlearn.cli.commands.stress import (
+    attack_command,
+    membership_command,
+    probe_command,
+    relearn_command,
+)
 from duet_unlearn.cli.errors import DuetGroup, configure_logging
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}

@@ -1,1 +1,0 @@
-"""Commands that put a finished student to harder tests than questions."""
