@@ -16,20 +16,10 @@ from duet_unlearn.evaluation.report.overview import (
     searched_recalls,
     what_fine_tuning_brings,
 )
-from duet_unlearn.evaluation.report.sources import (
-    Document,
-    Sources,
-    StudentRun,
-    published,
-    reading,
-)
+from duet_unlearn.evaluation.report.sources import Document, Sources, StudentRun, reading
 from duet_unlearn.evaluation.report.stress_tests import describe_stress_tests
-from duet_unlearn.evaluation.report.verdict import (
-    Numbers,
-    index_scores,
-    judge,
-    not_tested,
-)
+from duet_unlearn.evaluation.report.verdict import Numbers, index_scores, judge, not_tested
+from duet_unlearn.urls import published_value
 
 CONTENT_FORMAT = 1
 """Raised when a key of the content changes its meaning or goes away."""
@@ -57,10 +47,7 @@ def make_content(
     Raises:
         DataError: A document lacks what its format promises.
     """
-    with reading(
-        "a student's or a stress test's record",
-        "leave its folder out, or make it again",
-    ):
+    with reading("a student's or a stress test's record", "leave its folder out, or make it again"):
         students = [_student(student) for student in sources.students]
         stress_tests = describe_stress_tests(sources)
         searched = searched_recalls([d for _, d in sources.stress_tests.get("attacking", [])])
@@ -81,7 +68,7 @@ def make_content(
         **stress_tests,
         "students": students,
         "caches": [
-            published({key: value for key, value in summary.items() if key != "samples"})
+            published_value({key: value for key, value in summary.items() if key != "samples"})
             for summary in sources.caches
         ],
     }
@@ -171,7 +158,7 @@ def _evaluation(
         "families": _families(document, numbers, models),
         "differences": [d for d in document["differences"] if d["measure"] == RECALL],
         "prefix": document["prefix"],
-        "config": published(document["config"]),
+        "config": published_value(document["config"]),
         "versions": document["versions"],
         "answers": [
             {
@@ -195,7 +182,7 @@ def _model(row: Document, sources: Sources) -> Document:
     student = None if row["prefix"] else sources.student(row["model"])
     return {
         "label": row["label"],
-        "model": published(model_name(row["model"])),
+        "model": published_value(model_name(row["model"])),
         "prefix": row["prefix"],
         "trained": None if student is None else student.name,
         "seen_families": None if student is None else seen_families(student),
@@ -282,7 +269,7 @@ def _student(student: StudentRun) -> Document:
         "name": student.name,
         "facts": facts,
         "charts": charts,
-        "config": published(run["config"]),
+        "config": published_value(run["config"]),
         "versions": run["versions"],
     }
 

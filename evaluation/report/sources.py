@@ -11,7 +11,6 @@ from duet_unlearn.data.models.adapters import RUN_FILE
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.results import REPORT_FORMAT
 from duet_unlearn.files import holds_cache
-from duet_unlearn.urls import published_name
 
 LOG_FILE = "duet_log.jsonl"
 
@@ -107,15 +106,6 @@ def reading(name: str, advice: str) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{name}: damaged, {type(error).__name__} at {error}; {advice}") from error
-
-
-def published(value: Any) -> Any:
-    """Return JSON values without the secrets and local paths that texts in them name."""
-    if isinstance(value, str):
-        return published_name(value)
-    if isinstance(value, dict):
-        return {key: published(inner) for key, inner in value.items()}
-    return [published(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from duet_unlearn.evaluation.report.charts import make_chart
-from duet_unlearn.evaluation.report.sources import Document, Sources, published
+from duet_unlearn.evaluation.report.sources import Document, Sources
+from duet_unlearn.urls import published_value
 
 
 def describe_stress_tests(sources: Sources) -> Document:
@@ -35,7 +36,7 @@ def _relearning(name: str, value: Document) -> Document:
     return {
         "name": name,
         "charts": [chart for chart in charts.values() if _has_points(chart)],
-        "config": published(value.get("config", {})),
+        "config": published_value(value.get("config", {})),
         "curves": [
             {
                 **{key: curve[key] for key in ("model", "lesson", "learning_rate")},
@@ -70,7 +71,7 @@ def _membership(name: str, value: Document) -> Document:
         ],
         "forget": first["count"],
         "holdout": first["against"],
-        "config": published(value.get("config", {})),
+        "config": published_value(value.get("config", {})),
     }
 
 
@@ -99,7 +100,7 @@ def _attacking(name: str, value: Document) -> Document:
             if row["suffix"] is not None
         ],
         "trained": value["trained"],
-        "config": published(value.get("config", {})),
+        "config": published_value(value.get("config", {})),
     }
 
 
@@ -136,7 +137,7 @@ def _probing(name: str, value: Document) -> Document:
             for row in rows
         ],
         "pairs": value["pairs"],
-        "config": published(value.get("config", {})),
+        "config": published_value(value.get("config", {})),
     }
 
 

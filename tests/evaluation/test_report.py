@@ -21,9 +21,10 @@ from duet_unlearn.evaluation.report.content import make_content
 from duet_unlearn.evaluation.report.first_tokens import compare_first_tokens
 from duet_unlearn.evaluation.report.overview import searched_recalls
 from duet_unlearn.evaluation.report.pages import render_html, render_markdown
-from duet_unlearn.evaluation.report.sources import Sources, find_sources, published
+from duet_unlearn.evaluation.report.sources import Sources, find_sources
 from duet_unlearn.evaluation.report.verdict import judge
 from duet_unlearn.teacher_cache.inspect import summarize
+from duet_unlearn.urls import published_value
 
 HOSTILE = "</script><img src=x onerror=alert(1)> | `a` \u202e [b](http://c)"
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -406,7 +407,7 @@ def test_a_damaged_document_is_one_line(tmp_path: Path, sources: Sources) -> Non
 def test_what_is_published_tells_no_path(sources: Sources, folder: Path) -> None:
     page = render_html(make_content(sources))
     assert str(folder) not in page
-    assert published({"a": ["/root/x/model", "hf://u:p@h/x"]}) == {"a": ["model", "hf://h/x"]}
+    assert published_value({"a": ["/root/x/model", "hf://u:p@h/x"]}) == {"a": ["model", "hf://h/x"]}
 
 
 def test_a_chart_places_its_points_between_its_axes() -> None:
