@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_BATCH_TOKENS = 32_768
 """Bound on rows x (longest prompt + new tokens) of a batch, which bounds the KV cache."""
 _MAX_LOGITS = 1 << 27
-"""Bound on rows x answer tokens x vocabulary of a scored batch: half a gigabyte of float32."""
+"""Bound on rows x positions x vocabulary of a scored batch: half a gigabyte of float32."""
 
 _Item = TypeVar("_Item")
 _Row = TypeVar("_Row")
@@ -120,30 +120,6 @@ def stream_answers(
             yield index, cut_at_end(row, eos_token_ids)
 
 
-def sample_answers(
-    model: "PreTrainedModel",
-    prompts: Sequence[Sequence[int]],
-    *,
-    eos_token_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int = 0,
-) -> Iterator[tuple[int, list[int]]]:
-    """Yield what `stream_answers` does, sampled at temperature 1 from the seed."""
-    import torch
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield from stream_answers(
-            model,
-            prompts,
-            eos_token_ids=eos_token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            sampled=True,
-        )
-
-
 def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:
     """Return the ids before the first end of sequence."""
     ends = frozenset(eos_token_ids)
@@ -179,14 +155,8 @@ def score_references(
 
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     longest = max(map(len, answers), default=1)
-    width: int = model.config.get_text_config().vocab_size
-    rows = max(1, min(batch_size, _MAX_LOGITS // (width * (longest + 1))))
-    found: dict[int, Likelihood] = {}
-    for batch in plan_batches(lengths, batch_size=rows, max_new_tokens=0):
-        scored = run_in_memory(score, batch, lengths.__getitem__)
-        found.update(zip(batch, scored, strict=True))
-        on_scored(len(batch))
-    return [found[index] for index in range(len(prompts))]
+    rows = rows_of_logits(model, batch_size, longest + 1)
+    return run_batches(score, lengths, batch_size=rows, on_done=on_scored)
 
 
 @contextlib.contextmanager
@@ -223,7 +193,7 @@ def _generate_batch(
 ) -> list[list[int]]:
     import torch
 
-    ids, mask = _pad_left(prompts, settings.pad_token_id, model)
+    ids, mask = pad(prompts, model.device, fill=settings.pad_token_id, left=True)
     generate: Any = model.generate
     # Not inference mode: a model that is trained on could not use what it makes there.
     with torch.no_grad(), contiguous_head_input(model):
@@ -237,7 +207,7 @@ def _score_batch(
     import torch
 
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    ids, mask = _pad_left(rows, 0, model)
+    ids, mask = pad(rows, model.device, left=True)
     kept = max(map(len, answers)) + 1
     with torch.no_grad():
         output = model(
@@ -262,14 +232,55 @@ def _score_batch(
     ]
 
 
-def _pad_left(rows: Sequence[Sequence[int]], fill: int, model: Any) -> tuple["Tensor", "Tensor"]:
-    """Return ids and mask, both `[B, T]`: every row ends at the last position."""
+def pad(
+    rows: Sequence[Sequence[int]], device: Any, *, fill: int = 0, left: bool = False
+) -> tuple["Tensor", "Tensor"]:
+    """Return ids and mask, both `[B, T]`, of rows that begin together, or end together if `left`.
+
+    Rows that begin together need no positions: causal attention never sees what is behind them.
+    """
     import torch
 
     length = max(map(len, rows))
-    ids = [[fill] * (length - len(row)) + list(row) for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+
+    def padded(row: Sequence[int], value: int) -> list[int]:
+        gap = [value] * (length - len(row))
+        return [*gap, *row] if left else [*row, *gap]
+
+    ids = [padded(row, fill) for row in rows]
+    mask = [padded([1] * len(row), 0) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def rows_of_logits(model: Any, most: int, positions: int) -> int:
+    """Return how many rows of so many positions have logits that a pass can hold."""
+    width: int = model.config.get_text_config().vocab_size
+    return max(1, min(most, _MAX_LOGITS // (width * positions)))
+
+
+def run_batches(
+    run: Callable[[Sequence[int]], list[_Row]],
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    on_done: Callable[[int], object],
+) -> list[_Row]:
+    """Return what `run` makes of each index into `lengths`, run in batches of like length.
+
+    Args:
+        run: takes indices and returns a result for each.
+        lengths: how many tokens each has.
+        batch_size: most of a batch.
+        on_done: is given the number of indices after each batch.
+
+    Raises:
+        ConfigurationError: the memory does not hold one of them.
+    """
+    found: dict[int, _Row] = {}
+    for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=0):
+        found.update(zip(batch, run_in_memory(run, batch, lengths.__getitem__), strict=True))
+        on_done(len(batch))
+    return [found[index] for index in range(len(lengths))]
 
 
 def run_in_memory(

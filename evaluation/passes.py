@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from duet_unlearn.evaluation.answers import sample_answers, score_references
+from duet_unlearn.evaluation.answers import score_references, stream_answers
 from duet_unlearn.evaluation.config import EvalConfig
 from duet_unlearn.evaluation.measures import MEASURES, Answer, Likelihood
 from duet_unlearn.evaluation.subjects import Prompt, Subject
@@ -38,29 +38,31 @@ def add_passes(
     if not needs:
         return
     model = subject.load()
+    plain = [i for i, task in enumerate(tasks) if task.attack is None]
     for label, prompts in rows.items():
+        own = answers[label]
         if "likelihood" in needs:
-            _add_likelihoods(config, subject, model, tasks, prompts, answers[label])
+            given = {i: (tasks[i].query.answer, *tasks[i].query.wrong_answers) for i in plain}
+            scored = _likelihoods(config, subject, model, prompts, given)
+            for index, (reference, *wrong) in scored.items():
+                own[index] = dataclasses.replace(
+                    own[index], reference=reference, wrong=tuple(wrong)
+                )
         if "samples" in needs:
-            _add_samples(config, subject, model, tasks, prompts, answers[label])
+            for index, texts in _samples(config, subject, model, prompts, plain).items():
+                own[index] = dataclasses.replace(own[index], samples=tuple(texts))
 
 
-def _add_likelihoods(
+def _likelihoods(
     config: EvalConfig,
     subject: Subject,
     model: "PreTrainedModel",
-    tasks: Sequence[Task],
     prompts: Sequence[Prompt],
-    answers: list[Answer],
-) -> None:
-    """Add how likely the model finds the right answer and the wrong ones."""
+    given: Mapping[int, Sequence[str | None]],
+) -> dict[int, list[Likelihood]]:
+    """Return how likely the model finds the right answer and the wrong ones, by task."""
     # A base that says nothing leaves nothing to score.
-    plain = [i for i, task in enumerate(tasks) if task.attack is None and task.query.answer]
-    pairs = [
-        (index, text)
-        for index in plain
-        for text in (tasks[index].query.answer or "", *tasks[index].query.wrong_answers)
-    ]
+    pairs = [(at, text or "") for at, texts in given.items() if texts[0] for text in texts]
     with Progress(f"scoring {subject.label}", len(pairs), "given answers") as progress:
         scored = score_references(
             model,
@@ -69,36 +71,37 @@ def _add_likelihoods(
             batch_size=config.batch_size,
             on_scored=progress.update,
         )
-    found: dict[int, list[Likelihood]] = {index: [] for index in plain}
+    found: dict[int, list[Likelihood]] = {}
     for (index, _), likelihood in zip(pairs, scored, strict=True):
-        found[index].append(likelihood)
-    for index, (reference, *wrong) in found.items():
-        answers[index] = dataclasses.replace(
-            answers[index], reference=reference, wrong=tuple(wrong)
-        )
+        found.setdefault(index, []).append(likelihood)
+    return found
 
 
-def _add_samples(
+def _samples(
     config: EvalConfig,
     subject: Subject,
     model: "PreTrainedModel",
-    tasks: Sequence[Task],
     prompts: Sequence[Prompt],
-    answers: list[Answer],
-) -> None:
-    """Add answers that are drawn and not the likeliest; the same in every evaluation."""
-    plain = [i for i, task in enumerate(tasks) if task.attack is None]
+    plain: Sequence[int],
+) -> dict[int, list[str]]:
+    """Return drawn answers in place of the likeliest, by task; the same in every evaluation."""
+    import torch
+
     drawn: dict[int, list[str]] = {index: [] for index in plain}
     total = len(plain) * config.samples
-    with Progress(f"sampling {subject.label}", total, "answers") as progress:
-        for position, ids in sample_answers(
+    with (
+        Progress(f"sampling {subject.label}", total, "answers") as progress,
+        torch.random.fork_rng(),
+    ):
+        torch.manual_seed(0)
+        for position, ids in stream_answers(
             model,
             [prompts[index] for index in plain for _ in range(config.samples)],
             eos_token_ids=subject.ends,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
+            sampled=True,
         ):
             drawn[plain[position // config.samples]].append(subject.decode(ids))
             progress.update()
-    for index, texts in drawn.items():
-        answers[index] = dataclasses.replace(answers[index], samples=tuple(texts))
+    return drawn

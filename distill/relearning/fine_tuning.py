@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from duet_unlearn.data.models.adapters import new_adapter
 from duet_unlearn.distill.relearning.lessons import Pair
-from duet_unlearn.evaluation.answers import fits_memory
+from duet_unlearn.evaluation.answers import fits_memory, pad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,19 +89,8 @@ def draw_batches(count: int, size: int, rng: random.Random) -> Iterator[list[int
 
 def answer_loss(model: Any, pairs: Sequence[Pair]) -> "Tensor":
     """Return the mean cross-entropy of the answers' tokens behind their prompts, in nats."""
-    import torch
-
-    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for row, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*prompt, *answer])
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    device = model.device
-    loss: Tensor = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
-    ).loss
+    ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], model.device)
+    targets = [[*[IGNORED] * len(prompt), *answer] for prompt, answer in pairs]
+    labels, _ = pad(targets, model.device, fill=IGNORED)
+    loss: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     return loss

@@ -29,7 +29,7 @@ def measure_membership(config: MembershipConfig) -> MembershipReport:
     """Score every text with every model.
 
     Raises:
-        ConfigurationError: The memory does not hold a batch.
+        ConfigurationError: The memory does not hold a text.
         DataError: A source or a model cannot be used, a query has no answer, a text stands on both
             sides or is too long for a model.
     """

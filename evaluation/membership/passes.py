@@ -3,11 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from duet_unlearn.evaluation.answers import fits_memory, plan_batches
+from duet_unlearn.evaluation.answers import pad, rows_of_logits, run_batches
 from duet_unlearn.evaluation.membership.scores import TextView
-
-_MAX_LOGITS = 1 << 27
-"""Bound on rows x tokens x vocabulary of a batch: half a gigabyte of float32."""
 
 
 def view_texts(
@@ -28,18 +25,15 @@ def view_texts(
         on_viewed: Is given the number of texts after each pass.
 
     Raises:
-        ConfigurationError: The memory does not hold a batch.
+        ConfigurationError: The memory does not hold a text.
     """
+
+    def view(batch: Sequence[int]) -> list[TextView]:
+        return _view_batch(model, [texts[i] for i in batch], [token_ids[i] for i in batch])
+
     lengths = [len(ids) for ids in token_ids]
-    width: int = model.config.get_text_config().vocab_size
-    rows = max(1, min(batch_size, _MAX_LOGITS // (width * max(lengths))))
-    found: dict[int, TextView] = {}
-    for batch in plan_batches(lengths, batch_size=rows, max_new_tokens=0):
-        with fits_memory(f"{len(batch)} texts of up to {lengths[batch[0]]} tokens"):
-            views = _view_batch(model, [texts[i] for i in batch], [token_ids[i] for i in batch])
-        found.update(zip(batch, views, strict=True))
-        on_viewed(len(batch))
-    return [found[index] for index in range(len(texts))]
+    rows = rows_of_logits(model, batch_size, max(lengths))
+    return run_batches(view, lengths, batch_size=rows, on_done=on_viewed)
 
 
 def _view_batch(
@@ -47,12 +41,7 @@ def _view_batch(
 ) -> list[TextView]:
     import torch
 
-    ids_BT = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, ids in enumerate(token_ids):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        mask_BT[row, : len(ids)] = 1
-    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+    ids_BT, mask_BT = pad(token_ids, model.device)
     with torch.no_grad():
         logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
     views = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duet_unlearn.evaluation.answers import plan_batches, run_in_memory
+from duet_unlearn.evaluation.answers import pad, run_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +55,7 @@ def read_last_positions(
         return _read_batch(model, [prompts[i] for i in batch], [tokens[i] for i in batch])
 
     lengths = [len(prompt) for prompt in prompts]
-    found: dict[int, LastPosition] = {}
-    for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=0):
-        found.update(zip(batch, run_in_memory(read, batch, lengths.__getitem__), strict=True))
-        on_read(len(batch))
-    return [found[index] for index in range(len(prompts))]
+    return run_batches(read, lengths, batch_size=batch_size, on_done=on_read)
 
 
 def final_norm(model: Any) -> Callable[["Tensor"], "Tensor"]:
@@ -89,18 +85,13 @@ def _read_batch(
 ) -> list[LastPosition]:
     import torch
 
-    # Padded on the right, which needs no positions: causal attention never sees it.
-    ids_BT = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-        mask_BT[row, : len(prompt)] = 1
+    ids_BT, mask_BT = pad(prompts, model.device)
     rows, last = range(len(prompts)), [len(prompt) - 1 for prompt in prompts]
     norm, head = final_norm(model), model.get_output_embeddings()
     with torch.no_grad():
         output = model.base_model(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
             output_hidden_states=True,
             use_cache=False,
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.errors import ConfigurationError, DuetError
-from duet_unlearn.evaluation.answers import run_in_memory, stream_answers
+from duet_unlearn.evaluation.answers import pad, run_in_memory, stream_answers
 from duet_unlearn.teacher_cache.engines.base import (
     AnyPrompt,
     EngineConfig,
@@ -145,7 +145,7 @@ class TransformersEngine:
         most = self._config.positions
         drawn = [row for row, prompt in enumerate(prompts) if prompt.seed is not None]
         uniform_DT = [uniforms(prompts[row].seed or 0, most) for row in drawn]
-        ids_BS, mask_BS = self._padded([prompt.ids for prompt in prompts])
+        ids_BS, mask_BS = pad([prompt.ids for prompt in prompts], self._device, left=True)
         ended_B = np.zeros(len(prompts), dtype=bool)
         lengths_B = np.zeros(len(prompts), dtype=np.int64)
         steps: list[tuple[Any, Any, Any]] = []
@@ -189,7 +189,8 @@ class TransformersEngine:
 
         responses = [prompt.given or () for prompt in prompts]
         whole = zip(prompts, responses, strict=True)
-        ids_BS, mask_BS = self._padded([[*prompt.ids, *given[:-1]] for prompt, given in whole])
+        texts = [[*prompt.ids, *given[:-1]] for prompt, given in whole]
+        ids_BS, mask_BS = pad(texts, self._device, left=True)
         rows, length = ids_BS.shape
         positions = max(map(len, responses))
         named_BTK = _named(prompts, positions, self._config.top_k)
@@ -216,15 +217,6 @@ class TransformersEngine:
             )
             for row, given in enumerate(responses)
         ]
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
-        """Return token ids and mask, `[B, S]`, padded on the left."""
-        import torch
-
-        longest = max(map(len, rows))
-        ids = [[0] * (longest - len(row)) + list(row) for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
 
     def _select(self, logits_BV: Any, named: Any = None) -> tuple[Any, ...]:
         logits_BV = logits_BV.float()
