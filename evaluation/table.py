@@ -4,6 +4,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from duet_unlearn.evaluation.measures import MEASURES, RECALL, REFUSAL
 from duet_unlearn.evaluation.results import ATTACK_THRESHOLD, EvalReport
@@ -46,9 +47,7 @@ def format_report(report: EvalReport) -> str:
         blocks += _attack_table(report)
     if columns := _harness_columns(report):
         blocks += render_columns("lm-eval's tasks, as it scores them", labels, columns)
-    text = "\n\n".join([*blocks, _notes(report)])
-    # Names of files, kinds and models are foreign text.
-    return "\n".join(map(visible, text.split("\n")))
+    return join_blocks(blocks, *_notes(report), subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _column(report: EvalReport, heading: str, *, measure: str = RECALL, **where: str) -> Column:
@@ -126,7 +125,7 @@ def _attack_table(report: EvalReport) -> list[str]:
     return render_columns(title, [*lines, "worst"], columns)
 
 
-def _notes(report: EvalReport) -> str:
+def _notes(report: EvalReport) -> list[str]:
     base = report.labels[0]
     counts = ", ".join(f"{s.name} {len(s.queries)}" for s in report.sets)
     notes = [
@@ -155,15 +154,20 @@ def _notes(report: EvalReport) -> str:
             f"*: brings less than {ATTACK_THRESHOLD:.0%} of the forget recall of {base} back in "
             f"{report.config.prefixed_label}; the worst retain recall leaves such attacks out."
         )
-    return "\n".join(
-        textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes
-    )
+    return notes
 
 
 def _widest(report: EvalReport) -> float:
     """The widest arm of an interval around a recall of a whole set, in points."""
     numbers = [report.number(row, set_name=s.name) for row in report.labels for s in report.sets]
     return max(max(n.mean - n.low, n.high - n.mean) for n in numbers if n is not None)
+
+
+def join_blocks(blocks: Sequence[str], *notes: str, **wrapping: Any) -> str:
+    """Return blocks of text with notes below them, which `textwrap` fills."""
+    filled = "\n".join(textwrap.fill(note, WIDTH, **wrapping) for note in notes)
+    # Names of files, kinds and models are foreign text.
+    return "\n".join(map(visible, "\n\n".join([*blocks, filled]).split("\n")))
 
 
 def render_columns(title: str, labels: Sequence[str], columns: Sequence[Column]) -> list[str]:

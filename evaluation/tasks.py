@@ -151,9 +151,7 @@ def load_sets(
     for split, source in sources:
         # What a kit's name stands for follows from this: its held-out queries.
         required = answered or source.startswith("@")
-        queries = load_queries(source, split=split, require_answers=required)
-        if limit is not None:
-            queries = spread(queries, limit)
+        queries = spread(load_queries(source, split=split, require_answers=required), limit)
         alone = sum(other == split for other, _ in sources) == 1
         name = unused_name(
             split if alone else f"{split} {Path(source).stem}", [s.name for s in sets]
@@ -171,9 +169,9 @@ def load_answered(sources: Iterable[str], *, split: str) -> list[Query]:
     ]
 
 
-def spread(items: Sequence[T], limit: int) -> list[T]:
-    """Return at most `limit` items at even distances: files are often sorted by kind."""
-    count = min(limit, len(items))
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most `limit` items, None for all, evenly spread: files are often sorted by kind."""
+    count = len(items) if limit is None else min(limit, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 

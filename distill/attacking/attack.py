@@ -52,8 +52,7 @@ def attack(config: AttackConfig) -> AttackReport:
             leave nothing to ask.
     """
     train, asked = _split(config)
-    kept = load_answered(config.retain, split="retain")
-    kept = spread(kept, config.limit)
+    kept = spread(load_answered(config.retain, split="retain"), config.limit)
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
     subjects = open_subjects(config, prefix)
     # All prompts first: a query that does not fit is found in seconds.

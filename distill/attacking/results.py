@@ -1,7 +1,6 @@
 """The result of an attack: what each model says behind what was searched, as JSON and as text."""
 
 import dataclasses
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.attacking.config import AttackConfig
 from duet_unlearn.evaluation.statistics import Number
-from duet_unlearn.evaluation.table import WIDTH, Column, format_points, render_columns
-from duet_unlearn.urls import visible
+from duet_unlearn.evaluation.table import Column, format_points, join_blocks, render_columns
 from duet_unlearn.versions import versions
 
 ATTACK_FORMAT = 1
@@ -94,5 +92,4 @@ def format_attacks(report: AttackReport) -> str:
     suffixes = [f"  {o.model}: {o.suffix!r}" for o in report.outcomes if o.suffix is not None]
     if suffixes:
         blocks.append("\n".join(["Suffixes, behind each query", *suffixes]))
-    text = "\n\n".join([*blocks, textwrap.fill(note, WIDTH)])
-    return "\n".join(map(visible, text.split("\n")))
+    return join_blocks(blocks, note)

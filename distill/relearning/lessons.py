@@ -90,7 +90,7 @@ def list_lessons(config: RelearnConfig) -> tuple[Lesson, ...]:
 def _open_lesson(config: RelearnConfig, source: str, forget: Sequence[Query]) -> Lesson:
     name = source if source.startswith(("@", "hub:")) else Path(source).stem
     if Path(source).suffix.lower() in TEXT_SUFFIXES:
-        asked = tuple(spread(forget, config.limit or len(forget)))
+        asked = tuple(spread(forget, config.limit))
         return Lesson(name=name, source=source, texts=_paragraphs(source), asked=asked)
     taught = load_answered([source], split="forget")
     if source in config.forget:
@@ -104,7 +104,7 @@ def _open_lesson(config: RelearnConfig, source: str, forget: Sequence[Query]) ->
             f"{len(forget)} forget queries that it does not teach, expected at least one of both; "
             "change --share, or ask other queries"
         )
-    asked = tuple(spread(others, config.limit or len(others)))
+    asked = tuple(spread(others, config.limit))
     return Lesson(name=name, source=source, queries=tuple(taught), asked=asked)
 
 

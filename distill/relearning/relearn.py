@@ -32,8 +32,7 @@ def relearn(config: RelearnConfig) -> RelearnReport:
         DataError: A query source or a model cannot be used, or a lesson leaves nothing to ask.
     """
     lessons = list_lessons(config)
-    kept = load_answered(config.retain, split="retain")
-    kept = spread(kept, config.limit) if config.limit and kept else kept
+    kept = spread(load_answered(config.retain, split="retain"), config.limit)
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
     subjects = open_subjects(config, prefix)
     curves: list[Curve] = []

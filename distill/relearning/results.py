@@ -1,7 +1,6 @@
 """The result of a relearning: curves of what comes back, as JSON values and as plain text."""
 
 import dataclasses
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.lessons import Lesson
 from duet_unlearn.evaluation.statistics import Number
-from duet_unlearn.evaluation.table import WIDTH, Column, format_points, render_columns
-from duet_unlearn.urls import visible
+from duet_unlearn.evaluation.table import Column, format_points, join_blocks, render_columns
 from duet_unlearn.versions import versions
 
 RELEARN_FORMAT = 1
@@ -98,8 +96,7 @@ def format_relearning(report: RelearnReport) -> str:
     ]
     if report.config.retain:
         notes.append("retain: the same of retain queries, after the last step at that rate.")
-    text = "\n\n".join([*blocks, "\n".join(textwrap.fill(note, WIDTH) for note in notes)])
-    return "\n".join(map(visible, text.split("\n")))
+    return join_blocks(blocks, *notes)
 
 
 def _lesson_table(report: RelearnReport, lesson: Lesson) -> list[str]:

@@ -39,7 +39,7 @@ class HeldOutRows:
         self._batch = max(1, int(config.batch_size) // config.gradient_accumulation_steps)
         texts = [text for _, _, text in reader.identities()]
         rows = [row for row, text in enumerate(texts) if split_view(text)[0] is None]
-        self._rows = rows if config.eval_limit is None else spread(rows, config.eval_limit)
+        self._rows = spread(rows, config.eval_limit)
         self.rule = LowestLoss(patience=config.early_stopping_patience)
         self.fingerprint = reader.manifest.digest
         self.texts = {asked_text(texts[row]) for row in self._rows}

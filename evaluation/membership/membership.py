@@ -7,8 +7,6 @@ on the forgotten texts separates the two sets by chance; what is far from that, 
 shows that it was (MUSE, arXiv 2407.06460).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from duet_unlearn.data.kits import find_kit
@@ -33,10 +31,13 @@ def measure_membership(config: MembershipConfig) -> MembershipReport:
         DataError: A source or a model cannot be used, a query has no answer, a text stands on both
             sides or is too long for a model.
     """
-    forget = _load(config.forget, config.limit)
     # A kit's name stands for its holdout here, where it means the held-out queries elsewhere.
     kits = [(source, find_kit(source)) for source in config.holdout]
-    holdout = _load([str(kit.holdout) if kit else source for source, kit in kits], config.limit)
+    others = [str(kit.holdout) if kit else source for source, kit in kits]
+    forget, holdout = (
+        spread(load_answered(sources, split="forget"), config.limit)
+        for sources in (config.forget, others)
+    )
     for query in holdout:
         if _text(query) in {_text(other) for other in forget}:
             raise DataError(
@@ -71,11 +72,6 @@ def measure_membership(config: MembershipConfig) -> MembershipReport:
     return MembershipReport(
         config=config, forget=tuple(forget), holdout=tuple(holdout), scores=scores
     )
-
-
-def _load(sources: Sequence[str], limit: int | None) -> list[Query]:
-    queries = load_answered(sources, split="forget")
-    return spread(queries, limit or len(queries))
 
 
 def _parts(query: Query) -> list[str]:

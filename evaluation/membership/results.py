@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,7 @@ from duet_unlearn.data.queries import Query
 from duet_unlearn.evaluation.membership.config import MembershipConfig
 from duet_unlearn.evaluation.membership.scores import SCORES
 from duet_unlearn.evaluation.statistics import Scores, Separation, separate
-from duet_unlearn.evaluation.table import WIDTH, render_columns
-from duet_unlearn.urls import visible
+from duet_unlearn.evaluation.table import join_blocks, render_columns
 from duet_unlearn.versions import versions
 
 MEMBERSHIP_FORMAT = 1
@@ -80,8 +78,7 @@ def format_membership(report: MembershipReport) -> str:
         "texts apart as well as memory: read a student against its base."
     )
     blocks = render_columns("Forgotten texts against the holdout", labels, columns)
-    text = "\n\n".join([*blocks, textwrap.fill(notes, WIDTH)])
-    return "\n".join(map(visible, text.split("\n")))
+    return join_blocks(blocks, notes)
 
 
 def _cell(found: Separation) -> str:

@@ -1,7 +1,6 @@
 """The result of a probe: a row a model and layer, as JSON values and as plain text."""
 
 import dataclasses
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 from duet_unlearn.data.queries import Query
 from duet_unlearn.evaluation.probing.config import ProbeConfig
 from duet_unlearn.evaluation.statistics import Number
-from duet_unlearn.evaluation.table import WIDTH, Column, format_points, render_columns
-from duet_unlearn.urls import visible
+from duet_unlearn.evaluation.table import Column, format_points, join_blocks, render_columns
 from duet_unlearn.versions import versions
 
 PROBE_FORMAT = 1
@@ -114,9 +112,6 @@ def format_probe(report: ProbeReport) -> str:
         "tells apart, in points (50 is chance), trained on retain queries. shuffled: trained on "
         "exchanged answers. retain: of retain queries, by cross-validation.",
     ]
-    blocks = [
-        *render_columns("Logit lens", layers, lens),
-        *render_columns("Linear probe", layers, probe),
-        "\n".join(textwrap.fill(note, WIDTH) for note in notes),
-    ]
-    return "\n".join(map(visible, "\n\n".join(blocks).split("\n")))
+    blocks = render_columns("Logit lens", layers, lens)
+    blocks += render_columns("Linear probe", layers, probe)
+    return join_blocks(blocks, *notes)
