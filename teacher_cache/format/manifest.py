@@ -10,10 +10,9 @@ import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
-from duet_unlearn.files import user_path, write_text
+from duet_unlearn.files import CACHE_FORMAT, user_path, write_text
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
-    FORMAT_NAME,
     FORMAT_VERSIONS,
     MANIFEST_NAME,
     SHARD_FOLDER,
@@ -164,7 +163,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values, its digest computed anew."""
         body = {
-            "format": FORMAT_NAME,
+            "format": CACHE_FORMAT,
             "format_version": self.recipe.version,
             "recipe": self.recipe.to_json(),
             "recipe_id": self.recipe_id,
@@ -210,11 +209,7 @@ def read_manifest(cache: Path) -> Manifest:
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
-    """Check the untrusted bytes of a manifest and return what they hold.
-
-    Args:
-        data: The file's bytes; a caller reads at most `MAX_MANIFEST_BYTES` and one more.
-        where: Path or URL of the file, for messages.
+    """Check the untrusted bytes of a manifest and return what they hold; messages say `where`.
 
     Raises:
         CorruptCacheError: The manifest is damaged, edited, too large or of another version.
@@ -268,7 +263,7 @@ def parse_manifest(value: object) -> Manifest:
         CorruptCacheError: The values are not a manifest of a known version, or its digest is not
             that of its content.
     """
-    if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
+    if not isinstance(value, dict) or value.get("format") != CACHE_FORMAT:
         raise CorruptCacheError("not the manifest of a teacher cache; check the path")
     version = value.get("format_version")
     if type(version) is not int or version not in FORMAT_VERSIONS:
@@ -337,11 +332,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 def check_pin(manifest: Manifest, pin: str | None, where: str | Path) -> None:
-    """Refuse a cache that has another digest than the one it is pinned to.
-
-    Raises:
-        MismatchError: It has.
-    """
+    """Refuse a cache of another digest than the one it is pinned to with a MismatchError."""
     if pin not in (None, manifest.digest):
         raise MismatchError(
             f"{where}: this cache has digest {manifest.digest}, expected {pin}; "
@@ -358,12 +349,8 @@ def split_pin(cache: str | Path) -> tuple[Path, str | None]:
     text = str(cache)
     path, separator, digest = text.rpartition("@sha256:")
     if not separator:
-        return _local(text), None
+        return user_path(text, "cache") if text else Path(), None
     pin = f"sha256:{digest.lower()}"
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", pin):
         raise CacheError(f"{text}: the digest after @sha256: has to be 64 hex digits")
-    return _local(path), pin
-
-
-def _local(name: str) -> Path:
-    return user_path(name, "cache") if name else Path()
+    return user_path(path, "cache") if path else Path(), pin

@@ -91,10 +91,7 @@ def find_problems(
 ) -> Iterator[str | None]:
     """Yield what is wrong with each shard, None where it is sound.
 
-    Args:
-        paths: Shards.
-        recipe: Theirs; says how much memory a row may need.
-        hashes: `sha256:<hex>` of each, where that is known.
+    The recipe says how much memory a row may need; `hashes` are `sha256:<hex>` where known.
 
     Raises:
         CacheError: No process for the check can be started.

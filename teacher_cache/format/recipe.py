@@ -10,16 +10,20 @@ from duet_unlearn.errors import ConfigurationError, CorruptCacheError
 from duet_unlearn.teacher_cache.format.schema import COUNTS, SHARD_COLUMNS, SPLITS
 from duet_unlearn.teacher_cache.format.strict_json import checked, with_entries
 
-PREFIX_PLACES = ("system", "user", "raw")
-LOGIT_DTYPES = ("float16", "float32")
-SCORED = ("assistant", "all")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+_CHOICES = {
+    "prefix_place": ("system", "user", "raw"),
+    "logit_dtype": ("float16", "float32"),
+    "compute_dtype": ("float32", "bfloat16", "float16"),
+    "scored": ("assistant", "all"),
+}
+_BOUNDS = {
+    "strength": (0, 100),
+    "temperature": (0, 100),
+    "seed": (0, (1 << 31) - 1),
+    "positions": (1, 1 << 16),
+}
 MAX_TOP_K = 1 << 20
-MAX_POSITIONS = 1 << 16
 MAX_ROW_LOGITS = 1 << 24
-MAX_STRENGTH = 100
-MAX_TEMPERATURE = 100
-MAX_SEED = (1 << 31) - 1
 _Id = Annotated[int, pydantic.Field(strict=True, ge=0, lt=1 << 31)]
 
 
@@ -61,43 +65,28 @@ class Recipe:
     scored: str | None = None
     """What has signals of a row of the split `train` with a given response: `assistant`, that turn,
     or `all`, every token. None where there is no such split."""
-    strength: Annotated[float, pydantic.Field(strict=True, ge=0, le=MAX_STRENGTH)] = 0.0
+    strength: Annotated[float, pydantic.Field(strict=True)] = 0.0
     """By how much forget rows were moved further from the base without prefix."""
-    temperature: Annotated[float, pydantic.Field(strict=True, ge=0, le=MAX_TEMPERATURE)] = 0.0
+    temperature: Annotated[float, pydantic.Field(strict=True)] = 0.0
     """At which responses of the split `train` that are not given were drawn; 0 for greedy ones."""
     seed: _Id = 0
     """What they were drawn by."""
-    top_p: Annotated[float, pydantic.Field(strict=True, gt=0, le=1)] = 1.0
+    top_p: Annotated[float, pydantic.Field(strict=True)] = 1.0
     """Positions have the fewest of their K strongest tokens that hold this share of all mass; 1
     keeps K."""
 
     def __post_init__(self) -> None:
-        """Check the values that come from flags.
-
-        Raises:
-            ConfigurationError: A value is out of its range.
-        """
-        for name, allowed in (
-            ("prefix_place", PREFIX_PLACES),
-            ("logit_dtype", LOGIT_DTYPES),
-            ("compute_dtype", COMPUTE_DTYPES),
-        ):
-            if getattr(self, name) not in allowed:
+        """Refuse values that are out of range with a ConfigurationError, as flags give them."""
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed and not (name == "scored" and value is None):
                 raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                    f"{name} is {value!r}, expected one of {', '.join(allowed)}"
                 )
-        if self.scored not in (None, *SCORED):
-            raise ConfigurationError(
-                f"scored is {self.scored!r}, expected one of {', '.join(SCORED)}"
-            )
-        if not 0 <= self.strength <= MAX_STRENGTH:
-            raise ConfigurationError(f"strength is {self.strength}, expected 0 to {MAX_STRENGTH}")
-        if not 0 <= self.temperature <= MAX_TEMPERATURE:
-            raise ConfigurationError(
-                f"temperature is {self.temperature}, expected 0 to {MAX_TEMPERATURE}"
-            )
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigurationError(f"seed is {self.seed}, expected 0 to {MAX_SEED}")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigurationError(f"{name} is {value}, expected {least} to {most}")
         if self.temperature and self.scored is None:
             raise ConfigurationError("temperature is set, but there is no split train to sample")
         if self.seed and not self.temperature:
@@ -106,10 +95,6 @@ class Recipe:
             )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p is {self.top_p}, expected above 0 to 1")
-        if not 1 <= self.positions <= MAX_POSITIONS:
-            raise ConfigurationError(
-                f"positions is {self.positions}, expected 1 to {MAX_POSITIONS}"
-            )
         if not 1 <= self.top_k <= min(self.vocab_size, MAX_TOP_K):
             raise ConfigurationError(
                 f"top_k is {self.top_k}, but the teacher's vocabulary has {self.vocab_size} tokens;"

@@ -1,4 +1,4 @@
-"""Columns, Parquet settings and metadata keys of a shard, in both versions of the format."""
+"""Names, limits and columns of a shard, in both versions of the format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from duet_unlearn.files import CACHE_FORMAT
 from duet_unlearn.teacher_cache.format.signal import Signal
 
-FORMAT_NAME = CACHE_FORMAT
 FORMAT_VERSIONS = (1, 2)
 """What is read; `Recipe.version` says which of them a cache is."""
 SPLITS = ("forget", "retain", "train")
@@ -33,10 +31,6 @@ MAX_QUERY_ID_BYTES = 1 << 12
 MAX_QUERY_BYTES = ROW_GROUP_TEXT_BYTES
 MAX_PROMPT_TOKENS = 1 << 20
 
-# Limits of a shard's footer, which is read before anything else is known of it.
-MAX_FOOTER_BYTES = 1 << 22
-MAX_ROW_GROUPS = 1 << 14
-
 SHARD_COLUMNS = (
     "query_id",
     "split",
@@ -50,16 +44,6 @@ SHARD_COLUMNS = (
 COUNTS = "counts"
 """One column more, where positions have different numbers of tokens."""
 IDENTITY_COLUMNS = SHARD_COLUMNS[:3]
-
-# Keys of a shard's Parquet metadata; values are UTF-8 text.
-META_VERSION = b"duet.format_version"
-META_RECIPE = b"duet.recipe"
-META_RECIPE_ID = b"duet.recipe_id"
-META_QUERIES = b"duet.queries"
-META_INDEX = b"duet.shard_index"
-META_COUNT = b"duet.shard_count"
-META_ENGINES = b"duet.engines"
-META_STATISTICS = b"duet.statistics"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +100,8 @@ def rows_to_table(
     lists: dict[str, list[npt.NDArray[Any]]] = {
         "prompt_ids": [row.prompt_ids for row in rows],
         "response_ids": [signal.response_ids for signal in signals],
-        "token_ids": [row.signal.token_ids[mask] for row, mask in zip(rows, kept, strict=True)],
-        "logits": [row.signal.logits[mask] for row, mask in zip(rows, kept, strict=True)],
+        "token_ids": [s.token_ids[mask] for s, mask in zip(signals, kept, strict=True)],
+        "logits": [s.logits[mask] for s, mask in zip(signals, kept, strict=True)],
         "logsumexp": [signal.logsumexp for signal in signals],
         COUNTS: [mask.sum(axis=1) for mask in kept],
     }
@@ -133,13 +117,11 @@ def rows_to_table(
 
 def _list_column(arrays: Sequence[npt.NDArray[Any]], kind: pa.ListType) -> pa.ListArray:
     dtype = kind.value_type.to_pandas_dtype()
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    lengths = np.array([len(a) for a in arrays], np.int64).cumsum()
-    if len(lengths) and lengths[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{lengths[-1]} list entries in one shard, more than a Parquet list holds")
-    offsets[1:] = lengths
-    flat = np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=kind)
+    offsets = np.cumsum([0, *map(len, arrays)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{offsets[-1]} list entries in one shard, more than a Parquet list holds")
+    flat = np.concatenate(arrays).astype(dtype, copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat), type=kind)
 
 
 def rows_per_group(top_k: int, positions: int) -> int:

@@ -16,43 +16,27 @@ from duet_unlearn.errors import CacheError, CorruptCacheError
 from duet_unlearn.files import atomic_path
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry, shard_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.format.row_group import (
-    Identities,
-    Identity,
-    RowGroup,
-    check_claims,
-)
+from duet_unlearn.teacher_cache.format.row_group import Identities, Identity, RowGroup, check_claims
 from duet_unlearn.teacher_cache.format.schema import (
     COUNTS,
     FORMAT_VERSIONS,
     IDENTITY_COLUMNS,
-    MAX_FOOTER_BYTES,
     MAX_PROMPT_TOKENS,
     MAX_QUERY_BYTES,
     MAX_QUERY_ID_BYTES,
-    MAX_ROW_GROUPS,
-    META_COUNT,
-    META_ENGINES,
-    META_INDEX,
-    META_QUERIES,
-    META_RECIPE,
-    META_RECIPE_ID,
-    META_STATISTICS,
-    META_VERSION,
     SHARD_FOLDER,
     CacheRow,
     logit_type,
     row_group_rows,
     rows_to_table,
 )
-from duet_unlearn.teacher_cache.format.statistics import (
-    SplitStatistics,
-    SplitSums,
-    rows_statistics,
-)
+from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, SplitSums, rows_statistics
 from duet_unlearn.teacher_cache.format.strict_json import checked, parse_json
 
 _SUMS = pydantic.TypeAdapter(SplitSums)
+# Limits of a shard's footer, which is read before anything else is known of it.
+MAX_FOOTER_BYTES = 1 << 22
+MAX_ROW_GROUPS = 1 << 14
 _COMPRESSION_LEVEL = 6
 # A column of a row group in one page: smaller than several, and faster to read.
 _PAGE_BYTES = 1 << 24
@@ -135,12 +119,7 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
 
 
 def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> ShardEntry:
-    """Write one shard under its final name, whole or not at all.
-
-    Args:
-        cache: The cache folder.
-        rows: The shard's rows, in the order of `SPLITS`.
-        header: What goes into the metadata beside the sums of `rows`.
+    """Write one shard, its rows in the order of `SPLITS`, under its final name or not at all.
 
     Raises:
         CacheError: A row is not storable, the shard is too long, or the folder cannot be written.
@@ -169,22 +148,18 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
             write_page_checksum=True,
             write_statistics=["query_id", "split"],
         )
-        _check_readable(path, temporary)
+        try:
+            _check_footer(pq.read_metadata(temporary))
+        except ValueError as error:
+            raise CacheError(
+                f"{path}: cannot be written ({error}); give a smaller --shard-rows"
+            ) from None
     counts = {split: statistics[split].rows for split in header.recipe.splits}
     return entry_of(path, counts, group_rows)
 
 
-def _check_readable(path: Path, written: Path) -> None:
-    """Refuse to keep a shard whose footer no reader would take."""
-    try:
-        _check_footer(pq.read_metadata(written))
-    except ValueError as error:
-        raise CacheError(
-            f"{path}: cannot be written ({error}); give a smaller --shard-rows"
-        ) from None
-
-
 def _check_footer(footer: pq.FileMetaData) -> None:
+    """Refuse a footer that no reader would take with a ValueError."""
     if footer.serialized_size > MAX_FOOTER_BYTES:
         raise ValueError(
             f"a footer of {footer.serialized_size} bytes, expected at most {MAX_FOOTER_BYTES}"
@@ -227,14 +202,14 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
         return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
 
     return {
-        META_VERSION: str(header.recipe.version).encode(),
-        META_RECIPE_ID: header.recipe.recipe_id.encode(),
-        META_RECIPE: pack(header.recipe.to_json()),
-        META_QUERIES: header.queries.encode(),
-        META_INDEX: str(header.index).encode(),
-        META_COUNT: str(header.count).encode(),
-        META_ENGINES: pack(list(header.engines)),
-        META_STATISTICS: pack({split: asdict(statistics[split]) for split in header.recipe.splits}),
+        b"duet.format_version": str(header.recipe.version).encode(),
+        b"duet.recipe_id": header.recipe.recipe_id.encode(),
+        b"duet.recipe": pack(header.recipe.to_json()),
+        b"duet.queries": header.queries.encode(),
+        b"duet.shard_index": str(header.index).encode(),
+        b"duet.shard_count": str(header.count).encode(),
+        b"duet.engines": pack(list(header.engines)),
+        b"duet.statistics": pack({s: asdict(statistics[s]) for s in header.recipe.splits}),
     }
 
 
@@ -287,11 +262,7 @@ class ShardFile:
         ]
 
     def check_claims(self) -> None:
-        """Check that no row group is described as larger than the format allows.
-
-        Raises:
-            CorruptCacheError: One is.
-        """
+        """Refuse a row group described as larger than the format allows (CorruptCacheError)."""
         try:
             for index in range(self._footer.num_row_groups):
                 check_claims(self._footer.row_group(index), self.header.recipe)
@@ -364,16 +335,17 @@ def _read_metadata(
     path: Path, metadata: dict[bytes, bytes]
 ) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
     try:
-        version, expected = metadata[META_VERSION].decode(), " or ".join(map(str, FORMAT_VERSIONS))
+        version = metadata[b"duet.format_version"].decode()
+        expected = " or ".join(map(str, FORMAT_VERSIONS))
         if version in expected.split(" or "):
-            recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
+            recipe = Recipe.from_json(parse_json(metadata[b"duet.recipe"]))
             expected = str(recipe.version)
         if version != expected:
             raise CorruptCacheError(f"{path}: format version {version[:20]}, expected {expected}")
-        if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
+        if metadata[b"duet.recipe_id"].decode() != recipe.recipe_id:
             raise CorruptCacheError(f"{path}: recipe id is not that of its recipe")
-        engines = parse_json(metadata[META_ENGINES])
-        sums = parse_json(metadata[META_STATISTICS])
+        engines = parse_json(metadata[b"duet.engines"])
+        sums = parse_json(metadata[b"duet.statistics"])
         if not (
             isinstance(engines, list)
             and all(isinstance(engine, dict) for engine in engines)
@@ -382,9 +354,9 @@ def _read_metadata(
             raise CorruptCacheError(f"{path}: metadata of the wrong type")
         header = ShardHeader(
             recipe=recipe,
-            queries=metadata[META_QUERIES].decode(),
-            index=int(metadata[META_INDEX]),
-            count=int(metadata[META_COUNT]),
+            queries=metadata[b"duet.queries"].decode(),
+            index=int(metadata[b"duet.shard_index"]),
+            count=int(metadata[b"duet.shard_count"]),
             engines=tuple(engines),
         )
         return header, checked(_SUMS, {s: sums.get(s) for s in recipe.splits}, "statistics")

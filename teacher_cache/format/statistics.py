@@ -11,10 +11,7 @@ import pydantic
 
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
 from duet_unlearn.teacher_cache.format.schema import SPLITS, CacheRow
-from duet_unlearn.teacher_cache.format.strict_json import (
-    Count,
-    with_entries,
-)
+from duet_unlearn.teacher_cache.format.strict_json import Count, with_entries
 
 # A writer may sum before or after it rounds logits to float16.
 _ROUNDING = 0.02
@@ -36,12 +33,8 @@ class SplitStatistics:
     lower bound of the full entropy, and close to it where the mass is."""
 
     def __add__(self, other: "SplitStatistics") -> "SplitStatistics":
-        return SplitStatistics(
-            rows=self.rows + other.rows,
-            positions=self.positions + other.positions,
-            mass=self.mass + other.mass,
-            entropy=self.entropy + other.entropy,
-        )
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
+        return SplitStatistics(**sums)
 
     def agrees_with(self, other: "SplitStatistics") -> bool:
         """Say whether counts are the same and sums are up to the rounding of stored logits."""
@@ -70,9 +63,8 @@ def signal_statistics(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the mass of the Top-K and the entropy in nats, each `[T]`.
 
-    Args:
-        logits: Raw Top-K logits, `[T, K]`, minus infinity in empty places.
-        logsumexp: Over the full vocabulary, `[T]`.
+    Takes raw Top-K logits `[T, K]`, minus infinity in empty places, and the logsumexp `[T]` over
+    the full vocabulary.
     """
     # Logits of an untrusted cache may be absurd; what comes out is then no number, and agrees with
     # none.

@@ -12,7 +12,7 @@ from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import CacheError, CorruptCacheError
 from duet_unlearn.teacher_cache.format import shard as shard_module
 from duet_unlearn.teacher_cache.format.quarantine import find_problems
-from duet_unlearn.teacher_cache.format.shard import ShardFile, _check_readable
+from duet_unlearn.teacher_cache.format.shard import ShardFile
 
 _TREE = runpy.run_path(str(Path(__file__).with_name("fuzz") / "thrift_tree.py"))
 parse: Callable[[bytes], list[Any]] = _TREE["parse"]
@@ -127,8 +127,9 @@ def test_logits_of_another_width_than_the_recipes_are_refused(shard: Path) -> No
 
 
 def test_a_shard_that_no_reader_would_take_is_not_kept(
-    shard: Path, monkeypatch: pytest.MonkeyPatch
+    cache_of_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_module, "MAX_FOOTER_BYTES", 1000)
     with pytest.raises(CacheError, match=r"expected at most 1000\); give a smaller --shard-rows"):
-        _check_readable(shard, shard)
+        cache_of_rows("cache", ROWS)
+    assert not list((tmp_path / "cache" / "shards").iterdir())
