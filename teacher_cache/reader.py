@@ -91,7 +91,9 @@ class CacheReader:
         self.manifest = manifest = shards.manifest
         self._shards = shards
         self.num_rows = manifest.num_rows
-        self.splits = np.concatenate([_split_codes(shard) for shard in manifest.shards])
+        counts = [list(shard.rows.values()) for shard in manifest.shards]
+        codes = np.arange(len(SPLITS), dtype=np.uint8)
+        self.splits = np.concatenate([np.repeat(codes[: len(c)], c) for c in counts])
         """Split of every row, `[num_rows]`, its place in `SPLITS`."""
         # Of each row group, its shard and which of that shard's it is.
         self._locations: list[tuple[int, int]] = []
@@ -339,8 +341,3 @@ def check_bytes(path: Path, shard: ShardEntry, where: str | None = None) -> None
             f"{where}: its bytes have {digest[:19]}, the manifest says {shard.sha256[:19]}; "
             f"{_DAMAGED}"
         )
-
-
-def _split_codes(shard: ShardEntry) -> npt.NDArray[np.uint8]:
-    counts = list(shard.rows.values())
-    return np.repeat(np.arange(len(counts), dtype=np.uint8), counts)

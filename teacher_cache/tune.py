@@ -297,8 +297,7 @@ class _Measurement:
         first = -(-self.config.sample // 3)
         few: list[int] = []
         for split in ("forget", "retain"):
-            of_split = [index for index, query in enumerate(self.asked) if query.split == split]
-            few += of_split[:first]
+            few += [i for i, query in enumerate(self.asked) if query.split == split][:first]
         return few, [index for index in range(len(self.asked)) if index not in few]
 
     def _usable_prompts(self, candidates: Sequence[Candidate]) -> dict[Candidate, list[list[int]]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
 from duet_unlearn.urls import is_url
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +62,11 @@ def verify(cache: str | Path) -> VerifyReport:
     return _verify(folder, manifest, unlisted, lambda _: contextlib.nullcontext())
 
 
-_HaveShard = Callable[[ShardEntry], contextlib.AbstractContextManager[None]]
-
-
 def _verify(
-    folder: Path, manifest: Manifest, unlisted: Sequence[str], have: _HaveShard
+    folder: Path,
+    manifest: Manifest,
+    unlisted: Sequence[str],
+    have: Callable[[ShardEntry], contextlib.AbstractContextManager[None]],
 ) -> VerifyReport:
     problems = [
         f"{folder / SHARD_FOLDER / name}: not listed in the manifest; remove it"

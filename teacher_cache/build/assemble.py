@@ -103,12 +103,7 @@ class Assembly:
         return tuple(self._entries[index] for index in range(len(self.plan.shards)))
 
     def write(self, index: int, rows: Sequence[CacheRow], engines: Engines) -> None:
-        """Write one shard under its final name.
-
-        Args:
-            index: Which shard.
-            rows: Its rows in the plan's order.
-            engines: What computed them.
+        """Write one shard, its rows in the plan's order, under its final name.
 
         Raises:
             CacheError: A row is not storable, or the folder cannot be written.
@@ -134,13 +129,8 @@ class Assembly:
     ) -> Manifest:
         """Write the card and, last of all, the manifest of a cache that has all its shards.
 
-        Args:
-            teacher: The teacher's name.
-            samples: See `collect_samples`.
-            check: See `Manifest.check`.
-
         Raises:
-            CacheError: The folder cannot be written.
+            OutputError: The folder cannot be written.
         """
         plan = self.plan
         totals = {split: SplitStatistics() for split in plan.recipe.splits}

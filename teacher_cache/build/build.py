@@ -28,11 +28,7 @@ from duet_unlearn.progress import Progress
 from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache, find_finished
 from duet_unlearn.teacher_cache.build.check import check_teacher
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
-from duet_unlearn.teacher_cache.build.inputs import (
-    RenderedPrompts,
-    load_query_set,
-    render_prompts,
-)
+from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_set, render_prompts
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import plan_shards
 from duet_unlearn.teacher_cache.build.responses import cut_given
@@ -173,16 +169,7 @@ class _Build:
     ) -> None:
         """Run the teacher on the rows that no cache holds, given by shard and number in it."""
         context = context_length(read_config(self.model))
-        prompts = render_prompts(
-            self.shards,
-            wanted,
-            self.renderer,
-            retain_prefix=self.recipe.retain_prefix,
-            strengthen=self.recipe.strength > 0,
-            seed=self.recipe.seed if self.recipe.temperature else None,
-            positions=self.recipe.positions,
-            context=context,
-        )
+        prompts = render_prompts(self.shards, wanted, self.renderer, self.recipe, context)
         steered = self.config.check and self.config.prefix is not None
         answer_tokens = ANSWER_TOKENS if steered else 0
         if context is not None:

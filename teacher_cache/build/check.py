@@ -44,14 +44,8 @@ def check_teacher(
 ) -> dict[str, Any]:
     """Answer a seeded sample behind the prefix and without it, and warn of a bad teacher.
 
-    Args:
-        teacher: Answers.
-        queries: All queries of the cache.
-        renderer: Makes the prompts.
-        tokenizer: Decodes the answers.
-        retain_prefix: Whether the prefix stands in front of retain queries; where it does not,
-            their signals are the base's own and there is nothing to ask.
-        max_new_tokens: Longest answer in tokens.
+    Where the prefix does not stand in front of retain queries (`retain_prefix`), their signals are
+    the base's own and there is nothing to ask.
 
     Returns:
         Names and numbers for the manifest, in points; see `Steering`.
@@ -104,11 +98,12 @@ def _warn(scores: Mapping[str, Steering], compared: Mapping[str, Sequence[Asked]
             "base's own signals there, or another prefix (duet-cache tune)",
             retain.recall,
             retain.queries,
-            _example(min(compared["retain"], key=lambda entry: _kept(recall_of(entry)))),
+            _example(min(compared["retain"], key=_kept)),
         )
 
 
-def _kept(recall: float | None) -> float:
+def _kept(asked: Asked) -> float:
+    recall = recall_of(asked)
     return 1.0 if recall is None else recall
 
 

@@ -18,6 +18,7 @@ from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.build.responses import load_given
 from duet_unlearn.teacher_cache.build.teacher import ShardPrompts
+from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -110,24 +111,20 @@ def render_prompts(
     shards: Sequence[Sequence[Query]],
     wanted: Mapping[int, Container[int]],
     renderer: PromptRenderer,
-    *,
-    retain_prefix: bool,
-    strengthen: bool,
-    seed: int | None,
-    positions: int,
+    recipe: Recipe,
     context: int | None,
 ) -> RenderedPrompts:
     """Render the prompts of a planned cache, check all of them, and keep those that are wanted.
 
+    All are rendered, so that the length of the longest prompt, and with it the engine's settings,
+    do not depend on what is left to do.
+
     Args:
-        shards: The queries of every shard. All are rendered, so that the length of the longest
-            prompt, and with it the engine's settings, do not depend on what is left to do.
+        shards: The queries of every shard.
         wanted: For some shards, the numbers of the queries whose prompts are kept.
         renderer: Makes the prompts.
-        retain_prefix: Whether the prefix stands in front of retain queries too.
-        strengthen: Whether prompts of forget queries come without the prefix too.
-        seed: Draws the answers to queries of `train`; None decodes them greedily.
-        positions: Decoding steps a query.
+        recipe: Says where the prefix stands, whether prompts of forget queries come without it
+            too, and what draws the answers to queries of `train`.
         context: Tokens that the teacher reads, None where that has no limit.
 
     Raises:
@@ -135,6 +132,7 @@ def render_prompts(
     """
     queries = list(chain.from_iterable(shards))
     _warn_of_control_tokens(queries, renderer)
+    positions = recipe.positions
     student: dict[int, dict[int, TokenIds]] = {index: {} for index in wanted}
     teacher = {index: ShardPrompts(index=index, prompts={}) for index in wanted}
     longest, longest_query = 0, queries[0]
@@ -158,17 +156,17 @@ def render_prompts(
                     asked = told = query.view.render(query.messages, renderer)
                 else:
                     asked = told = renderer.student_ids(query.messages)
-                    if query.split == "forget" or (query.split == "retain" and retain_prefix):
+                    if query.split == "forget" or recipe.retain_prefix:
                         told = renderer.teacher_ids(query.messages)
                 if len(told) > longest:
                     longest, longest_query = len(told), query
                 if number in kept:
                     student[index][number] = np.array(asked, np.int32)
                     teacher[index].prompts[number] = np.array(told, np.int32)
-                    if strengthen and query.split == "forget":
+                    if recipe.strength > 0 and query.split == "forget":
                         teacher[index].plain[number] = student[index][number]
-                    if seed is not None and query.split == "train":
-                        teacher[index].seeds[number] = row_seed(seed, query.text)
+                    if recipe.temperature and query.split == "train":
+                        teacher[index].seeds[number] = row_seed(recipe.seed, query.text)
                 bar.update()
     if context is not None and longest + positions > context:
         query = longest_query

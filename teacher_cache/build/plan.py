@@ -98,11 +98,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> "Part":
-        """Read `I/N`.
-
-        Raises:
-            ConfigurationError: It is not that, or I is not 1 to N.
-        """
+        """Read `I/N`; a ConfigurationError where it is not that, or I is not 1 to N."""
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None:
             raise ConfigurationError(

@@ -27,12 +27,8 @@ logger = logging.getLogger(__name__)
 def load_given(source: str, scored: str) -> Iterator[Query]:
     """Yield what a source gives responses to, a query for each turn of the assistant's.
 
-    Args:
-        source: See `load_responses`.
-        scored: `assistant`, or `all` for whole conversations; see `Recipe.scored`.
-
-    Raises:
-        DataError: The source is unusable.
+    With `all` for `scored`, see `Recipe`, one for each conversation; errors are those of
+    `load_responses`.
     """
     for query in load_responses(source):
         last = len(query.messages)
@@ -53,12 +49,8 @@ def cut_given(
 ) -> list[Query]:
     """Return queries with the tokens of given responses, longer ones as several.
 
-    Args:
-        queries: Those whose last turn is the assistant's get tokens; others stay as they are.
-        renderer: Makes the tokens.
-        tokenizer: Shows a stretch as text.
-        recipe: Says what is scored, and how many positions a row has at most.
-        context: Tokens that the teacher reads, None where that has no limit.
+    Those whose last turn is the assistant's get tokens, others stay as they are. `context` are the
+    tokens that the teacher reads, None where that has no limit.
 
     Raises:
         DataError: The chat template does not take a conversation.

@@ -33,10 +33,6 @@ _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
 def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:
     """Open caches that have to share one recipe, that of the first where none is given.
 
-    Args:
-        names: `PATH` or `PATH@sha256:DIGEST` each.
-        recipe: What their recipe has to be.
-
     Raises:
         CacheError: One is no finished cache.
         MismatchError: One has another recipe (the message lists what differs) or digest.
@@ -104,10 +100,7 @@ class RowSource:
 class PlannedRows:
     """Rows of a source that go into planned shards, fetched a window of shards at a time.
 
-    Args:
-        source: Where the rows are.
-        places: For each shard, the row that goes to each of its numbers.
-        recipe: Says how large a row may be.
+    `places` says for each shard which row goes to each of its numbers.
     """
 
     def __init__(
@@ -161,12 +154,6 @@ def find_reusable(
 
     A query is known by its text, because teams number theirs differently. Its split counts only
     where the recipe leaves the steering prefix out in front of retain queries.
-
-    Args:
-        readers: The caches, of that recipe all.
-        recipe: The recipe of the new cache.
-        shards: The queries of all its shards.
-        missing: The shards whose rows are needed.
 
     Raises:
         CorruptCacheError: One is damaged.

@@ -71,12 +71,7 @@ class Teacher(Protocol):
 
 
 class LocalTeacher:
-    """One engine, in this process or a child of it.
-
-    Args:
-        engine: Answers.
-        strength: By how much steering is strengthened, see `strengthen`.
-    """
+    """One engine, in this process or a child of it, whose steering is strengthened."""
 
     def __init__(self, engine: Engine, strength: float = 0.0) -> None:
         self._engine = engine

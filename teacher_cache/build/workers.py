@@ -123,12 +123,7 @@ def _naming_this_machine() -> Iterator[None]:
 
 
 class RayTeacher:
-    """Answers shards with N workers on a Ray cluster.
-
-    Args:
-        job: What every worker does.
-        workers: How many.
-        address: `local`, `auto`, or where the cluster is.
+    """Answers shards with N workers on a Ray cluster; for its address see `connected`.
 
     Raises:
         ConfigurationError: Ray is not installed, there is no cluster at the address, or it has
@@ -210,12 +205,8 @@ def worker_resources(
 
     Where the cluster has GPUs, a worker gets those its engine needs. Elsewhere it gets an equal
     share of the CPUs, as many as let all workers run at once; Ray sets its number of threads to
-    that, so that engines on one machine do not fight.
-
-    Args:
-        nodes: What each machine of the cluster offers, by Ray's names.
-        workers: How many workers.
-        gpus: GPUs that one engine takes.
+    that, so that engines on one machine do not fight. `nodes` are what each machine offers, by
+    Ray's names, `gpus` what one engine takes.
 
     Raises:
         ConfigurationError: The cluster is too small.

@@ -30,12 +30,7 @@ import duet_unlearn
 from duet_unlearn.data.models.folder import read_config
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import cut_at_end
-from duet_unlearn.teacher_cache.engines.base import (
-    AnyPrompt,
-    EngineConfig,
-    Prompt,
-    check_signal,
-)
+from duet_unlearn.teacher_cache.engines.base import AnyPrompt, EngineConfig, Prompt, check_signal
 from duet_unlearn.teacher_cache.engines.options import check_options
 from duet_unlearn.teacher_cache.format.signal import Signal
 
@@ -128,11 +123,8 @@ class VllmEngine:
     ) -> Iterator[tuple[list[int | None], list[list[int]], Any]]:
         """Yield indices of finished prompts, what was decoded for each, and what was captured.
 
-        An index is None for a row of an abandoned stream.
-
-        Args:
-            prompts: What to run.
-            max_new_tokens: Decode so many tokens and capture nothing; None captures signals.
+        An index is None for a row of an abandoned stream. With `max_new_tokens` so many tokens are
+        decoded and nothing is captured.
         """
         # vLLM knows rows by numbers that are never used twice: whatever an abandoned stream
         # left in flight cannot be taken for a row of this one.
