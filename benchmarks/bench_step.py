@@ -100,8 +100,7 @@ def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any])
 
     def make_sampler(process: int, num_processes: int) -> StepSampler:
         return StepSampler(
-            objective.order.splits,
-            objective.order.row_groups,
+            objective.order,
             seed=0,
             batch_size=BATCH,
             process=process,

@@ -31,7 +31,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
     )
     student = open_student(arguments.model)
-    objective = duet.open_objective(config, student)
+    objective = duet.Duet(config, student)
     objective.prepare(PromptRenderer(load_tokenizer(student.folder)))
     dataset, counts = objective.dataset, {"padded": 0, "real": 0, "in a tree": 0}
     steps = trees = 0

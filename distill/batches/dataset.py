@@ -23,11 +23,10 @@ from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.batches.replay import JoinedRows
-from duet_unlearn.distill.batches.sampler import FORGET, PLAIN, RETAIN, TRAIN, Draw
+from duet_unlearn.distill.batches.sampler import PLAIN, Draw
 from duet_unlearn.errors import DataError
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
-
-SPLIT_CODES = {"forget": FORGET, "retain": RETAIN, "train": TRAIN}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +36,7 @@ class Example:
     name: str
     """Query id, and the view behind a slash; shown when something goes wrong."""
     split: int
+    """Its place in `SPLITS`."""
     weight: float
     prompt_ids: npt.NDArray[np.int32]
     response_ids: npt.NDArray[np.int32]
@@ -101,7 +101,7 @@ class CacheDataset(Dataset[Example]):
         scored, kept = slice(self.positions), slice(self.top_k)
         example = Example(
             name=name,
-            split=SPLIT_CODES[row.split],
+            split=SPLITS.index(row.split),
             weight=draw.weight,
             prompt_ids=prompt_ids,
             response_ids=row.response_ids[scored],

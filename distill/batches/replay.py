@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from duet_unlearn.distill.objectives.base import IN_VIEW, SPLITS
+from duet_unlearn.distill.objectives.base import IN_VIEW
 from duet_unlearn.errors import MismatchError
 from duet_unlearn.teacher_cache.format.row_group import Identity
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CachedRow, CacheReader
 
 logger = logging.getLogger(__name__)

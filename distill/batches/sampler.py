@@ -16,8 +16,10 @@ from torch.utils.data import Sampler
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order
+from duet_unlearn.teacher_cache.build.plan import merge_evenly
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 
-FORGET, RETAIN, TRAIN = 0, 1, 2
+FORGET, RETAIN, TRAIN = range(len(SPLITS))
 
 # Row groups of each split that are mixed at a time. Two windows, and two more while moving on,
 # stay within what the reader keeps decoded.
@@ -58,43 +60,20 @@ def epoch_order(
         `[N]` row indices.
     """
     generator = np.random.default_rng([seed, epoch])
-    merged = np.empty(0, np.int64)
+    merged: list[int] = []
     for split in (FORGET, RETAIN, TRAIN):
-        rows = _shuffle_windows(_rows_by_group(splits, row_groups, split), generator)
-        merged = merge_in_proportion(merged, rows)
-    return merged
+        groups = [np.flatnonzero(splits[g.start : g.stop] == split) + g.start for g in row_groups]
+        merged = merge_evenly(merged, _shuffle_windows(list(filter(len, groups)), generator))
+    return np.array(merged, np.int64)
 
 
-def _rows_by_group(
-    splits: npt.NDArray[np.uint8], row_groups: Sequence[range], split: int
-) -> list[RowIndices]:
-    groups = [
-        np.flatnonzero(splits[group.start : group.stop] == split) + group.start
-        for group in row_groups
-    ]
-    return [group for group in groups if len(group)]
-
-
-def _shuffle_windows(groups: Sequence[RowIndices], generator: np.random.Generator) -> RowIndices:
+def _shuffle_windows(groups: Sequence[RowIndices], generator: np.random.Generator) -> list[int]:
     order = generator.permutation(len(groups))
-    windows = [
-        generator.permutation(
-            np.concatenate([groups[i] for i in order[start : start + WINDOW_GROUPS]])
-        )
-        for start in range(0, len(order), WINDOW_GROUPS)
-    ]
-    return np.concatenate(windows) if windows else np.empty(0, np.int64)
-
-
-def merge_in_proportion(forget: RowIndices, retain: RowIndices) -> RowIndices:
-    """Spread two sequences evenly over one, each in its own order (Bresenham's line)."""
-    total = len(forget) + len(retain)
-    steps = np.arange(total + 1, dtype=np.int64) * len(forget) // max(total, 1)
-    is_forget = np.diff(steps) == 1
-    merged = np.empty(total, np.int64)
-    merged[is_forget] = forget
-    merged[~is_forget] = retain
-    return merged
+    rows: list[int] = []
+    for start in range(0, len(order), WINDOW_GROUPS):
+        window = [groups[i] for i in order[start : start + WINDOW_GROUPS]]
+        rows += generator.permutation(np.concatenate(window)).tolist()
+    return rows
 
 
 def sampler_of(
@@ -102,13 +81,10 @@ def sampler_of(
 ) -> "StepSampler":
     """Return the sampler of a run's rows for one of its processes."""
     return StepSampler(
-        order.splits,
-        order.row_groups,
+        order,
         seed=config.seed,
         batch_size=int(config.batch_size),
         accumulation=config.gradient_accumulation_steps,
-        num_views=order.num_views,
-        view_weights=order.view_weights,
         process=process,
         num_processes=num_processes,
     )
@@ -132,39 +108,28 @@ class StepSampler(Sampler[list[Draw]]):
     each epoch.
 
     Args:
-        splits: Split of every row, `[N]`.
-        row_groups: Rows that are decoded together.
+        order: The rows and views to draw from.
         seed: Of the run.
         batch_size: Rows an optimizer step, all processes together.
         accumulation: Forward passes a step on each process.
-        num_views: How many views there are to draw from; 0 draws plain queries alone.
-        view_weights: How often each view is drawn against the others; None is equally often.
         process: Index of this process.
         num_processes: How many processes share each step.
     """
 
     def __init__(
         self,
-        splits: npt.NDArray[np.uint8],
-        row_groups: Sequence[range],
+        order: Order,
         *,
         seed: int,
         batch_size: int,
         accumulation: int = 1,
-        num_views: int = 0,
-        view_weights: Sequence[float] | None = None,
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.splits = splits
-        self.row_groups = row_groups
+        self.order = order
         self.seed = seed
         self.rows_per_step = batch_size
         self.accumulation = accumulation
-        self.num_views = num_views
-        self.view_shares = None
-        if view_weights is not None:
-            self.view_shares = np.array(view_weights, np.float64) / np.sum(view_weights)
         self.process = process
         self.num_processes = num_processes
         self.epoch = 0
@@ -176,7 +141,7 @@ class StepSampler(Sampler[list[Draw]]):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch; the last may hold fewer rows."""
-        drawn = int((self.splits != IN_VIEW).sum())
+        drawn = int((self.order.splits != IN_VIEW).sum())
         return -(-drawn // self.rows_per_step)
 
     def __len__(self) -> int:
@@ -189,19 +154,21 @@ class StepSampler(Sampler[list[Draw]]):
 
     def steps(self) -> Iterator[list[Draw]]:
         """Yield the draws of each optimizer step of the epoch, all processes together."""
-        order = epoch_order(self.splits, self.row_groups, seed=self.seed, epoch=self.epoch)
+        order, weights = self.order, self.order.view_weights
+        rows = epoch_order(order.splits, order.row_groups, seed=self.seed, epoch=self.epoch)
         # A generator of its own: adding views must not change the order of the rows.
         generator = np.random.default_rng([self.seed, self.epoch, 1])
-        if self.view_shares is None:
-            views = generator.integers(max(self.num_views, 1), size=len(order))
+        if weights is None:
+            views = generator.integers(max(order.num_views, 1), size=len(rows))
         else:
-            views = generator.choice(self.num_views, size=len(order), p=self.view_shares)
-        for start in range(0, len(order), self.rows_per_step):
+            shares = np.array(weights, np.float64) / np.sum(weights)
+            views = generator.choice(order.num_views, size=len(rows), p=shares)
+        for start in range(0, len(rows), self.rows_per_step):
             part = slice(start, start + self.rows_per_step)
-            yield self._draws(order[part].tolist(), views[part].tolist())
+            yield self._draws(rows[part].tolist(), views[part].tolist())
 
     def _draws(self, rows: list[int], views: list[int]) -> list[Draw]:
-        if self.num_views == 0:
+        if self.order.num_views == 0:
             return [Draw(row, PLAIN, 1.0 / len(rows)) for row in rows]
         weight = 0.5 / len(rows)
         return [

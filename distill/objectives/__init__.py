@@ -13,8 +13,9 @@ from types import MappingProxyType
 class ObjectiveKind:
     """An objective that `--objective` offers, before anything heavy is imported."""
 
-    module: str
-    """Of this package; its `open_objective(config, student)` returns the `base.Objective`."""
+    name: str
+    """Module of this package and, behind a colon, the `base.Objective` in it, which takes the
+    settings and the student."""
     inputs: tuple[str, ...]
     """Settings that it cannot do without."""
     settings: tuple[str, ...] = ()
@@ -24,7 +25,7 @@ class ObjectiveKind:
 OBJECTIVES: Mapping[str, ObjectiveKind] = MappingProxyType(
     {
         "duet": ObjectiveKind(
-            module="duet",
+            name="duet:Duet",
             inputs=("cache",),
             settings=(
                 *("replay", "views", "loss", "delta", "temperature", "ce_weight"),
@@ -32,7 +33,7 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = MappingProxyType(
             ),
         ),
         "gradient-difference": ObjectiveKind(
-            module="gradient_difference", inputs=("forget", "retain")
+            name="gradient_difference:GradientDifference", inputs=("forget", "retain")
         ),
     }
 )

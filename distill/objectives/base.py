@@ -1,6 +1,6 @@
 """What an objective gives to the trainer."""
 
-import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.objectives import OBJECTIVES
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from duet_unlearn.data.prompts import PromptRenderer
 
-SPLITS = ("forget", "retain", "train")
 IN_VIEW = len(SPLITS)
 """In place of a split's code: never drawn by itself; the target of a retain row in a view, say."""
 
@@ -111,5 +111,5 @@ def open_objective(config: RunConfig, student: Student) -> Objective:
         ConfigurationError: A setting does not fit the inputs.
         DuetError: An input is missing, unreadable or malformed.
     """
-    module = importlib.import_module(f"{__package__}.{OBJECTIVES[config.objective].module}")
-    return cast("Objective", module.open_objective(config, student))
+    found = pkgutil.resolve_name(f"{__package__}.{OBJECTIVES[config.objective].name}")
+    return cast("Objective", found(config, student))

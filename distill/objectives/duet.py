@@ -29,11 +29,6 @@ logger = logging.getLogger(__name__)
 _TRIED = 16
 
 
-def open_objective(config: RunConfig, student: Student) -> "Duet":
-    """Open the cache and the views; errors are those of `Duet`."""
-    return Duet(config, student)
-
-
 class Duet:
     """Distance of the student's logits to the teacher's at the cached tokens.
 

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.queries import Query
-from duet_unlearn.distill.batches.dataset import SPLIT_CODES, Example, collate
+from duet_unlearn.distill.batches.dataset import Example, collate
 from duet_unlearn.distill.batches.sampler import FORGET, Draw
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.losses import row_means
@@ -37,14 +37,10 @@ from duet_unlearn.distill.objectives.base import Order, Story
 from duet_unlearn.distill.objectives.duet import warn_of_trained
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.tasks import load_answered
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
-
-
-def open_objective(config: RunConfig, student: Student) -> "GradientDifference":
-    """Read the queries; errors are those of `GradientDifference`."""
-    return GradientDifference(config, student)
 
 
 class GradientDifference:
@@ -65,7 +61,7 @@ class GradientDifference:
             for split in ("forget", "retain")
             for query in load_answered(getattr(config, split), split=split)
         ]
-        codes = np.array([SPLIT_CODES[query.split] for query in self._queries], np.uint8)
+        codes = np.array([SPLITS.index(query.split) for query in self._queries], np.uint8)
         self.order = Order(splits=codes, row_groups=[range(len(codes))])
         pairs = [[query.split, query.text, query.answer] for query in self._queries]
         digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -143,7 +139,7 @@ class AnswerDataset(Dataset[Example]):
             self._examples.append(
                 Example(
                     name=query.query_id,
-                    split=SPLIT_CODES[query.split],
+                    split=SPLITS.index(query.split),
                     weight=0.0,
                     prompt_ids=prompt,
                     response_ids=answer,

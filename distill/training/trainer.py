@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from duet_unlearn.distill.batches.sampler import StepSampler
-from duet_unlearn.distill.objectives.base import SPLITS, Objective
+from duet_unlearn.distill.objectives.base import Objective
 from duet_unlearn.distill.training.checkpoint_selection import (
     Evaluation,
     HeldOutLoss,
@@ -30,6 +30,7 @@ from duet_unlearn.distill.training.checkpoint_selection import (
 )
 from duet_unlearn.errors import ConfigurationError, OutputError, first_line, some
 from duet_unlearn.files import write_error
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 if TYPE_CHECKING:
     from duet_unlearn.distill.training.held_out import HeldOut

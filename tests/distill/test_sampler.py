@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,9 @@ from duet_unlearn.distill.batches.sampler import (
     Draw,
     StepSampler,
     epoch_order,
-    merge_in_proportion,
     split_evenly,
 )
+from duet_unlearn.distill.objectives.base import Order
 
 
 def groups_of(size: int, rows: int) -> tuple[range, ...]:
@@ -22,20 +24,20 @@ def splits_of(pattern: list[int]) -> np.ndarray:
     return np.array(pattern, np.uint8)
 
 
-def sampler_of(pattern: list[int], **settings: int) -> StepSampler:
-    defaults = {"seed": 0, "batch_size": 4}
-    return StepSampler(splits_of(pattern), groups_of(3, len(pattern)), **{**defaults, **settings})
+def sampler_of(
+    pattern: list[int], *, num_views: int = 0, view_weights: Any = None, **settings: int
+) -> StepSampler:
+    order = Order(
+        splits=splits_of(pattern),
+        row_groups=groups_of(3, len(pattern)),
+        num_views=num_views,
+        view_weights=view_weights,
+    )
+    return StepSampler(order, **{"seed": 0, "batch_size": 4, **settings})
 
 
 def rows_of(step: list[Draw]) -> list[int]:
     return [draw.row for draw in step]
-
-
-def test_merging_keeps_both_orders_and_spreads_them_evenly():
-    merged = merge_in_proportion(np.array([7, 8]), np.array([1, 2, 3, 4]))
-    assert merged.tolist() == [1, 2, 7, 3, 4, 8]
-    assert merge_in_proportion(np.array([], np.int64), np.array([5, 6])).tolist() == [5, 6]
-    assert merge_in_proportion(np.array([5, 6]), np.array([], np.int64)).tolist() == [5, 6]
 
 
 @settings(max_examples=60, deadline=None)
