@@ -302,11 +302,7 @@ class RunConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other.
-
-        Raises:
-            ConfigurationError: Some do.
-        """
+        """Refuse settings that contradict each other."""
         self._check_objective()
         for name in ("delta", "temperature"):
             self._check_loss_takes(name)

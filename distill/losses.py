@@ -2,7 +2,9 @@
 
 Shapes: B rows (queries or views of them), T positions, K cached tokens, V the head's width, S what
 a loss compares at a position: the K tokens, or K + 1 where a last bucket stands for all the others.
-Every function computes in float32 whatever dtype the logits come in (float64 stays).
+Every function computes in float32 whatever dtype the logits come in (float64 stays); those that
+compare two sides take the student's and the teacher's, `[..., S]` both, and return one value a
+position, `[...]`.
 
 A distribution over the K tokens and a tail is the softmax of K + 1 numbers: the K raw logits and
 the logsumexp of all others. So the losses with a tail are those without, on one bucket more.
@@ -29,14 +31,6 @@ def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Te
 
     With `d = student - teacher`, an entry is `d**2 / 2` up to `|d| = delta` and
     `delta * (|d| - delta / 2)` beyond. No softmax is taken, so a shift of all logits counts.
-
-    Args:
-        student_logits: `[..., K]`, any floating dtype.
-        teacher_logits: `[..., K]`, same shape.
-        delta: Where the square turns into a line, in logits, positive.
-
-    Returns:
-        One value a position, `[...]` float32.
     """
     distance = (single(student_logits) - single(teacher_logits)).abs()
     near = distance.clamp(max=delta)
@@ -45,29 +39,15 @@ def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Te
 
 
 def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean squared distance of raw logits; twice what Huber is within its delta.
-
-    Args:
-        student_logits: `[..., K]`, any floating dtype.
-        teacher_logits: `[..., K]`, same shape.
-
-    Returns:
-        One value a position, `[...]` float32.
-    """
+    """Mean squared distance of raw logits; twice what Huber is within its delta."""
     return (single(student_logits) - single(teacher_logits)).square().mean(dim=-1)
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Forward divergence `KL(teacher || student)` of softmaxes over the last dimension.
+    """Forward divergence `KL(teacher || student)` of softmaxes over the last dimension, in nats.
 
-    Args:
-        student_logits: `[..., S]`, any floating dtype.
-        teacher_logits: `[..., S]`, same shape.
-        temperature: Divides both sides' logits; the result is multiplied by its square, so that
-            gradients keep their size (Hinton, Vinyals, Dean 2015).
-
-    Returns:
-        Nats a position, `[...]` float32.
+    The temperature divides both sides' logits; the result is multiplied by its square, so that
+    gradients keep their size (Hinton, Vinyals, Dean 2015).
     """
     log_student = _log_softmax(student_logits, temperature)
     log_teacher = _log_softmax(teacher_logits, temperature)
@@ -77,23 +57,16 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
 def reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """Reverse divergence `KL(student || teacher)`; arguments and result as of `kl`."""
+    """Reverse divergence `KL(student || teacher)`; the temperature is as in `kl`."""
     log_student = _log_softmax(student_logits, temperature)
     log_teacher = _log_softmax(teacher_logits, temperature)
     return temperature**2 * _divergence(log_student, log_teacher)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence `KL(p || m) / 2 + KL(q || m) / 2`, `m = (p + q) / 2`.
+    """Jensen-Shannon divergence `KL(p || m) / 2 + KL(q || m) / 2`, `m = (p + q) / 2`, in nats.
 
     As JensUn uses it (arXiv 2509.02820). It is at most log 2, so no query pulls without bound.
-
-    Args:
-        student_logits: `[..., S]`, any floating dtype.
-        teacher_logits: `[..., S]`, same shape.
-
-    Returns:
-        Nats a position, `[...]` float32.
     """
     log_student = _log_softmax(student_logits, 1.0)
     log_teacher = _log_softmax(teacher_logits, 1.0)

@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 def soft_tokens(model: Any, vectors_ND: "Tensor") -> Iterator[list[int]]:
     """Yield token ids behind the vocabulary that stand for vectors while the block runs.
 
-    Whatever takes prompts of token ids then takes them too: a loss, a generation.
-
-    Args:
-        model: A causal language model; its input embedding is hooked.
-        vectors_ND: One vector a token, in the space of the embedding's output.
+    Whatever takes prompts of token ids then takes them too: a loss, a generation. The vectors are
+    in the space of the input embedding's output; that is hooked.
     """
     embedding = model.get_input_embeddings()
     first: int = embedding.weight.shape[0]
@@ -71,17 +68,8 @@ def train_soft_prompt(
     """Return vectors `[N, D]` that make answers likely (arXiv 2402.09063, 2104.08691).
 
     Adam on the mean cross-entropy of the answers' tokens; the model stays as it is. The vectors
-    start as the embedding of the spacers of a suffix.
-
-    Args:
-        model: In evaluation mode, its weights frozen.
-        prompts: What to answer.
-        tokens: N.
-        steps: Of Adam.
-        rate: Over the root mean square of the embedding's entries.
-        batch_size: Prompts of a step.
-        seed: Decides the order of the prompts.
-        on_step: Is given 1 after each step.
+    start as the embedding of the spacers of a suffix. The rate is over the root mean square of the
+    embedding's entries, the seed decides the order of the prompts; `on_step` is given 1 after each.
 
     Raises:
         ConfigurationError: The memory does not hold a step.

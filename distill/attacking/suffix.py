@@ -60,11 +60,6 @@ class SuffixSearch:
         )
         self.ids = list(prompts[0].inserted)
 
-    @property
-    def text(self) -> str:
-        """The suffix as a user types it behind a query."""
-        return self._text(self.ids)
-
     def run(self, steps: int, on_step: Callable[[int], object] = lambda _count: None) -> str:
         """Search, and return the suffix.
 
@@ -77,7 +72,7 @@ class SuffixSearch:
             losses = self._losses(batch, tried)
             self.ids = tried[losses.index(min(losses))]
             on_step(1)
-        return self.text
+        return self._text(self.ids)
 
     def _propose(self, batch: Sequence[Prompt]) -> list[list[int]]:
         """Return suffixes with one token exchanged."""
@@ -119,13 +114,9 @@ class SuffixSearch:
             [prompt.answer for _ in tried for prompt in batch],
             batch_size=self._batch_size,
         )
-        total = sum(len(prompt.answer) for prompt in batch)
-        width = len(batch)
-        return [
-            -sum(sum(row.log_probabilities) for row in scored[at * width : (at + 1) * width])
-            / total
-            for at in range(len(tried))
-        ]
+        sums = [sum(row.log_probabilities) for row in scored]
+        total, width = sum(len(prompt.answer) for prompt in batch), len(batch)
+        return [-sum(sums[at : at + width]) / total for at in range(0, len(sums), width)]
 
     def _can_be_typed(self, ids: Sequence[int], prompt: Prompt) -> bool:
         text = self._text(ids)

@@ -22,10 +22,7 @@ NO_VIEWS = "none"
 def load_views(sources: Sequence[str], cached: Sequence[str] = ()) -> tuple[Shape, ...]:
     """Return the views of all sources, each text once; named again, it takes the later weight.
 
-    Args:
-        sources: What `--view` took.
-        cached: Texts of the shapes in which the cache holds retain queries; without a source, they
-            are the views.
+    Without a source they are `cached`: the shapes in which the cache holds retain queries.
 
     Raises:
         ConfigurationError: A built-in name is unknown, or a weight is not above 0.
@@ -49,9 +46,8 @@ def load_views(sources: Sequence[str], cached: Sequence[str] = ()) -> tuple[Shap
 
 def _split_weight(source: str) -> tuple[str, float]:
     name, equals, text = source.rpartition("=")
-    if (
-        not equals or Path(source).expanduser().exists()
-    ):  # an equals sign may stand in a file's name
+    # An equals sign may stand in a file's name.
+    if not equals or Path(source).expanduser().exists():
         return source, 1.0
     try:
         weight = float(text)

@@ -78,12 +78,10 @@ def open_student(model: str) -> Student:
 
 
 def describe_student(model: str, folder: Path, *, weights: str) -> Student:
-    """Describe a model by what its folder holds beside the weights.
+    """Describe a model by what its folder holds beside the weights; a config.json is enough.
 
-    Args:
-        model: As the user gave it.
-        folder: Where it is; a config.json is enough.
-        weights: Fingerprint of its weights; empty where nobody compares them.
+    `model` is its name as the user gave it, `weights` their fingerprint, empty where nobody
+    compares it.
 
     Raises:
         DataError: The configuration is not a language model's.

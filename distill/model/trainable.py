@@ -39,11 +39,7 @@ class Trained:
 
 
 def check_trained(config: "RunConfig") -> None:
-    """Refuse settings that choose what is trained and contradict each other.
-
-    Raises:
-        ConfigurationError: Some do.
-    """
+    """Refuse settings that choose what is trained and contradict each other."""
     if config.layers is not None:
         parse_layers(config.layers)
     if config.parameters is not None:

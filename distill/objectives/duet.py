@@ -32,10 +32,6 @@ _TRIED = 16
 class Duet:
     """Distance of the student's logits to the teacher's at the cached tokens.
 
-    Args:
-        config: The run.
-        student: What is trained.
-
     Raises:
         ConfigurationError: The cache holds fewer tokens or positions than asked for.
         DataError: A view file is missing or malformed.

@@ -8,7 +8,6 @@ settings, not a random number.
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from duet_unlearn.data.prompts import PromptRenderer
-
-logger = logging.getLogger(__name__)
 
 _LABEL = "student"
 
@@ -69,11 +66,7 @@ class HeldOut:
     def prepare(
         self, student: Student, renderer: "PromptRenderer", tokenizer: "PreTrainedTokenizerBase"
     ) -> None:
-        """Render all prompts.
-
-        Raises:
-            DataError: A query is too long for the student.
-        """
+        """Render all prompts; a DataError where one is too long for the student."""
         self._tokenizer = tokenizer
         self._ends = eos_token_ids(student.folder)
         self._prompts = [task.render(renderer) for task in self._tasks]
@@ -89,13 +82,9 @@ class HeldOut:
     def measure(
         self, model: "PreTrainedModel", step: int, *, process: int = 0, processes: int = 1
     ) -> Evaluation:
-        """Ask everything; several processes share the work and all get the result.
+        """Ask everything after so many optimizer steps.
 
-        Args:
-            model: The student as it is now.
-            step: Optimizer steps done.
-            process: Index of this process.
-            processes: How many processes share the queries; 1 where each has to ask them all.
+        Several processes share the work and all get the result; 1 where each has to ask them all.
         """
         with undisturbed(model):
             answers = generate_answers(

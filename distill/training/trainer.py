@@ -57,7 +57,7 @@ class DuetTrainer(Trainer):
     Args:
         model: The student.
         args: The Trainer's arguments; accumulation is theirs, the batch size the sampler's.
-        objective: Examples and losses; it takes hold of the model here.
+        objective: Takes hold of the model here.
         make_sampler: Called with process index and number of processes.
         callbacks: Further callbacks.
         held_out: What `evaluate` asks.
