@@ -88,11 +88,7 @@ def check_target(target: Path, mark: str) -> None:
 
 
 def write_target(target: Path, text: str) -> None:
-    """Write a file that was checked before the work.
-
-    Raises:
-        OutputError: It cannot be written after all.
-    """
+    """Write a file that was checked before the work; an OutputError where it fails after all."""
     remove_temporary_files(target.parent, re.escape(target.name))
     try:
         write_text(target, text)
@@ -107,13 +103,7 @@ def _not_written(target: Path, error: BaseException) -> OutputError:
 
 @contextlib.contextmanager
 def measuring(out: Path | None = None) -> Iterator[None]:
-    """Look at `--out` before work of which no part is kept, and say so where it is stopped.
-
-    Raises:
-        ConfigurationError: As `check_target`.
-        OutputError: So, too.
-        StoppedError: The user stopped it.
-    """
+    """Look at `--out`, as `check_target`, before work of which no part is kept if it is stopped."""
     if out is not None:
         check_target(out, '"duet-unlearn": "')  # among the versions
     try:

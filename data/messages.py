@@ -109,11 +109,7 @@ def check_messages(value: object, *, answered: bool = False) -> tuple[Message, .
 
 
 def check_text(text: str, column: str) -> str:
-    """The text as it is, unless it cannot be encoded.
-
-    Raises:
-        ValueError: the text has a surrogate without its other half.
-    """
+    """The text as it is; a ValueError where half a surrogate pair in it cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

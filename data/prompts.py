@@ -298,8 +298,7 @@ class PromptRenderer:
     def _insert_between_tokens(self, student_text: str, teacher_text: str) -> tuple[int, ...]:
         """The student's ids with the tokens of the inserted text between two of them.
 
-        Raises:
-            DataError: no place for the text is a border between two of the student's tokens.
+        A DataError where no place for the text is a border between two of the student's tokens.
         """
         student = self._tokenize(student_text)
         for place, text in self._candidates(student_text, teacher_text):

@@ -46,11 +46,7 @@ def families() -> dict[str, tuple[Shape, ...]]:
 
 
 def built_in_shapes(name: str) -> tuple[Shape, ...]:
-    """Return what `@name` stands for: a group, a shape, or `family:NAME`.
-
-    Raises:
-        ConfigurationError: There is no such name.
-    """
+    """Return what `@name` stands for: a group, a shape, or `family:NAME`; refuse other names."""
     if name.startswith(FAMILY_MARK):
         by_family = families()
         family = name.removeprefix(FAMILY_MARK)

@@ -319,11 +319,7 @@ def run_in_memory(
 
 @contextlib.contextmanager
 def fits_memory(what: str) -> Iterator[None]:
-    """Say in one line what did not fit, should the memory run out while the block runs.
-
-    Raises:
-        ConfigurationError: It does.
-    """
+    """Say in one line (ConfigurationError) what did not fit where the memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -57,11 +57,7 @@ class Subject:
         return model
 
     def render(self, label: str, tasks: Sequence[Task], max_new_tokens: int) -> list[Prompt]:
-        """Return the prompts of one row.
-
-        Raises:
-            DataError: A task is empty or too long for the model, or its template refuses it.
-        """
+        """Return the prompts of one row; a DataError where one is empty, too long or refused."""
         context = context_length(read_config(self.folder))
         prompts = []
         for task in tasks:

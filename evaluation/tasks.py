@@ -71,11 +71,7 @@ class Task:
         return None if self.attack is None else self.attack.name
 
     def render(self, renderer: "PromptRenderer", *, prefixed: bool = False) -> list[int]:
-        """Return the prompt's token ids `[P]`, with the renderer's prefix if `prefixed`.
-
-        Raises:
-            DataError: The chat template refuses the conversation.
-        """
+        """Return the prompt's token ids `[P]`, with the renderer's prefix if `prefixed`."""
         messages = self.query.messages
         if self.attack is not None and self.attack.shape is not None:
             shape = self.attack.shape
@@ -194,11 +190,7 @@ def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Attack]) -> tuple[Tas
 
 
 def check_length(task: Task, length: int, label: str, limit: int | None, new_tokens: int) -> None:
-    """Refuse a prompt that is empty or leaves no room for its answer.
-
-    Raises:
-        DataError: It is one of the two.
-    """
+    """Refuse a prompt that is empty or leaves no room for its answer with a DataError."""
     where = f"query {task.query.query_id} of {task.set_name}"
     if task.attack is not None:
         where += f" under attack {task.attack.name}"

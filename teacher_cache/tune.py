@@ -373,11 +373,7 @@ class _Document(pydantic.BaseModel):
 
 
 def load_tuned(path: str) -> dict[str, Any]:
-    """Return what the first candidate of `tune --json` says of a build: prefix, place and so on.
-
-    Raises:
-        DataError: The file cannot be read or holds no such document.
-    """
+    """Return what the first candidate of `tune --json` says of a build: prefix, place and so on."""
     text = read_text(path, "file; write one with duet-cache tune --json")
     try:
         return _Document.model_validate_json(text).candidates[0].model_dump()

@@ -63,8 +63,7 @@ KITS: Mapping[str, Kit] = MappingProxyType({kit.name: kit for kit in _KITS})
 def find_kit(source: str) -> Kit | None:
     """Return the kit that a query source names, or None where it is a file or a hub dataset.
 
-    Raises:
-        DataError: The source starts with `@`, but no kit has that name.
+    A DataError where the source starts with `@`, but no kit has that name.
     """
     if not source.startswith(KIT_MARK):
         return None

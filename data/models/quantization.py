@@ -25,9 +25,8 @@ _GROUPS = (128, 64, 32)
 def quantize_weights(model: "PreTrainedModel", scheme: str) -> int:
     """Quantize a model's linear modules in place; return how many there are.
 
-    Raises:
-        ConfigurationError: torchao is not installed or has no such scheme, or the model has no
-            linear module, or one that torchao leaves as it is.
+    A ConfigurationError where torchao is not installed or has no such scheme, or the model has no
+    linear module, or one that torchao leaves as it is.
     """
     linear = _linear_modules(model)
     try:

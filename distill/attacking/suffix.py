@@ -61,11 +61,7 @@ class SuffixSearch:
         self.ids = list(prompts[0].inserted)
 
     def run(self, steps: int, on_step: Callable[[int], object] = lambda _count: None) -> str:
-        """Search, and return the suffix.
-
-        Raises:
-            ConfigurationError: The memory does not hold a step.
-        """
+        """Search, and return the suffix as a user types it behind a query."""
         for _ in range(steps):
             batch = self._random.sample(list(self._prompts), self._queries)
             tried = [self.ids, *self._propose(batch)]

@@ -67,11 +67,7 @@ class Student:
 
 
 def open_student(model: str) -> Student:
-    """Find a model folder and read everything but its weights.
-
-    Raises:
-        DataError: The folder or hub model is missing, or not a language model.
-    """
+    """Find a model folder and read everything but its weights; a DataError where there is none."""
     user_path(model, "student")  # `~nobody` is named as such
     folder = resolve_model_folder(model)
     return describe_student(model, folder, weights=weights_fingerprint(folder))
@@ -81,10 +77,7 @@ def describe_student(model: str, folder: Path, *, weights: str) -> Student:
     """Describe a model by what its folder holds beside the weights; a config.json is enough.
 
     `model` is its name as the user gave it, `weights` their fingerprint, empty where nobody
-    compares it.
-
-    Raises:
-        DataError: The configuration is not a language model's.
+    compares it. A DataError where the configuration is not a language model's.
     """
     config = read_config(folder)
     hidden_size = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
@@ -116,11 +109,10 @@ def read_licence(folder: Path) -> str | None:
 
 
 def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: CacheReader) -> None:
-    """Refuse a cache whose token ids are not the student's.
+    """Refuse a cache whose token ids are not the student's with a MismatchError.
 
-    Raises:
-        MismatchError: The vocabularies differ, the same query gives other ids, or the student's
-            head is too narrow for the cached ids.
+    The vocabularies may differ, the same query may give other ids, or the student's head may be too
+    narrow for the cached ids.
     """
     recipe = reader.manifest.recipe
     if recipe.top_k > student.head_width:  # before anything of that width is decoded

@@ -254,9 +254,8 @@ def _rows_in_views(
 ) -> "tuple[npt.NDArray[np.uint8], dict[tuple[int, int], int]]":
     """Return every row's split, `IN_VIEW` for rows in views, and the rows that are targets.
 
-    Raises:
-        ConfigurationError: A view shows answers, or changes more than the wording around a retain
-            query and the cache does not hold what the base says in it.
+    A ConfigurationError where a view shows answers, or changes more than the wording around a
+    retain query and the cache does not hold what the base says in it.
     """
     splits, texts = reader.splits.copy(), {view.text: index for index, view in enumerate(views)}
     plain: dict[str, int] = {}

@@ -164,9 +164,8 @@ class RunFolder:
     def publish(self) -> None:
         """Rename the staged student to OUT and remove the work folder.
 
-        Raises:
-            OutputError: The folder cannot be written, or files of others have appeared at OUT; the
-                student stays where it is, and the same command tries again.
+        An OutputError where the folder cannot be written, or files of others have appeared at OUT;
+        the student stays where it is, and the same command tries again.
         """
         try:
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):

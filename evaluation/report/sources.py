@@ -97,11 +97,7 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
 
 @contextlib.contextmanager
 def reading(name: str, advice: str) -> Iterator[None]:
-    """Say in one line where a document lacks what its format promises.
-
-    Raises:
-        DataError: It does.
-    """
+    """Say in one line (DataError) where a document lacks what its format promises."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

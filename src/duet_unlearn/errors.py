@@ -2,6 +2,7 @@
 
 One tree under `DuetError`. A message is one line: what, where, expected against found, and what
 to do next. The command line prints it as it is and exits with 1, so nothing else may format it.
+What is said to refuse a setting raises a `ConfigurationError`, what writes files an `OutputError`.
 """
 
 from collections.abc import Iterable

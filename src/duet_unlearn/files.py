@@ -43,21 +43,13 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 
 def write_text(final: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write a UTF-8 text file atomically; an OutputError where it cannot be written."""
     with atomic_path(final) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents where they are missing.
-
-    Raises:
-        OutputError: The path is a file, or the folder cannot be made.
-    """
+    """Create a folder and its parents where they are missing; an OutputError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,21 +78,13 @@ def read_text(source: str | Path, kind: str, error: type[DuetError] = DataError)
 
 
 def read_entries(source: str | Path, kind: str) -> list[tuple[int, str]]:
-    """Return a text file's lines with their numbers, stripped, without blank ones and `#` comments.
-
-    Raises:
-        DataError: As `read_text`.
-    """
+    """Return a file's lines with their numbers, stripped, without blank ones and `#` comments."""
     lines = enumerate((line.strip() for line in read_text(source, kind).split("\n")), start=1)
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def user_path(text: str | Path, what: str = "path") -> Path:
-    """Return a path that a user typed, `~` resolved.
-
-    Raises:
-        ConfigurationError: It is empty, or names the home of nobody.
-    """
+    """Return a path that a user typed, `~` resolved; refuse an empty one and homes of nobody."""
     if not str(text).strip():
         raise ConfigurationError(f"{what} is empty; name a folder or a file")
     try:
@@ -180,11 +164,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def refuse_inside_cache(folder: Path) -> None:
-    """Refuse a folder that lies inside a cache, where nothing but its shards belongs.
-
-    Raises:
-        ConfigurationError: It does.
-    """
+    """Refuse a folder that lies inside a cache, where nothing but its shards belongs."""
     inside = next((p for p in folder.absolute().parents if holds_cache(p)), None)
     if inside is not None:
         raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")

@@ -188,11 +188,7 @@ class Field:
         return self.shown.metavar or "|".join(reversed(words))
 
     def parse(self, value: Any) -> Any:
-        """Return the value of a text, a list or a mapping of them.
-
-        Raises:
-            ValueError: It is none of this field's.
-        """
+        """Return the value of a text, a list or a mapping; a ValueError where it is none."""
         return pydantic.TypeAdapter(self.kind, config=_CHECKS).validate_python(value)
 
 
@@ -239,8 +235,7 @@ def unknown_setting(of: type[Settings], name: str) -> str:
 def read_pairs(texts: Collection[str]) -> dict[str, Any]:
     """Read `KEY=VALUE`s: JSON where a value is some, such as `2` and `true`, else text.
 
-    Raises:
-        ValueError: A text is no such pair, or a key is given twice.
+    A ValueError where a text is no such pair, or a key is given twice.
     """
     pairs: dict[str, Any] = {}
     for text in texts:

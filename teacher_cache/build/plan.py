@@ -70,11 +70,7 @@ def merge_evenly(first: Sequence[T], second: Sequence[T]) -> list[T]:
 
 
 def check_shard_rows(shard_rows: int, top_k: int, positions: int) -> None:
-    """Check that a shard of that many rows can be written.
-
-    Raises:
-        ConfigurationError: There are no rows, or more list entries than a Parquet column holds.
-    """
+    """Refuse a shard without rows, or with more list entries than a Parquet column holds."""
     most = _MAX_LIST_ENTRIES // (top_k * positions)
     if not 1 <= shard_rows <= most:
         raise ConfigurationError(
@@ -116,8 +112,7 @@ class Part:
     def select(self, queries: Sequence[Query]) -> list[Query]:
         """Return the queries of this part: a stretch of the plan's order, splits in proportion.
 
-        Raises:
-            ConfigurationError: There are fewer queries than parts.
+        A ConfigurationError where there are fewer queries than parts.
         """
         ordered = order_queries(queries)
         if len(ordered) < self.count:

@@ -49,11 +49,9 @@ def cut_given(
 ) -> list[Query]:
     """Return queries with the tokens of given responses, longer ones as several.
 
-    Those whose last turn is the assistant's get tokens, others stay as they are. `context` are the
-    tokens that the teacher reads, None where that has no limit.
-
-    Raises:
-        DataError: The chat template does not take a conversation.
+    Those whose last turn is the assistant's get tokens, others stay as they are; a DataError where
+    the chat template does not take a conversation. `context` are the tokens that the teacher reads,
+    None where that has no limit.
     """
     rows: list[Query] = []
     longer = 0

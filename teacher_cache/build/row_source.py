@@ -154,9 +154,6 @@ def find_reusable(
 
     A query is known by its text, because teams number theirs differently. Its split counts only
     where the recipe leaves the steering prefix out in front of retain queries.
-
-    Raises:
-        CorruptCacheError: One is damaged.
     """
 
     def key(split: str, text: str) -> tuple[bool, str]:

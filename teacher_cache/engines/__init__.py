@@ -14,8 +14,7 @@ ENGINES = ("auto", "vllm", "transformers")
 def resolve_engine_name(name: str) -> str:
     """Return `vllm` or `transformers`: for `auto`, vLLM where it is installed. Imports neither.
 
-    Raises:
-        ConfigurationError: There is no such engine, or vLLM is asked for and not installed.
+    A ConfigurationError where there is no such engine, or vLLM is asked for and not installed.
     """
     if name not in ENGINES:
         raise ConfigurationError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")

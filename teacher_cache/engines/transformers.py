@@ -75,12 +75,7 @@ class TransformersEngine:
         self._keeps = "logits_to_keep" in known
 
     def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
-        """Yield `(index, signal)` batch by batch; see `Engine.signals`.
-
-        Raises:
-            ConfigurationError: The memory does not hold one prompt.
-            DuetError: The model fails.
-        """
+        """Yield `(index, signal)` batch by batch; see `Engine.signals`."""
         source = itertools.starmap(Prompt, prompts)
         while window := sorted(itertools.islice(source, _WINDOW), key=_length):
             for kind in sorted(set(map(_kind, window))):

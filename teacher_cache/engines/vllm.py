@@ -82,11 +82,7 @@ class VllmEngine:
             raise
 
     def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
-        """Yield `(index, signal)` as requests finish; see `Engine.signals`.
-
-        Raises:
-            DuetError: vLLM failed or its process died; the message says why.
-        """
+        """Yield `(index, signal)` as requests finish; a DuetError says why vLLM failed or died."""
         along: set[int] = set()
 
         def noted() -> Iterator[Prompt]:

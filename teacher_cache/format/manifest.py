@@ -180,11 +180,7 @@ class Manifest:
         return {**body, "digest": sha256_json(body)}
 
     def write(self, cache: Path) -> "Manifest":
-        """Write `manifest.json` into a cache folder; return the manifest with its digest.
-
-        Raises:
-            CacheError: The file cannot be written.
-        """
+        """Write `manifest.json` into a cache folder; return the manifest with its digest."""
         value = self.to_json()
         write_text(cache / MANIFEST_NAME, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         return replace(self, digest=value["digest"])
@@ -209,10 +205,9 @@ def read_manifest(cache: Path) -> Manifest:
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
-    """Check the untrusted bytes of a manifest and return what they hold; messages say `where`.
+    """Check the untrusted bytes of a manifest and return what they hold.
 
-    Raises:
-        CorruptCacheError: The manifest is damaged, edited, too large or of another version.
+    A CorruptCacheError says `where` one is damaged, edited, too large or of another version.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise CorruptCacheError(
@@ -259,9 +254,8 @@ _MANIFEST = pydantic.TypeAdapter(Manifest)
 def parse_manifest(value: object) -> Manifest:
     """Check untrusted JSON values and return the manifest they hold.
 
-    Raises:
-        CorruptCacheError: The values are not a manifest of a known version, or its digest is not
-            that of its content.
+    A CorruptCacheError where they are not one of a known version, or its digest is not their
+    content's.
     """
     if not isinstance(value, dict) or value.get("format") != CACHE_FORMAT:
         raise CorruptCacheError("not the manifest of a teacher cache; check the path")
@@ -341,11 +335,7 @@ def check_pin(manifest: Manifest, pin: str | None, where: str | Path) -> None:
 
 
 def split_pin(cache: str | Path) -> tuple[Path, str | None]:
-    """Split `PATH@sha256:DIGEST` into path and digest; the digest is None where there is none.
-
-    Raises:
-        CacheError: What follows the `@sha256:` is not 64 hex digits.
-    """
+    """Split `PATH[@sha256:DIGEST]` into path and digest; a CacheError where it is malformed."""
     text = str(cache)
     path, separator, digest = text.rpartition("@sha256:")
     if not separator:

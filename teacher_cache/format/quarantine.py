@@ -40,9 +40,8 @@ _READY = "ready"
 def ensure_sound(folder: Path, manifest: Manifest) -> None:
     """Check all shards of a cache unless that was done before.
 
-    Raises:
-        CorruptCacheError: A shard has other bytes than the manifest names, or breaks the format.
-        CacheError: No process for the check can be started.
+    A CorruptCacheError where a shard has other bytes than the manifest names, or breaks the format;
+    a CacheError where no process for the check can be started.
     """
     if not _is_known(manifest.digest):
         logger.info("%s: checking every row once, in a process of its own", folder)
@@ -91,10 +90,8 @@ def find_problems(
 ) -> Iterator[str | None]:
     """Yield what is wrong with each shard, None where it is sound.
 
-    The recipe says how much memory a row may need; `hashes` are `sha256:<hex>` where known.
-
-    Raises:
-        CacheError: No process for the check can be started.
+    The recipe says how much memory a row may need; `hashes` are `sha256:<hex>` where known. A
+    CacheError where no process for the check can be started.
     """
     expected: Sequence[str | None] = hashes or [None] * len(paths)
     waiting = list(zip(paths, expected, strict=True))

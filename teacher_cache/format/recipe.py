@@ -133,11 +133,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: object) -> "Recipe":
-        """Read a recipe from JSON values of an untrusted cache.
-
-        Raises:
-            CorruptCacheError: An entry is missing, unknown, of another type or out of range.
-        """
+        """Read a recipe from JSON values of an untrusted cache, or raise a CorruptCacheError."""
         recipe = checked(_RECIPE, value, "recipe")
         if recipe.to_json().keys() != value.keys():  # type: ignore[attr-defined]
             raise CorruptCacheError(

@@ -70,11 +70,10 @@ def shard_path(cache: Path, index: int, count: int) -> Path:
 
 
 def check_storable(row: CacheRow, recipe: Recipe) -> None:
-    """Check that a row is what the format allows, before it is written.
+    """Refuse a row that the format does not take before it is written, with a CacheError.
 
-    Raises:
-        CacheError: The engine gave wrong shapes, ids out of range, values that are not finite, or
-            logits too large for float16.
+    The engine may give wrong shapes, ids out of range, values that are not finite, or logits too
+    large for float16.
     """
     signal = row.signal
     where = f"query {row.query_id[:80]}"
@@ -280,11 +279,7 @@ class ShardFile:
         return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
 
     def read_identities(self, index: int) -> list[Identity]:
-        """Return `(query_id, split, query)` of a row group's rows; decodes no signals.
-
-        Raises:
-            CorruptCacheError: As in `read_row_group`.
-        """
+        """Return `(query_id, split, query)` of a row group's rows; decodes no signals."""
         table = self._read(index, IDENTITY_COLUMNS)
         return Identities(table, f"{self.path}: row group {index}").identities()
 
