@@ -97,11 +97,7 @@ class PromptRenderer:
                 raise ConfigurationError("the steering prefix has no tokens; use visible text")
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids `[P]` of the conversation without the prefix.
-
-        Raises:
-            DataError: the chat template refuses the conversation.
-        """
+        """Token ids `[P]` of the conversation without the prefix; errors are of `student_text`."""
         return list(self._tokenize(self.student_text(messages)))
 
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -116,7 +112,7 @@ class PromptRenderer:
         student = self._tokenize(student_text)
         if not self._prefix:
             return list(student)
-        teacher_text = self._teacher_text(messages, student_text)
+        teacher_text = self.teacher_text(messages, student_text)
         teacher = self._tokenize(teacher_text)
         # Unknown characters fuse to one token in some tokenizers, and could swallow the prefix.
         if teacher == student or not insertion_places(student, teacher):
@@ -209,8 +205,7 @@ class PromptRenderer:
     def student_text(self, messages: Sequence[Message]) -> str:
         """The student's prompt as text; without a chat template, less the opening special tokens.
 
-        Raises:
-            DataError: the chat template refuses the conversation.
+        A DataError where the template refuses the conversation.
         """
         if not self._has_template:
             return SEPARATOR.join(turn["content"] for turn in messages)
@@ -221,18 +216,13 @@ class PromptRenderer:
                 f"the chat template refuses the query {messages[-1]['content'][:60]!r}: {error}"
             ) from error
 
-    def teacher_text(self, messages: Sequence[Message]) -> str:
+    def teacher_text(self, messages: Sequence[Message], student_text: str | None = None) -> str:
         """The teacher's prompt as text, as the chat template itself writes it.
 
-        The token ids may hold further blanks beside the prefix, see the module's docstring.
-
-        Raises:
-            DataError: the chat template refuses the conversation.
-            ConfigurationError: the chat template does not take the prefix at this place.
+        The token ids may hold further blanks beside the prefix, see the module's docstring. Errors
+        are those of `teacher_ids`.
         """
-        return self._teacher_text(messages, self.student_text(messages))
-
-    def _teacher_text(self, messages: Sequence[Message], student_text: str) -> str:
+        student_text = self.student_text(messages) if student_text is None else student_text
         if not self._prefix:
             return student_text
         if self._place == "raw":

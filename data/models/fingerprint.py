@@ -6,6 +6,7 @@ minutes; the result is remembered in the user's cache folder, by all that the fi
 file (path, size, times, inode) and by a sample of its bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.models.folder import SLOW_TOKENIZER_FILES, read_json, weight_files
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import DataError, OutputError
+from duet_unlearn.files import make_folder, write_text
 
 # Changing how a fingerprint is computed must forget every remembered one.
 _MEMORY_VERSION = 2
@@ -48,10 +50,7 @@ def sha256_file(path: Path) -> str:
 def weights_fingerprint(folder: Path) -> str:
     """Fingerprint the tensors of a model folder: names, dtypes, shapes and bytes.
 
-    How the tensors are spread over files does not matter.
-
-    Raises:
-        DataError: A weight file is not a safetensors file.
+    How they are spread over files does not matter. A DataError where one is no safetensors file.
     """
     files = weight_files(folder)
     return _remembered("weights", files, lambda: _hash_tensors(files))
@@ -109,9 +108,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     if not path.is_file():
         files = _slow_tokenizer_files(folder)
         digest = _remembered(
-            "tokenizer",
-            files,
-            lambda: sha256_json({path.name: sha256_file(path) for path in files}),
+            "tokenizer", files, lambda: sha256_json({f.name: sha256_file(f) for f in files})
         )
         # What decides the tokens around a text where no tokenizer.json says it.
         settings = _read_if_there(folder / "tokenizer_config.json")
@@ -201,20 +198,15 @@ def _remembered(kind: str, files: tuple[Path, ...], compute: Callable[[], str]) 
     """Return a fingerprint from the user's memory file, or compute and remember it."""
     key = sha256_json([_MEMORY_VERSION, kind, [_state(path) for path in files]])
     memory = user_folder() / "fingerprints" / key.removeprefix("sha256:")
-    try:
+    with contextlib.suppress(OSError, ValueError):
         known = memory.read_text(encoding="ascii")
         if known.startswith("sha256:") and len(known) == 71:
             return known
-    except (OSError, ValueError):
-        pass
     value = compute()
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(value, encoding="ascii")
-        temporary.replace(memory)
-    except OSError:
-        pass  # a home folder that cannot be written costs time, not correctness
+    # A home folder that cannot be written costs time, not correctness.
+    with contextlib.suppress(OutputError):
+        make_folder(memory.parent)
+        write_text(memory, value)
     return value
 
 

@@ -1,7 +1,6 @@
 """One way to load a causal language model: to answer with it, or to train it."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +11,6 @@ from duet_unlearn.errors import ConfigurationError, DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What to compute in; `auto` is what `fastest_dtype` says."""

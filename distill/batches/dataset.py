@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from duet_unlearn.data.messages import messages_from_text
 from duet_unlearn.data.prompts import PromptRenderer
-from duet_unlearn.data.queries import messages_from_text
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.batches.replay import JoinedRows
 from duet_unlearn.distill.batches.sampler import PLAIN, Draw

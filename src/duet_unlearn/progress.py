@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -23,20 +22,14 @@ class Progress:
         self._started = self._logged = time.monotonic()
         self._logged_count: int | None = None
         self._notes = ""
-        terminal = sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
-        if terminal:
+        if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def note(self, **values: float) -> None:

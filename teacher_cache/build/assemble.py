@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.data.queries import split_view
+from duet_unlearn.data.messages import split_view
 from duet_unlearn.errors import MismatchError, StoppedError
 from duet_unlearn.files import release_claim, remove_temporary_files
 from duet_unlearn.teacher_cache.build.plan import PlannedRow

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duet_unlearn.data.messages import split_view
 from duet_unlearn.data.models.tokenizer import token_text
-from duet_unlearn.data.queries import split_view
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS

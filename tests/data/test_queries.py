@@ -11,14 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duet_unlearn.data.queries import (
-    Message,
-    Query,
-    fingerprint_queries,
-    load_queries,
-    messages_from_text,
-    text_from_messages,
-)
+from duet_unlearn.data.messages import Message, messages_from_text, text_from_messages
+from duet_unlearn.data.queries import Query, fingerprint_queries, load_queries
 from duet_unlearn.errors import DataError
 
 
@@ -387,7 +381,7 @@ def test_the_fingerprint_is_over_all_rows_in_any_order():
 
 def test_an_unknown_split_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
-        load_queries(str(tmp_path / "a.jsonl"), split="forgot")
+        load_queries(write(tmp_path, "a.jsonl", '{"query": "Who?"}'), split="forgot")
     assert (
         str(caught.value)
         == "split 'forgot' is unknown: expected one of forget, retain, general, train"

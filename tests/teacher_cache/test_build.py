@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from duet_unlearn.data.messages import split_view
 from duet_unlearn.data.models import loading
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.queries import Query, split_view
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,

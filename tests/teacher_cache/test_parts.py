@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from duet_unlearn.cli.cache import main
-from duet_unlearn.data.queries import Message, Query
+from duet_unlearn.data.messages import Message
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
