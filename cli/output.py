@@ -61,14 +61,8 @@ def print_cache(
 def check_target(target: Path, mark: str) -> None:
     """Refuse a file that cannot or must not be written before the work, not after it.
 
-    Args:
-        target: The file.
-        mark: A text that an earlier file of ours holds; any other file is somebody's.
-
-    Raises:
-        ConfigurationError: It lies inside a cache, is a folder or another's, or its folder is
-            missing.
-        OutputError: Nothing can be written into its folder.
+    `mark` is a text that an earlier file of ours holds; any other file is somebody's. An
+    OutputError where nothing can be written into its folder.
     """
     refuse_inside_cache(target)
     if target.is_dir():

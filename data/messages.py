@@ -88,13 +88,7 @@ def asked_text(text: str) -> str:
 def check_messages(value: object, *, answered: bool = False) -> tuple[Message, ...]:
     """A conversation out of parsed JSON or Arrow, with `role` and `content` in each turn.
 
-    Args:
-        value: the turns.
-        answered: whether an assistant's turn may be the last, too.
-
-    Raises:
-        ValueError: it is not a list of turns that ends with a user turn; the message says which
-            turn is wrong.
+    An assistant's turn may be the last, too, if `answered`. A ValueError says which turn is wrong.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"`messages` must be a list of turns, found {type_name(value)}")

@@ -103,10 +103,8 @@ class PromptRenderer:
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids `[P + R]`: those of `student_ids` with the prefix's run of R tokens inserted.
 
-        Raises:
-            DataError: the chat template refuses the conversation, or no border between the
-                student's tokens is where the prefix belongs.
-            ConfigurationError: the chat template does not take the prefix at this place.
+        A DataError where no border between the student's tokens is where the prefix belongs, a
+        ConfigurationError where the chat template does not take it at this place.
         """
         student_text = self.student_text(messages)
         student = self._tokenize(student_text)

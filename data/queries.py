@@ -147,7 +147,8 @@ def load_responses(source: str) -> list[Query]:
     """Read queries with given responses, or documents, of the split `train`; see `load_queries`.
 
     A row is `messages` whose last turn is the assistant's, a query (also named `prompt`) with a
-    `response` or `answer`, or a `text`: a document. Errors are those of `load_queries`; a kit is one.
+    `response` or `answer`, or a `text`: a document. Errors are those of `load_queries`, also for a
+    kit.
     """
     if find_kit(source):
         raise DataError(

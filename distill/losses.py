@@ -167,15 +167,10 @@ def _without(logits: Tensor, absent: Tensor) -> Tensor:
 
 
 def tail_logsumexp(logits: Tensor, logsumexp: Tensor) -> Tensor:
-    """Return the logsumexp of the tokens beyond the K, from that of all tokens.
+    """Return the logsumexp of the tokens beyond the K, `[...]`, from that of all tokens.
 
-    Args:
-        logits: `[..., K]` raw logits of the K tokens.
-        logsumexp: `[...]` over the full vocabulary. Where rounding leaves the K tokens more than
-            all there is, or less than a millionth short of it, the tail is that millionth.
-
-    Returns:
-        `[...]` float32, always finite.
+    Where rounding leaves the K raw logits `[..., K]` more than all there is, or less than a
+    millionth short of it, the tail is that millionth: it is always finite.
     """
     whole = single(logsumexp)
     log_mass = (single(logits).logsumexp(dim=-1) - whole).clamp(max=math.log1p(-_TAIL_FLOOR))
@@ -203,13 +198,8 @@ def _empty_tail(buckets: Tensor, where: Tensor) -> Tensor:
 def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:
     """Pick what a loss compares from whole rows of logits.
 
-    Args:
-        logits: The student's raw logits at the scored positions, `[..., V]`.
-        token_ids: Cached token ids, `[..., K]` int64, each smaller than V.
-        tail: Whether to add the logsumexp of all other tokens.
-
-    Returns:
-        `[..., K]` float32, or `[..., K + 1]` with the tail in the last place.
+    Of raw logits `[..., V]` those of the cached tokens `[..., K]`, in float32; with `tail` the
+    logsumexp of all others stands behind them, `[..., K + 1]`.
     """
     cached = single(logits.gather(-1, token_ids))
     if not tail:
@@ -245,14 +235,10 @@ def with_cross_entropy(
 
 
 def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:
-    """Average each row's loss over its own positions, so that long rows weigh no more.
+    """Average each row's loss `[B, T]` over its own positions, at least one, to `[B]`.
 
-    Args:
-        losses_BT: One loss a position, `[B, T]`.
-        position_mask_BT: True where the row has a position, `[B, T]`; at least one a row.
-
-    Returns:
-        `[B]`. What stands at a masked position, NaN too, has no influence, on gradients either.
+    So long rows weigh no more. What stands at a masked position, NaN too, has no influence, on
+    gradients either.
     """
     kept = torch.where(position_mask_BT, losses_BT, torch.zeros_like(losses_BT))
     return kept.sum(dim=-1) / position_mask_BT.sum(dim=-1)

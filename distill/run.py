@@ -152,12 +152,7 @@ class _DamagedCheckpointError(Exception):
 def _run_trainer(
     trainer: "DuetTrainer", schedule: "Schedule", checkpoint: Path | None, config: RunConfig
 ) -> None:
-    """Train to the end, with what can go wrong in one line.
-
-    Raises:
-        ConfigurationError: The memory does not hold a step.
-        _DamagedCheckpointError: The checkpoint cannot be read; nothing was trained.
-    """
+    """Train to the end, with what can go wrong in one line."""
     from duet_unlearn.distill.training.callbacks import AlreadyTrained
 
     try:

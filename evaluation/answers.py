@@ -139,15 +139,8 @@ def score_references(
 ) -> list[Likelihood]:
     """Return how a model takes each answer behind its prompt, teacher-forced.
 
-    Args:
-        model: a causal language model, in evaluation mode.
-        prompts: token ids, each of at least one token.
-        answers: the token ids of one answer a prompt, each of at least one token.
-        batch_size: most pairs of a forward pass.
-        on_scored: is given the number of pairs after each pass.
-
-    Raises:
-        ConfigurationError: the memory does not hold a prompt and its answer.
+    Prompts and answers have at least one token each; `on_scored` is given the number of pairs after
+    each pass. A ConfigurationError where the memory does not hold a prompt and its answer.
     """
 
     def score(batch: Sequence[int]) -> list[Likelihood]:
@@ -267,14 +260,8 @@ def run_batches(
 ) -> list[_Row]:
     """Return what `run` makes of each index into `lengths`, run in batches of like length.
 
-    Args:
-        run: takes indices and returns a result for each.
-        lengths: how many tokens each has.
-        batch_size: most of a batch.
-        on_done: is given the number of indices after each batch.
-
-    Raises:
-        ConfigurationError: the memory does not hold one of them.
+    `lengths` are tokens, `on_done` is given the number of indices after each batch. A
+    ConfigurationError where the memory does not hold one of them.
     """
     found: dict[int, _Row] = {}
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=0):
@@ -290,13 +277,8 @@ def run_in_memory(
 ) -> list[_Row]:
     """Run a batch; what is too much for the memory at once goes in halves.
 
-    Args:
-        run: takes prompts and returns a result for each.
-        batch: the prompts, or what stands for them.
-        length: says how many tokens one has.
-
-    Raises:
-        ConfigurationError: the memory does not hold one prompt.
+    `length` says how many tokens one of the batch has. A ConfigurationError where the memory does
+    not hold one.
     """
     import torch
 

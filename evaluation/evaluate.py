@@ -39,9 +39,7 @@ the index of a prompt and its greedy answer, in any order."""
 def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     """Answer all queries with all models and score the answers.
 
-    Args:
-        config: what to ask whom.
-        respond: what answers instead of transformers; measures on more than text need those still.
+    `respond` is what answers instead of transformers; measures on more than text need those still.
 
     Raises:
         ConfigurationError: the prefix, a measure or an attack cannot be used, or a batch does not

@@ -113,12 +113,7 @@ def open_subject(
     prefix: str | None = None,
     place: str = "system",
 ) -> Subject:
-    """Find one model; arguments are as in `Subject` and `PromptRenderer`.
-
-    Raises:
-        DataError: It is missing or malformed.
-        MismatchError: An adapter belongs to another base.
-    """
+    """Find one model; arguments are as in `Subject` and `PromptRenderer`."""
     folder, adapter = resolve_with_adapter(model)
     tokenizer = load_tokenizer(folder)
     return Subject(

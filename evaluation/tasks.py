@@ -85,12 +85,9 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
     """Return all attacks, each text once, under names that differ.
 
     A source is what `load_shapes` takes, or a query file whose rows say in `asked` (text) how the
-    query in `query` is asked instead: synonyms, translations, reverse questions. Its attack has
-    the file's stem for name and family, and asks only the queries that the file has.
-
-    Raises:
-        ConfigurationError: A built-in name is unknown.
-        DataError: A file is missing, unreadable or malformed.
+    query in `query` is asked instead: synonyms, translations, reverse questions. Its attack has the
+    file's stem for name and family, and asks only the queries that the file has. Errors are those
+    of `load_shapes`.
     """
     attacks: dict[str, Attack] = {}
     for source in sources:
@@ -135,13 +132,8 @@ def load_sets(
 ) -> tuple[QuerySet, ...]:
     """Return all query sets, each named by its split and, where the split has several, its file.
 
-    Args:
-        sources: split and source of each set.
-        limit: most queries of a set; they are spread evenly over it.
-        answered: whether every query must have its answer; those of a kit have in any case.
-
-    Raises:
-        DataError: A source cannot be read, or a query has no answer.
+    Of a set at most `limit` queries are taken, evenly spread. If `answered`, every query must have
+    its answer; those of a kit have in any case. A DataError where not, or a source cannot be read.
     """
     sets: list[QuerySet] = []
     for split, source in sources:

@@ -35,12 +35,7 @@ class Kit:
         return FOLDER / self.name / "holdout.jsonl"
 
     def files(self, split: str, *, answers: bool) -> tuple[Path, ...]:
-        """Return the files of a split.
-
-        Args:
-            split: `forget`, `retain` or `general`; general queries exist held out only.
-            answers: Whether to return the held-out queries, which have answers.
-        """
+        """Return the files of a split; those with answers, and general ones, are held out."""
         own = FOLDER / self.name
         if split == "general":
             return (GENERAL / "general_heldout.jsonl",)

@@ -60,12 +60,7 @@ def _check_base(adapter: Path, base: Path) -> None:
 
 
 def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """Return the base with the adapter in it.
-
-    Raises:
-        ConfigurationError: peft is not installed.
-        DataError: The adapter cannot be read, or does not fit the base.
-    """
+    """Return the base with the adapter in it; a DataError where that is unreadable or another's."""
     peft = _peft(f"adapter {adapter}:")
     try:
         with warnings.catch_warnings():
@@ -83,12 +78,7 @@ def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
 def new_adapter(model: "PreTrainedModel", **settings: Any) -> Any:
     """Return a model with a new LoRA adapter in it, drawn from torch's own random numbers.
 
-    Args:
-        model: Changed in place.
-        **settings: Those of peft's `LoraConfig`.
-
-    Raises:
-        ConfigurationError: peft is not installed.
+    The model is changed in place; the settings are those of peft's `LoraConfig`.
     """
     peft = _peft("LoRA")
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))

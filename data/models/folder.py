@@ -83,10 +83,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a model folder that make up the model, sorted by name.
 
     Where an index names the shards, exactly those are returned: folders often hold the same
-    weights a second time in a consolidated file.
-
-    Raises:
-        DataError: The index is unreadable or names a file that is not there.
+    weights a second time in a consolidated file. A DataError where it names one that is not there.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

@@ -70,9 +70,7 @@ def train_soft_prompt(
     Adam on the mean cross-entropy of the answers' tokens; the model stays as it is. The vectors
     start as the embedding of the spacers of a suffix. The rate is over the root mean square of the
     embedding's entries, the seed decides the order of the prompts; `on_step` is given 1 after each.
-
-    Raises:
-        ConfigurationError: The memory does not hold a step.
+    A ConfigurationError where the memory does not hold a step.
     """
     import random
 

@@ -106,11 +106,7 @@ class GradientDifference:
 
 
 class AnswerDataset(Dataset[Example]):
-    """Queries with their answers and the student's end of sequence, one target token a position.
-
-    Raises:
-        DataError: A pair is too long for the student.
-    """
+    """Queries with their answers and the student's end of sequence, one target token a position."""
 
     def __init__(
         self, queries: Sequence[Query], renderer: "PromptRenderer", student: Student

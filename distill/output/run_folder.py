@@ -64,9 +64,7 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep a second run away from the work folder; the lock dies with its process.
 
-        Raises:
-            ConfigurationError: Another run holds it.
-            OutputError: The folder cannot be written.
+        A ConfigurationError where another run holds it.
         """
         missing = missing_folders(self.out.parent)
         make_folder(self.out.parent)

@@ -56,11 +56,7 @@ def teach(
 
     A row behind the prefix is asked behind it; what is taught has none, as whoever fine-tunes a
     model does not write its deployer's prompt. `kept` are further queries: whether the model still
-    answers what it should keep.
-
-    Raises:
-        ConfigurationError: The memory does not hold a step, or peft is not installed.
-        DataError: The model cannot be loaded, or a query is too long for it.
+    answers what it should keep. Errors are those of `relearn`.
     """
     pairs = lesson.encode(subject)
     queries = [*lesson.asked, *kept]

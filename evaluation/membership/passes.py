@@ -15,17 +15,10 @@ def view_texts(
     batch_size: int,
     on_viewed: Callable[[int], object] = lambda _count: None,
 ) -> list[TextView]:
-    """Return how a model takes each text.
+    """Return how a model takes each text, of two tokens or more.
 
-    Args:
-        model: A causal language model, in evaluation mode.
-        texts: The texts.
-        token_ids: Of each text, at least two.
-        batch_size: Most texts of a forward pass.
-        on_viewed: Is given the number of texts after each pass.
-
-    Raises:
-        ConfigurationError: The memory does not hold a text.
+    `on_viewed` is given the number of texts after each pass. A ConfigurationError where the memory
+    does not hold a text.
     """
 
     def view(batch: Sequence[int]) -> list[TextView]:

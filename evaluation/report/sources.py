@@ -63,14 +63,9 @@ class Sources:
 def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Document]) -> Sources:
     """Return what lies in folders, in the folders right below them, and in files.
 
-    The students that an evaluation names are found where it says they are.
-
-    Args:
-        paths: Folders, or JSON files of `duet-distill eval` and of stress tests.
-        summarize_cache: Reads a cache's folder; whoever calls knows caches, this package does not.
-
-    Raises:
-        DataError: A path is missing, a file named is neither, or nothing at all is found.
+    The students that an evaluation names are found where it says they are. `summarize_cache` reads
+    a cache's folder: whoever calls knows caches, this package does not. A DataError where a path is
+    missing, a file named is no result of ours, or nothing at all is found.
     """
     sources = Sources()
     for path in paths:

@@ -59,13 +59,8 @@ def make_folder(folder: Path) -> None:
 def read_text(source: str | Path, kind: str, error: type[DuetError] = DataError) -> str:
     """Return the text of a UTF-8 file that a user names, without a byte order mark.
 
-    Args:
-        source: The file.
-        kind: What is missing where it is not there: `file of prefixes; write one a line`.
-        error: What is raised.
-
-    Raises:
-        DuetError: As `error` says: the file is missing, unreadable or not UTF-8.
+    `kind` is what is missing where it is not there: `file of prefixes; write one a line`; `error`
+    is what is raised then, or where the file is not readable.
     """
     path = user_path(source)
     try:
@@ -188,9 +183,7 @@ def holds_cache(folder: Path) -> bool:
 def remove_temporary_files(folder: Path, names: str = _CACHE_FILE) -> None:
     """Remove what killed writers of ours left behind: `.NAME.HEX.tmp` beside a name we write.
 
-    Args:
-        folder: Where to look.
-        names: A regular expression of the names; those of a cache's files unless given.
+    `names` is a regular expression, of a cache's files unless given.
     """
     leftover = re.compile(rf"\.({names})\.(\d+|[0-9a-f]{{32}}){re.escape(TEMPORARY_SUFFIX)}")
     with contextlib.suppress(OSError):

@@ -103,11 +103,7 @@ class Assembly:
         return tuple(self._entries[index] for index in range(len(self.plan.shards)))
 
     def write(self, index: int, rows: Sequence[CacheRow], engines: Engines) -> None:
-        """Write one shard, its rows in the plan's order, under its final name.
-
-        Raises:
-            CacheError: A row is not storable, or the folder cannot be written.
-        """
+        """Write one shard, its rows in the plan's order, under its final name."""
         header = ShardHeader(
             recipe=self.plan.recipe,
             queries=self.plan.queries,
@@ -127,11 +123,7 @@ class Assembly:
     def finish(
         self, teacher: str, samples: Samples, check: dict[str, Any] | None = None
     ) -> Manifest:
-        """Write the card and, last of all, the manifest of a cache that has all its shards.
-
-        Raises:
-            OutputError: The folder cannot be written.
-        """
+        """Write the card and, last of all, the manifest of a cache that has all its shards."""
         plan = self.plan
         totals = {split: SplitStatistics() for split in plan.recipe.splits}
         engines: list[dict[str, Any]] = []

@@ -63,10 +63,8 @@ class BuildResult:
 def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> BuildResult:
     """Build the cache, resume a stopped build of it, or find it finished.
 
-    Args:
-        config: What to build.
-        engine_factory: Starts the engine, in each worker if there are any; by default the one
-            that `config.engine` names.
+    `engine_factory` starts the engine, in each worker if there are any; by default it is the one
+    that `config.engine` names.
 
     Raises:
         ConfigurationError: A setting cannot work with this model.

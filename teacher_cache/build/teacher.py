@@ -54,11 +54,7 @@ class Teacher(Protocol):
     """Answers shards of prompts."""
 
     def answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
-        """Yield every shard's signals, in any order, holding a bounded number of them.
-
-        Raises:
-            DuetError: An engine failed.
-        """
+        """Yield every shard's signals, in any order, holding a bounded number of them."""
         ...
 
     def responses(self, prompts: Prompts, max_new_tokens: int) -> Iterable[tuple[int, list[int]]]:

@@ -206,10 +206,7 @@ def worker_resources(
     Where the cluster has GPUs, a worker gets those its engine needs. Elsewhere it gets an equal
     share of the CPUs, as many as let all workers run at once; Ray sets its number of threads to
     that, so that engines on one machine do not fight. `nodes` are what each machine offers, by
-    Ray's names, `gpus` what one engine takes.
-
-    Raises:
-        ConfigurationError: The cluster is too small.
+    Ray's names, `gpus` what one engine takes. A cluster that is too small is refused.
     """
 
     def room(name: str, each: int) -> int:
@@ -236,14 +233,9 @@ def worker_resources(
 def connected(address: str) -> Iterator[Any]:
     """Connect to a Ray cluster, quietly, and give the `ray` module.
 
-    A connection that this process has already is used, and stays.
-
-    Args:
-        address: `local` starts a cluster on this machine that ends with the connection; `auto` is
-            the one that this machine belongs to; else where it is.
-
-    Raises:
-        ConfigurationError: Ray is not installed, or there is no cluster at the address.
+    A connection that this process has already is used, and stays. `local` starts a cluster on this
+    machine that ends with the connection; `auto` is the one that this machine belongs to. A
+    ConfigurationError where Ray is not installed, or there is no cluster at the address.
     """
     with contextlib.ExitStack() as stack:
         if address == "local" and "ray" not in sys.modules:

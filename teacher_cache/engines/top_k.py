@@ -42,14 +42,9 @@ def select_top_k(logits_BV: Any, top_k: int) -> tuple[Any, Any, Any]:
 
 
 def read_tokens(logits_BV: Any, ids_BK: Any) -> tuple[Any, Any, Any]:
-    """Return token ids that are asked for, their logits, and the logsumexp of each row.
+    """Return token ids `[B, K]` that are asked for, their logits, and the logsumexp of each row.
 
-    Args:
-        logits_BV: Raw logits, `[B, V]`, float32, on any device.
-        ids_BK: Token ids, `[B, K]`, integers on any device.
-
-    Returns:
-        As `select_top_k`, in the order asked for.
+    Of raw logits `[B, V]`; results are as those of `select_top_k`, in the order asked for.
     """
     import torch
 
