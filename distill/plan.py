@@ -40,14 +40,6 @@ logger = logging.getLogger(__name__)
 _LOOKED_AT = 256
 # AdamW holds two numbers for each that is trained.
 _ADAM_STATES = 2
-_NO_EVALUATION: dict[str, Any] = {
-    "eval_steps": 0,
-    "eval_forget": (),
-    "eval_cache": None,
-    "eval_retain": (),
-    "eval_attacks": (),
-    "early_stopping_patience": None,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,14 +297,17 @@ def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str])
         return None
     if config.eval_steps:
         notes.append("the time of evaluations is not in that of the run")
-    of_run = {name: getattr(config, name) for name in fields(RunConfig)}
+    of_run = {
+        name: getattr(config, name)
+        for name in fields(RunConfig)
+        if not name.startswith(("eval_", "early_"))
+    }
     count = min(config.measure + WARM_UP_STEPS, steps)
     logger.info("measuring: %d steps", count)
     with tempfile.TemporaryDirectory(prefix="duet-plan-") as scratch:
         short = RunConfig(
             **{
                 **of_run,
-                **_NO_EVALUATION,
                 "out": str(Path(scratch) / "student"),
                 "max_steps": count,
                 "save_steps": 0,

@@ -319,16 +319,13 @@ class EvalReport:
             "answer": task.query.answer,
             "responses": {
                 label: {
-                    "text": self.answers[label][index].text,
-                    **({"samples": list(drawn)} if (drawn := self._samples(label, index)) else {}),
+                    "text": (found := self.answers[label][index]).text,
+                    **({"samples": list(found.samples)} if found.samples else {}),
                     **{m: _known(float(scores[index])) for m, scores in by_measure.items()},
                 }
                 for label, by_measure in self.scores.items()
             },
         }
-
-    def _samples(self, label: str, index: int) -> tuple[str, ...]:
-        return self.answers[label][index].samples
 
     @functools.cached_property
     def _task_index(self) -> dict[tuple[str | None, str], list[int]]:

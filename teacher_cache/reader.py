@@ -207,13 +207,7 @@ class CacheReader:
         """
         for rows, (shard, group) in zip(self.row_groups, self._locations, strict=True):
             found = self._file(shard).read_identities(group)
-            if [split for _, split, _ in found] != [
-                SPLITS[code] for code in self.splits[rows.start : rows.stop]
-            ]:
-                name = self.manifest.shards[shard].name
-                raise CorruptCacheError(
-                    f"{self.folder / SHARD_FOLDER / name}: its rows are not the manifest's"
-                )
+            self._check_splits([SPLITS.index(split) for _, split, _ in found], rows, shard)
             yield from found
 
     def group(self, index: int) -> RowGroup:
@@ -227,20 +221,15 @@ class CacheReader:
             return self._recent[index]
         shard, place = self._locations[index]
         group = self._file(shard).read_row_group(place)
-        self._check_group(group, index)
+        self._check_splits(group.split_codes, self.row_groups[index], shard)
         self._recent[index] = group
         if len(self._recent) > RECENT_ROW_GROUPS:
             self._recent.popitem(last=False)
         return group
 
-    def _check_group(self, group: RowGroup, index: int) -> None:
-        rows = self.row_groups[index]
-        path = self.folder / SHARD_FOLDER / self.manifest.shards[self._locations[index][0]].name
-        if group.num_rows != len(rows):
-            raise CorruptCacheError(
-                f"{path}: {group.num_rows} rows in a row group, the manifest says {len(rows)}"
-            )
-        if not np.array_equal(group.split_codes, self.splits[rows.start : rows.stop]):
+    def _check_splits(self, codes: npt.ArrayLike, rows: range, shard: int) -> None:
+        if not np.array_equal(codes, self.splits[rows.start : rows.stop]):
+            path = self.folder / SHARD_FOLDER / self.manifest.shards[shard].name
             raise CorruptCacheError(f"{path}: the splits of its rows are not the manifest's")
 
     def _file(self, shard: int) -> ShardFile:

@@ -123,11 +123,7 @@ def _print_build(config: BuildConfig, result: "BuildResult", *, as_json: bool) -
         done += f", {result.kept_rows} kept from before"
     if result.reused_rows:
         done += f", {result.reused_rows} taken from other caches"
-    counts = {
-        "computed_rows": result.computed_rows,
-        "kept_rows": result.kept_rows,
-        "reused_rows": result.reused_rows,
-    }
+    counts = {n: getattr(result, n) for n in ("computed_rows", "kept_rows", "reused_rows")}
     print_cache(
         config.out, result.manifest, hit=result.hit, done=done, counts=counts, as_json=as_json
     )

@@ -1,19 +1,20 @@
 """Vectors that a model reads like tokens: the soft prompt, and the way to a suffix's gradient."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from duet_unlearn.distill.attacking.prompts import Prompt
 from duet_unlearn.distill.relearning.fine_tuning import answer_loss, draw_batches
 from duet_unlearn.evaluation.answers import fits_memory
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @contextlib.contextmanager
-def soft_tokens(model: Any, vectors_ND: "Tensor") -> Iterator[list[int]]:
+def soft_tokens(model: Any, vectors_ND: Tensor) -> Iterator[list[int]]:
     """Yield token ids behind the vocabulary that stand for vectors while the block runs.
 
     Whatever takes prompts of token ids then takes them too: a loss, a generation. The vectors are
@@ -27,7 +28,7 @@ def soft_tokens(model: Any, vectors_ND: "Tensor") -> Iterator[list[int]]:
         asked.append(inputs[0])
         return (inputs[0].where(inputs[0] < first, 0), *inputs[1:])
 
-    def put(_module: object, _inputs: object, output: "Tensor") -> "Tensor":
+    def put(_module: object, _inputs: object, output: Tensor) -> Tensor:
         ids = asked.pop()
         soft = ids >= first
         if not soft.any():
@@ -44,10 +45,8 @@ def soft_tokens(model: Any, vectors_ND: "Tensor") -> Iterator[list[int]]:
             hook.remove()
 
 
-def embed(model: Any, token_ids: Sequence[int]) -> "Tensor":
+def embed(model: Any, token_ids: Sequence[int]) -> Tensor:
     """Return what the input embedding makes of tokens, float32 `[N, D]`, on its device."""
-    import torch
-
     embedding = model.get_input_embeddings()
     ids = torch.tensor(token_ids, device=embedding.weight.device)
     found: Tensor = embedding(ids).detach().float()
@@ -64,7 +63,7 @@ def train_soft_prompt(
     batch_size: int,
     seed: int,
     on_step: Callable[[int], object] = lambda _count: None,
-) -> "Tensor":
+) -> Tensor:
     """Return vectors `[N, D]` that make answers likely (arXiv 2402.09063, 2104.08691).
 
     Adam on the mean cross-entropy of the answers' tokens; the model stays as it is. The vectors
@@ -72,10 +71,6 @@ def train_soft_prompt(
     embedding's entries, the seed decides the order of the prompts; `on_step` is given 1 after each.
     A ConfigurationError where the memory does not hold a step.
     """
-    import random
-
-    import torch
-
     spacers = prompts[0].inserted
     vectors_ND = embed(model, [spacers[at % len(spacers)] for at in range(tokens)])
     scale = model.get_input_embeddings().weight.float().square().mean().sqrt().item()

@@ -8,16 +8,15 @@ suffixes that a user can type count: as text they have to give the same tokens a
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from duet_unlearn.distill.attacking.prompts import Prompt, render
 from duet_unlearn.distill.attacking.soft_tokens import embed, soft_tokens
 from duet_unlearn.distill.relearning.fine_tuning import answer_loss
 from duet_unlearn.evaluation.answers import fits_memory, score_references
 from duet_unlearn.evaluation.subjects import Subject
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _PROPOSED = 64
 """Tokens that the gradient proposes for each place."""
@@ -86,7 +85,7 @@ class SuffixSearch:
                 break
         return found
 
-    def _gradient(self, batch: Sequence[Prompt]) -> "Tensor":
+    def _gradient(self, batch: Sequence[Prompt]) -> Tensor:
         """Return the loss's gradient by the choice of each token, `[N, V]`."""
         vectors_ND = embed(self._model, self.ids).requires_grad_(True)
         with (

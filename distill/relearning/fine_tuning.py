@@ -4,12 +4,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from duet_unlearn.data.models.adapters import new_adapter
 from duet_unlearn.distill.relearning.lessons import Pair
 from duet_unlearn.evaluation.answers import fits_memory, pad
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 L = TypeVar("L")
@@ -47,8 +49,6 @@ def fine_tune(
     Raises:
         ConfigurationError: The memory does not hold a step, or peft is not installed.
     """
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trained: Any = model.requires_grad_(True)
@@ -87,7 +87,7 @@ def draw_batches(count: int, size: int, rng: random.Random) -> Iterator[list[int
         yield batch
 
 
-def answer_loss(model: Any, pairs: Sequence[Pair]) -> "Tensor":
+def answer_loss(model: Any, pairs: Sequence[Pair]) -> Tensor:
     """Return the mean cross-entropy of the answers' tokens behind their prompts, in nats."""
     ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], model.device)
     targets = [[*[IGNORED] * len(prompt), *answer] for prompt, answer in pairs]

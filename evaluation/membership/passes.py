@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from duet_unlearn.evaluation.answers import pad, rows_of_logits, run_batches
 from duet_unlearn.evaluation.membership.scores import TextView
 
@@ -32,8 +34,6 @@ def view_texts(
 def _view_batch(
     model: Any, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
 ) -> list[TextView]:
-    import torch
-
     ids_BT, mask_BT = pad(token_ids, model.device)
     with torch.no_grad():
         logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits

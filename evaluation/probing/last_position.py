@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from duet_unlearn.evaluation.answers import pad, run_batches
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Floats = NDArray[np.float64]
 
@@ -50,13 +49,11 @@ def read_last_positions(
     return run_batches(read, lengths, batch_size=batch_size, on_done=on_read)
 
 
-def final_norm(model: Any) -> Callable[["Tensor"], "Tensor"]:
+def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
     """Return the norm between the last layer and the output head; without one, the identity.
 
     It is the last norm that stands beside the stack of layers, whatever its name.
     """
-    from torch import nn
-
     for module in model.base_model.modules():
         beside = list(module.children())
         if any(isinstance(child, nn.ModuleList) for child in beside):
@@ -75,8 +72,6 @@ def output_vectors(model: Any, tokens: Sequence[int]) -> Floats:
 def _read_batch(
     model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
 ) -> list[LastPosition]:
-    import torch
-
     ids_BT, mask_BT = pad(prompts, model.device)
     rows, last = range(len(prompts)), [len(prompt) - 1 for prompt in prompts]
     norm, head = final_norm(model), model.get_output_embeddings()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 _BYTES = 256 * 2**20
 """Most bytes of cumulative sums made at a time."""
@@ -34,8 +35,6 @@ def draw_tokens(logits_BV: Any, uniform_B: Any, temperature: float) -> Any:
     Returns:
         Token ids, `[B]` int64 on the device of the logits; of a row with NaN any.
     """
-    import torch
-
     uniform_B1: Any = torch.as_tensor(uniform_B, dtype=torch.float64, device=logits_BV.device)[
         :, None
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 _ID_MASK = 0xFFFFFFFF
 _KEY_BYTES = 256 * 2**20
@@ -30,8 +31,6 @@ def select_top_k(logits_BV: Any, top_k: int) -> tuple[Any, Any, Any]:
         and the logsumexp `[B]` float32 in nats, all as tensors on the device of the logits. Rows
         that hold NaN come back with a NaN logsumexp; nothing waits for the device.
     """
-    import torch
-
     logsumexp_B = torch.logsumexp(logits_BV, dim=1)
     if logits_BV.device.type == "cpu":
         ids_BK, values_BK = _select_numpy(logits_BV.numpy(), top_k)
@@ -46,8 +45,6 @@ def read_tokens(logits_BV: Any, ids_BK: Any) -> tuple[Any, Any, Any]:
 
     Of raw logits `[B, V]`; results are as those of `select_top_k`, in the order asked for.
     """
-    import torch
-
     ids_BK = ids_BK.to(logits_BV.device)
     logits_BK = logits_BV.gather(1, ids_BK.long())
     return ids_BK.to(torch.int32), logits_BK, torch.logsumexp(logits_BV, dim=1)
@@ -77,8 +74,6 @@ def _select_numpy(
 
 
 def _select_torch(logits_BV: Any, top_k: int) -> tuple[Any, Any]:
-    import torch
-
     ids_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
     keys_BV = _keys(logits_BV, ids_V, view=(torch.int32, torch.int64))
     keys_BK = torch.topk(keys_BV, top_k, dim=1, sorted=True).values

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.errors import ConfigurationError, DuetError
@@ -47,8 +48,6 @@ class TransformersEngine:
                 memory does not hold the model.
             DataError: The model does not load, or weights of it are missing.
         """
-        import torch
-
         check_options(self.name, config.engine_args)
         self._config = config
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,13 +114,8 @@ class TransformersEngine:
             yield batch
 
     def _run(self, batch: list[Prompt], *, given: bool) -> Iterator[tuple[int, Signal]]:
-        def compute(part: Sequence[Prompt]) -> list[Signal]:
-            if given:
-                return self._score(part)
-            return self._decode(part)
-
         try:
-            signals = run_in_memory(compute, batch, _length)
+            signals = run_in_memory(self._score if given else self._decode, batch, _length)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -135,8 +129,6 @@ class TransformersEngine:
 
     def _decode(self, prompts: Sequence[Prompt]) -> list[Signal]:
         """Decode, or draw what has a seed, until every row ended or has all its positions."""
-        import torch
-
         most = self._config.positions
         drawn = [row for row, prompt in enumerate(prompts) if prompt.seed is not None]
         uniform_DT = [uniforms(prompts[row].seed or 0, most) for row in drawn]
@@ -162,17 +154,11 @@ class TransformersEngine:
                     break
                 ids_BS = torch.from_numpy(tokens[-1][:, None].astype(np.int64)).to(self._device)
                 mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=1)
-        ids, logits, logsumexp = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))
-        tokens_BT = np.stack(tokens, axis=1)
-        return [
-            Signal(
-                response_ids=tokens_BT[row, :length].copy(),
-                token_ids=ids[row, :length].copy(),
-                logits=logits[row, :length].copy(),
-                logsumexp=logsumexp[row, :length].copy(),
-            )
-            for row, length in enumerate(lengths_B)
+        found = [np.stack(parts, axis=1) for parts in zip(*steps, strict=True)]
+        responses = [
+            ids_T[:n] for ids_T, n in zip(np.stack(tokens, axis=1), lengths_B, strict=True)
         ]
+        return _signals(responses, found, [slice(n) for n in lengths_B])
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Signal]:
         """Read prompts with their responses, and keep what predicts the responses' tokens.
@@ -180,8 +166,6 @@ class TransformersEngine:
         The last positions of all rows are in the last columns. They are read some at a time, so
         that memory holds few logits.
         """
-        import torch
-
         responses = [prompt.given or () for prompt in prompts]
         whole = zip(prompts, responses, strict=True)
         texts = [[*prompt.ids, *given[:-1]] for prompt, given in whole]
@@ -202,16 +186,8 @@ class TransformersEngine:
                 done += keep
                 found.append(tuple(part.reshape(rows, -1, *part.shape[1:]) for part in flat))
                 start, stop, keep = stop, min(stop + keep, length), min(keep, length - stop)
-        ids, logits, logsumexp = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
-        return [
-            Signal(
-                response_ids=np.array(given, dtype=np.int32),
-                token_ids=ids[row, -len(given) :].copy(),
-                logits=logits[row, -len(given) :].copy(),
-                logsumexp=logsumexp[row, -len(given) :].copy(),
-            )
-            for row, given in enumerate(responses)
-        ]
+        parts = [np.concatenate(part, axis=1) for part in zip(*found, strict=True)]
+        return _signals(responses, parts, [slice(-len(given), None) for given in responses])
 
     def _select(self, logits_BV: Any, named: Any = None) -> tuple[Any, ...]:
         logits_BV = logits_BV.float()
@@ -236,7 +212,6 @@ class TransformersEngine:
 
     def describe(self) -> dict[str, Any]:
         """Return engine, versions, device and settings, as JSON values."""
-        import torch
         import transformers
 
         on_gpu = self._device.type == "cuda"
@@ -257,11 +232,25 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        import torch
-
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _signals(
+    responses: Sequence[Sequence[int]], found: Sequence[Any], kept: Sequence[slice]
+) -> list[Signal]:
+    """Return copies of each row's ids and logits `[B, T, K]` and logsumexp `[B, T]`."""
+    ids, logits, logsumexp = found
+    return [
+        Signal(
+            response_ids=np.array(response, dtype=np.int32),
+            token_ids=ids[row, at].copy(),
+            logits=logits[row, at].copy(),
+            logsumexp=logsumexp[row, at].copy(),
+        )
+        for row, (response, at) in enumerate(zip(responses, kept, strict=True))
+    ]
 
 
 def _length(prompt: Prompt) -> int:
@@ -276,8 +265,6 @@ def _kind(prompt: Prompt) -> tuple[bool, bool]:
 
 def _named(prompts: Sequence[Prompt], positions: int, top_k: int) -> Any:
     """Return the tokens to read, `[B, T, K]`, last positions last; None where none are named."""
-    import torch
-
     if prompts[0].named is None:
         return None
     named_BTK = torch.zeros((len(prompts), positions, top_k), dtype=torch.int64)
@@ -288,8 +275,6 @@ def _named(prompts: Sequence[Prompt], positions: int, top_k: int) -> Any:
 
 
 def _device(name: str) -> Any:
-    import torch
-
     try:
         device = torch.device(name)
     except RuntimeError as error:

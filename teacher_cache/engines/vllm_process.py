@@ -280,15 +280,10 @@ class Host:
         A RuntimeError where this vLLM hands processors something else.
         """
         asked = min(4, self._config.top_k)
-        self._add(-1, [0, 1, 2, 3], None, max_tokens=1, logprobs=asked, flat_logprobs=True)
-        outputs: list[Any] = []
-        while not outputs:
-            outputs = [output for output in self._engine.step() if output.finished]
-        self._fetch()
-        captured = self._finish(outputs)[2]
-        assert captured is not None  # noqa: S101 - the prompt asked for it
+        options: dict[str, Any] = {"max_tokens": 1, "logprobs": asked, "flat_logprobs": True}
+        output, captured = self._run_alone([0, 1, 2, 3], **options)
         [ids], [logits], [logsumexp] = (array.tolist() for array in captured)
-        flat = outputs[0].outputs[0].logprobs
+        flat = output.outputs[0].logprobs
         raw = dict(zip(flat.token_ids, flat.logprobs, strict=True))
         ours = dict(zip(ids, logits, strict=True))
         differ = max((abs(raw[t] - ours[t]) for t in raw.keys() & ours.keys()), default=np.inf)
@@ -299,17 +294,24 @@ class Host:
             )
         if abs(logsumexp) < 1e-5:
             raise RuntimeError("this vLLM gives log-probabilities where raw logits were asked for")
-        self._add(-1, [0, 1], None, [2, 3, 0])
-        outputs = []
-        while not outputs:
-            outputs = [output for output in self._engine.step() if output.finished]
-        self._fetch()
-        along = self._finish(outputs)[2]
-        assert along is not None  # noqa: S101 - as above
+        _, along = self._run_alone([0, 1], [2, 3, 0])
         if not abs(float(along[2][-1]) - logsumexp) <= 1e-3 * max(1.0, abs(logsumexp)):
             raise RuntimeError(
                 "this vLLM hands over other hidden states than those it samples from"
             )
+
+    def _run_alone(
+        self, ids: list[int], given: list[int] | None = None, **options: Any
+    ) -> tuple[Any, tuple[Any, Any, Any]]:
+        """Return vLLM's output for one prompt, and what was captured of it."""
+        self._add(-1, ids, None, given, **options)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = [output for output in self._engine.step() if output.finished]
+        self._fetch()
+        captured = self._finish(outputs)[2]
+        assert captured is not None  # noqa: S101 - the prompt asked for it
+        return outputs[0], captured
 
     def describe(self) -> dict[str, Any]:
         """Return what may move the last bits of a logit, and the options that the user gave."""

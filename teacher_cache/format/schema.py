@@ -67,7 +67,7 @@ def logit_type(logit_dtype: str) -> pa.DataType:
     return pa.float16() if logit_dtype == "float16" else pa.float32()
 
 
-def shard_schema(logit_dtype: str, columns: Sequence[str] = SHARD_COLUMNS) -> pa.Schema:
+def shard_schema(logit_dtype: str, columns: Sequence[str]) -> pa.Schema:
     """Return the columns of a shard, those of its recipe in order.
 
     No value is null, and the schema says so: readers then decode fewer levels.
@@ -90,9 +90,7 @@ def _list_type(item: pa.DataType) -> pa.ListType:
     return pa.list_(pa.field("element", item, nullable=False))
 
 
-def rows_to_table(
-    rows: Sequence[CacheRow], logit_dtype: str, columns: Sequence[str] = SHARD_COLUMNS
-) -> pa.Table:
+def rows_to_table(rows: Sequence[CacheRow], logit_dtype: str, columns: Sequence[str]) -> pa.Table:
     """Return rows as an Arrow table; matrices `[T, K]` go row-major, without empty places."""
     schema = shard_schema(logit_dtype, columns)
     signals = [row.signal for row in rows]
