@@ -156,8 +156,11 @@ class Loss:
             return kind.function(student, teacher, **options)
         cached = _without(single(student_scores[..., :-1]), absent)
         student = torch.cat([cached, single(student_scores[..., -1:])], dim=-1)
-        student, teacher = _buckets(student, teacher, teacher_logsumexp)
-        return kind.function(student, teacher, **options)
+        tail = tail_logsumexp(teacher, teacher_logsumexp).unsqueeze(-1)
+        teacher = torch.cat([teacher, tail], dim=-1)
+        no_tail = student[..., -1:].isneginf()
+        sides = (_empty_tail(side, no_tail) for side in (student, teacher))
+        return kind.function(*sides, **options)
 
 
 def _without(logits: Tensor, absent: Tensor) -> Tensor:
@@ -175,17 +178,6 @@ def tail_logsumexp(logits: Tensor, logsumexp: Tensor) -> Tensor:
     whole = single(logsumexp)
     log_mass = (single(logits).logsumexp(dim=-1) - whole).clamp(max=math.log1p(-_TAIL_FLOOR))
     return whole + (-torch.expm1(log_mass)).log()
-
-
-def _buckets(
-    student_scores: Tensor, teacher_logits: Tensor, teacher_logsumexp: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `[..., K + 1]` of both sides, finite where the student has no tail."""
-    student = single(student_scores)
-    tail = tail_logsumexp(teacher_logits, teacher_logsumexp).unsqueeze(-1)
-    teacher = torch.cat([single(teacher_logits), tail], dim=-1)
-    no_tail = student[..., -1:].isneginf()
-    return _empty_tail(student, no_tail), _empty_tail(teacher, no_tail)
 
 
 def _empty_tail(buckets: Tensor, where: Tensor) -> Tensor:

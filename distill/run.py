@@ -121,6 +121,7 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
         )
     trainer.check_weights()
     evaluations = evaluations_of(state.log_history)
+    courses = {s: [h[k] for h in state.log_history if (k := f"loss_{s}") in h] for s in SPLITS}
     result = RunResult(
         out=str(folder.out),
         queries=job.objective.order.counts,
@@ -132,7 +133,7 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
         kept_step=trainer.load_best(),
         evaluations=[dataclasses.asdict(found) for found in evaluations],
         learning_rate=float(config.learning_rate),
-        loss=_first_and_last(state.log_history),
+        loss={split: [values[0], values[-1]] for split, values in courses.items() if values},
         seconds=round(seconds, 3),
         step_seconds=round(clock.median, 4),
         peak_memory_bytes=peak_memory(),
@@ -216,8 +217,3 @@ def _warn_of_loss(config: RunConfig, result: RunResult) -> None:
             result.kept_step,
             kept,
         )
-
-
-def _first_and_last(history: list[dict[str, float]]) -> dict[str, list[float]]:
-    courses = {split: [h[k] for h in history if (k := f"loss_{split}") in h] for split in SPLITS}
-    return {split: [values[0], values[-1]] for split, values in courses.items() if values}

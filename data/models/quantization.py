@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from duet_unlearn.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 Scheme = Literal["int8", "int4"]
@@ -28,9 +27,14 @@ def quantize_weights(model: "PreTrainedModel", scheme: str) -> int:
     A ConfigurationError where torchao is not installed or has no such scheme, or the model has no
     linear module, or one that torchao leaves as it is.
     """
-    linear = _linear_modules(model)
+    from torch import nn
+
+    anything: Any = model
+    head = anything.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     try:
         from torchao.quantization import quantize_
+        from torchao.utils import TorchAOBaseTensor
 
         for width in sorted({module.in_features for module in linear}):
             meant = {id(module) for module in linear if module.in_features == width}
@@ -45,7 +49,7 @@ def quantize_weights(model: "PreTrainedModel", scheme: str) -> int:
             'pip install "duet-unlearn[quantize]"'
         ) from error
     # torchao passes silently over what a scheme does not take.
-    if left := [module for module in linear if not _is_quantized(module)]:
+    if left := [m for m in linear if not isinstance(m.weight, TorchAOBaseTensor)]:
         raise ConfigurationError(
             f"quantize {scheme}: torchao left {len(left)} of {len(linear)} linear modules as they "
             f"are, the first is {left[0]}; leave the scheme out"
@@ -55,14 +59,6 @@ def quantize_weights(model: "PreTrainedModel", scheme: str) -> int:
             f"quantize {scheme}: the model has no linear module besides its head; leave it out"
         )
     return len(linear)
-
-
-def _linear_modules(model: "PreTrainedModel") -> "list[nn.Linear]":
-    from torch import nn
-
-    anything: Any = model
-    head = anything.get_output_embeddings()
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 def _torchao_config(scheme: str, width: int) -> Any:
@@ -82,9 +78,3 @@ def _torchao_config(scheme: str, width: int) -> Any:
     granularity = PerAxis(0) if group is None else PerGroup(group)
     dtypes: Any = torch  # its type stubs lack int4
     return IntxWeightOnlyConfig(weight_dtype=dtypes.int4, granularity=granularity)
-
-
-def _is_quantized(module: "nn.Linear") -> bool:
-    from torchao.utils import TorchAOBaseTensor
-
-    return isinstance(module.weight, TorchAOBaseTensor)

@@ -27,7 +27,9 @@ def perturb(model: nn.Module, *, alpha: float, beta: float, seed: int) -> None:
                 continue
             parameter.mul_(1.0 - alpha)
             if parameter.ndim > 1:
-                noise = xavier_uniform(parameter.shape, _generator(seed, name))
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                drawn = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                noise = xavier_uniform(parameter.shape, drawn)
                 parameter.add_(noise.to(parameter), alpha=alpha * beta)
 
 
@@ -39,8 +41,3 @@ def xavier_uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
     field = math.prod(shape[2:])
     bound = math.sqrt(6.0 / ((shape[0] + shape[1]) * field))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -69,8 +69,10 @@ class MembershipReport:
 def format_membership(report: MembershipReport) -> str:
     """Return a table: a row a model, a column a score, each AUC with its interval."""
     labels = list(report.separations)
+    rows = report.separations.values()
     columns = [
-        (name, [_cell(report.separations[label][name]) for label in labels]) for name in SCORES
+        (name, [f"{r[name].auc:.2f} ({r[name].low:.2f}-{r[name].high:.2f})" for r in rows])
+        for name in SCORES
     ]
     notes = (
         f"AUC with its 95% interval: how often one of {len(report.forget)} forgotten texts scores "
@@ -79,7 +81,3 @@ def format_membership(report: MembershipReport) -> str:
     )
     blocks = render_columns("Forgotten texts against the holdout", labels, columns)
     return join_blocks(blocks, notes)
-
-
-def _cell(found: Separation) -> str:
-    return f"{found.auc:.2f} ({found.low:.2f}-{found.high:.2f})"
