@@ -111,7 +111,6 @@ class Report(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        ...
 
 
 def print_report(table: str, report: Report, *, as_json: bool, out: Path | None) -> None:

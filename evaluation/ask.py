@@ -26,12 +26,7 @@ class Reply:
 
 
 class Asker:
-    """Models in memory, ready to be asked.
-
-    Raises:
-        ConfigurationError: the prefix or an attack cannot be used.
-        DataError: a model cannot be loaded.
-    """
+    """Models in memory, ready to be asked; errors as of `open_subjects` and `load_attacks`."""
 
     def __init__(self, config: AskConfig) -> None:
         self._max_new_tokens = config.max_new_tokens

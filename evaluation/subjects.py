@@ -74,11 +74,7 @@ class Subject:
 def open_subjects(config: SubjectsConfig, prefix: str | None) -> list[Subject]:
     """Find every model; the first one has a second row where there is a prefix.
 
-    A model with rounded weights is a model of its own.
-
-    Raises:
-        DataError: A model is missing or malformed.
-        MismatchError: An adapter belongs to another base.
+    A model with rounded weights is a model of its own. Errors are those of `resolve_with_adapter`.
     """
     subjects = []
     for spec in config.models:

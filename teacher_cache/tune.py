@@ -135,10 +135,8 @@ def tune(
 ) -> TuneResult:
     """Measure what comes back of the base's own answers behind each candidate, and order them.
 
-    Raises:
-        ConfigurationError: No candidate fits the model, or a setting cannot work with it.
-        DataError: A query file, the file of prefixes or the model folder is unusable.
-        DuetError: The engine does not start or fails.
+    A ConfigurationError where none fits the model, or a setting cannot work with it; a DataError
+    where a file or the model folder is unusable; a DuetError where the engine fails.
     """
     factory = engine_factory or partial(open_engine, config.engine)
     measurement = _Measurement(config)

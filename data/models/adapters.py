@@ -21,9 +21,8 @@ RUN_FILE = "duet_run.json"
 def resolve_with_adapter(model: str) -> tuple[Path, Path | None]:
     """Return a model's folder and, where `model` is an adapter folder, its base's and the adapter.
 
-    Raises:
-        DataError: The folder, hub model or the adapter's base is missing or malformed.
-        MismatchError: The base is not the one that the adapter was trained on.
+    A DataError where one is missing or malformed, a MismatchError where the adapter has another
+    base.
     """
     adapter = user_path(model, "model")
     if not is_adapter(adapter):

@@ -32,11 +32,9 @@ _TRIED = 16
 class Duet:
     """Distance of the student's logits to the teacher's at the cached tokens.
 
-    Raises:
-        ConfigurationError: The cache holds fewer tokens or positions than asked for.
-        DataError: A view file is missing or malformed.
-        CacheError: The cache is unfinished or damaged.
-        MismatchError: The cache has a prefix and no forget queries.
+    A ConfigurationError where the cache holds fewer tokens or positions than asked for, a
+    MismatchError where it has a prefix and no forget queries; other errors are those of
+    `CacheReader.open`.
     """
 
     def __init__(self, config: RunConfig, student: Student) -> None:

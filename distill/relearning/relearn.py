@@ -27,9 +27,8 @@ from duet_unlearn.progress import Progress
 def relearn(config: RelearnConfig) -> RelearnReport:
     """Fine-tune every model on every lesson at every rate, and ask at every step named.
 
-    Raises:
-        ConfigurationError: The memory does not hold a step, or peft is not installed.
-        DataError: A query source or a model cannot be used, or a lesson leaves nothing to ask.
+    A DataError where a source or a model cannot be used, or a lesson leaves nothing to ask; a
+    ConfigurationError where the memory does not hold a step, or peft is not installed.
     """
     lessons = list_lessons(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)

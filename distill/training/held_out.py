@@ -30,12 +30,7 @@ _LABEL = "student"
 
 
 class HeldOut:
-    """The held-out queries of a run.
-
-    Raises:
-        ConfigurationError: An attack is unknown.
-        DataError: A query file is missing or malformed, or a query has no answer.
-    """
+    """The held-out queries of a run; errors are those of `load_sets` and `load_attacks`."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = EvalConfig(

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 class HeldOutRows:
     """The rows of a held-out cache; those in views are left out.
 
-    The objective's loss is taken at every position that it would train on.
-
-    Raises:
-        CacheError: The cache is unfinished or damaged.
+    The objective's loss is taken at every position that it would train on. Errors are those of
+    `CacheReader.open`.
     """
 
     def __init__(self, config: RunConfig, objective: "Duet") -> None:

@@ -23,12 +23,10 @@ class PlannedRow(Protocol):
     @property
     def query_id(self) -> str:
         """Its id in the new cache."""
-        ...
 
     @property
     def split(self) -> str:
         """`forget`, `retain` or `train`."""
-        ...
 
 
 Row = TypeVar("Row", bound=PlannedRow)

@@ -33,9 +33,7 @@ _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
 def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:
     """Open caches that have to share one recipe, that of the first where none is given.
 
-    Raises:
-        CacheError: One is no finished cache.
-        MismatchError: One has another recipe (the message lists what differs) or digest.
+    Errors are those of `CacheReader.open`, and a MismatchError that lists what differs.
     """
     readers = tuple(CacheReader.open(name) for name in names)
     for name, reader in zip(names, readers, strict=True):

@@ -55,15 +55,12 @@ class Teacher(Protocol):
 
     def answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
         """Yield every shard's signals, in any order, holding a bounded number of them."""
-        ...
 
     def responses(self, prompts: Prompts, max_new_tokens: int) -> Iterable[tuple[int, list[int]]]:
         """Return greedy answers to a few prompts; see `Engine.responses`."""
-        ...
 
     def close(self) -> None:
         """End the engines; safe to call twice."""
-        ...
 
 
 class LocalTeacher:

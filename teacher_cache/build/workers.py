@@ -123,12 +123,7 @@ def _naming_this_machine() -> Iterator[None]:
 
 
 class RayTeacher:
-    """Answers shards with N workers on a Ray cluster; for its address see `connected`.
-
-    Raises:
-        ConfigurationError: Ray is not installed, there is no cluster at the address, or it has
-            no room for so many workers.
-    """
+    """Answers shards with N workers on a Ray cluster; address and errors as of `connected`."""
 
     def __init__(self, job: WorkerJob, *, workers: int, address: str) -> None:
         self._exit = contextlib.ExitStack()

@@ -27,11 +27,9 @@ def resolve_engine_name(name: str) -> str:
 def open_engine(name: str, config: EngineConfig) -> Engine:
     """Start an engine: `auto`, `vllm` or `transformers`.
 
-    `auto` falls back to transformers where vLLM is installed but cannot be imported.
-
-    Raises:
-        ConfigurationError: It is not installed, or a setting does not fit the model.
-        DuetError: The engine does not start; the message gives the cause.
+    `auto` falls back to transformers where vLLM is installed but cannot be imported. A
+    ConfigurationError where it is not installed, or a setting does not fit the model; a DuetError
+    with the cause where it does not start.
     """
     resolved = resolve_engine_name(name)
     if resolved == "vllm":

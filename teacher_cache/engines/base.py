@@ -80,7 +80,6 @@ class Engine(Protocol):
         bounded number of prompts or signals. One such stream at a time; one that is dropped
         half-way leaves the engine usable.
         """
-        ...
 
     def responses(
         self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int
@@ -90,15 +89,12 @@ class Engine(Protocol):
         In any order; an answer ends before its first end-of-sequence token, and at the latest
         after `max_new_tokens`, at most `EngineConfig.max_new_tokens`.
         """
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Name, versions and settings that may move the last bits of a logit (JSON values)."""
-        ...
 
     def close(self) -> None:
         """Free the model and end its processes; safe to call twice."""
-        ...
 
 
 def check_signal(
