@@ -51,15 +51,12 @@ def split_view(text: str) -> tuple[str | None, str]:
     No plain query is such a list: a conversation is a list of objects, and text that looks like a
     view is stored as one.
     """
-    if not text.startswith('["'):
-        return None, text
-    try:
-        parts = json.loads(text)
-    except (ValueError, RecursionError):
-        return None, text
-    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) for p in parts):
-        return None, text
-    return parts[0], parts[1]
+    if text.startswith('["'):
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(text):
+                case [str(view), str(query)]:
+                    return view, query
+    return None, text
 
 
 def text_of_sample(number: int, query: str) -> str:
@@ -71,9 +68,9 @@ def query_of_row(text: str) -> str:
     """The query's text alone of a row's: without a view or a sample's number."""
     if text.startswith(_SAMPLE):
         with contextlib.suppress(ValueError, RecursionError):
-            parts = json.loads(text)
-            if len(parts) == 3 and isinstance(parts[2], str):
-                return parts[2]
+            match json.loads(text):
+                case [_, _, str(query)]:
+                    return query
     return split_view(text)[1]
 
 

@@ -28,6 +28,7 @@ from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples,
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError
+from duet_unlearn.evaluation.config import refuse_empty
 from duet_unlearn.files import read_text
 from duet_unlearn.progress import Progress
 from duet_unlearn.settings import Count, Settings, Whole, setting, settings
@@ -100,9 +101,7 @@ class TuneConfig(Settings):
         """Refuse what needs no model to be wrong."""
         if self.topic is not None and not self.topic.strip():
             raise ConfigurationError("topic is empty; name what is to be forgotten")
-        for name in ("forget", "retain", "places"):
-            if not getattr(self, name):
-                raise ConfigurationError(f"{name} is empty, expected at least one")
+        refuse_empty(self, "forget", "retain", "places")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

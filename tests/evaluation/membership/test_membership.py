@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from duet_unlearn.cli.distill import main
 from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.models.loading import load_model
-from duet_unlearn.evaluation.membership.passes import view_texts
+from duet_unlearn.evaluation.membership.membership import view_texts
 from duet_unlearn.evaluation.membership.scores import SCORES, TextView
 from duet_unlearn.evaluation.statistics import separate
 
