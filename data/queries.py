@@ -171,7 +171,7 @@ def load_queries(source: str, *, split: str, require_answers: bool = False) -> l
     Args:
         source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, `hub:NAME[:CONFIG][:SPLIT]`, or
             `@NAME` for a query kit.
-        split: theirs.
+        split: of the queries.
         require_answers: whether a row without `answer` is an error; of a kit, take the held-out
             queries.
 

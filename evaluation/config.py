@@ -14,6 +14,11 @@ from duet_unlearn.evaluation.measures import MEASURES, select_measures
 from duet_unlearn.evaluation.requirements import parse_requirements
 from duet_unlearn.settings import Count, Settings, setting, settings
 
+GONE = (
+    "Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as @harry-potter, "
+    "or hub:NAME[:CONFIG][:SPLIT]."
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
@@ -176,8 +181,7 @@ class EvalConfig(AskConfig):
     forget: tuple[str, ...] = setting(
         group="What to ask",
         metavar="FILE",
-        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
-        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. A column `kind` is scored apart. Repeatable.",
+        help=f"{GONE} A column `kind` is scored apart. Repeatable.",
     )
     retain: tuple[str, ...] = setting(
         metavar="FILE", help="Queries with answers that should be kept. Repeatable."

@@ -110,7 +110,7 @@ class CacheReader:
         self._starts = np.array([group.start for group in groups])
         self._recent: OrderedDict[int, RowGroup] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
-        self._states: dict[int, FileState] = {}
+        self._states: dict[int, tuple[int, ...]] = {}
 
     @classmethod
     def open(cls, cache: str | Path) -> "CacheReader":
@@ -255,10 +255,7 @@ class CacheReader:
         return file
 
 
-FileState = tuple[int, ...]
-
-
-def file_state(path: Path) -> FileState:
+def file_state(path: Path) -> tuple[int, ...]:
     """Return what changes whenever a file's content does or another file takes its name."""
     try:
         found = path.stat()

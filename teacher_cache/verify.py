@@ -17,7 +17,7 @@ from duet_unlearn.teacher_cache.format.manifest import (
     read_manifest,
     split_pin,
 )
-from duet_unlearn.teacher_cache.format.quarantine import ensure_shard_sound
+from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
 from duet_unlearn.teacher_cache.format.row_group import Identity
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
@@ -93,7 +93,7 @@ def _check_shard(
     """Return the sums and the identity of a shard's rows, or raise what is wrong with it."""
     path = folder / SHARD_FOLDER / entry.name
     check_bytes(path, entry)
-    ensure_shard_sound(folder, manifest, entry)
+    ensure_sound(folder, manifest, entry)
     file = open_shard(folder, entry, manifest)
     rows: list[Identity] = []
     sums = {split: SplitStatistics() for split in SPLITS}

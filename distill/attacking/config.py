@@ -1,7 +1,7 @@
 """What an attack is told: settings, checked when they are made."""
 
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import SubjectsConfig, refuse_empty
+from duet_unlearn.evaluation.config import GONE, SubjectsConfig, refuse_empty
 from duet_unlearn.settings import Count, Positive, Share, Whole, setting, settings
 
 
@@ -12,9 +12,8 @@ class AttackConfig(SubjectsConfig):
     forget: tuple[str, ...] = setting(
         group="What to ask",
         metavar="FILE",
-        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
-        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. Those that an attack is trained on, or "
-        "whose answer it is trained on, are not asked. Repeatable.",
+        help=f"{GONE} Those that an attack is trained on, or whose answer it is trained on, are "
+        "not asked. Repeatable.",
     )
     retain: tuple[str, ...] = setting(
         default=(),

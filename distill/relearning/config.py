@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.evaluation.config import ModelSpec, SubjectsConfig, refuse_empty
+from duet_unlearn.evaluation.config import GONE, ModelSpec, SubjectsConfig, refuse_empty
 from duet_unlearn.settings import Count, Share, Whole, setting, settings
 
 N = TypeVar("N", int, float)
@@ -21,9 +21,8 @@ class RelearnConfig(SubjectsConfig):
     forget: tuple[str, ...] = setting(
         group="What to ask",
         metavar="FILE",
-        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
-        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. Those that a lesson teaches, or whose answer "
-        "it teaches, are not asked. Repeatable.",
+        help=f"{GONE} Those that a lesson teaches, or whose answer it teaches, are not asked. "
+        "Repeatable.",
     )
     retain: tuple[str, ...] = setting(
         default=(),

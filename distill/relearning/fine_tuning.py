@@ -39,7 +39,7 @@ def fine_tune(
         model: Changed in place.
         pairs: Token ids; the loss is the mean cross-entropy of the answers' tokens.
         look: Is given the model, in evaluation mode, and the number of steps done.
-        rate: Of learning.
+        rate: The learning rate.
         steps: After how many steps to look, in order.
         batch_size: Pairs of a step, or all where there are fewer.
         lora_rank: Of an adapter to train on all linear modules; None trains all weights.

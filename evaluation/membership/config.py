@@ -3,7 +3,7 @@
 from typing import Literal
 
 from duet_unlearn.data.models.loading import Dtype
-from duet_unlearn.evaluation.config import ModelSpec, refuse_empty, refuse_same_labels
+from duet_unlearn.evaluation.config import GONE, ModelSpec, refuse_empty, refuse_same_labels
 from duet_unlearn.settings import Count, Settings, setting, settings
 
 
@@ -15,8 +15,7 @@ class MembershipConfig(Settings):
     forget: tuple[str, ...] = setting(
         group="Which texts",
         metavar="FILE",
-        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
-        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+        help=f"{GONE} Repeatable.",
     )
     holdout: tuple[str, ...] = setting(
         metavar="FILE",

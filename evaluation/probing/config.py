@@ -1,6 +1,6 @@
 """What a probe is told: settings, checked when they are made."""
 
-from duet_unlearn.evaluation.config import SubjectsConfig, refuse_empty
+from duet_unlearn.evaluation.config import GONE, SubjectsConfig, refuse_empty
 from duet_unlearn.settings import Count, setting, settings
 
 
@@ -11,8 +11,7 @@ class ProbeConfig(SubjectsConfig):
     forget: tuple[str, ...] = setting(
         group="What to ask",
         metavar="FILE",
-        help="Queries with answers that should be gone: JSONL, CSV, Parquet, a kit such as "
-        "@harry-potter, or hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+        help=f"{GONE} Repeatable.",
     )
     retain: tuple[str, ...] = setting(
         metavar="FILE",

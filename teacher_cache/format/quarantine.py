@@ -37,23 +37,24 @@ _SECONDS, _BYTES_A_SECOND = 30, 5_000_000
 _READY = "ready"
 
 
-def ensure_sound(folder: Path, manifest: Manifest) -> None:
-    """Check all shards of a cache unless that was done before.
+def ensure_sound(folder: Path, manifest: Manifest, shard: ShardEntry | None = None) -> None:
+    """Check all shards of a cache, or one, unless that was done before.
 
     A CorruptCacheError where a shard has other bytes than the manifest names, or breaks the format;
     a CacheError where no process for the check can be started.
     """
-    if not _is_known(manifest.digest):
+    digest = manifest.digest if shard is None else shard.sha256
+    if _is_known(manifest.digest) or _is_known(digest):
+        return
+    if shard is None:
         logger.info("%s: checking every row once, in a process of its own", folder)
-        _check(folder, manifest, [s for s in manifest.shards if not _is_known(s.sha256)])
-        remember(manifest.digest)
-
-
-def ensure_shard_sound(folder: Path, manifest: Manifest, shard: ShardEntry) -> None:
-    """Check one shard, as `ensure_sound` does all."""
-    if not (_is_known(manifest.digest) or _is_known(shard.sha256)):
-        _check(folder, manifest, [shard])
-        remember(shard.sha256)
+    shards = [s for s in manifest.shards if not _is_known(s.sha256)] if shard is None else [shard]
+    paths = [folder / SHARD_FOLDER / entry.name for entry in shards]
+    # A child that ends early has a problem at the shard it was at.
+    for problem in find_problems(paths, manifest.recipe, [entry.sha256 for entry in shards]):
+        if problem is not None:
+            raise CorruptCacheError(problem)
+    remember(digest)
 
 
 def remember(digest: str) -> None:
@@ -74,15 +75,6 @@ def _mark(digest: str) -> Path:
     # Another version of the library may fail where this one does not.
     folder = user_folder() / "verified" / f"pyarrow-{pa.__version__}"
     return folder / digest.removeprefix("sha256:")
-
-
-def _check(folder: Path, manifest: Manifest, shards: Sequence[ShardEntry]) -> None:
-    paths = [folder / SHARD_FOLDER / shard.name for shard in shards]
-    hashes = [shard.sha256 for shard in shards]
-    # A child that ends early has a problem at the shard it was at.
-    for problem in find_problems(paths, manifest.recipe, hashes):
-        if problem is not None:
-            raise CorruptCacheError(problem)
 
 
 def find_problems(

@@ -21,7 +21,7 @@ from duet_unlearn.data.models.fingerprint import user_folder
 from duet_unlearn.errors import CacheError, CorruptCacheError, DuetError
 from duet_unlearn.files import atomic_path, make_folder, write_error
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry, decode_manifest
-from duet_unlearn.teacher_cache.format.quarantine import ensure_shard_sound
+from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
 from duet_unlearn.teacher_cache.reader import check_bytes
 from duet_unlearn.teacher_cache.share.place import fetch_manifest, parse_location
@@ -82,7 +82,7 @@ class RemoteShards:
                         path.unlink()
                 if not path.exists():
                     fetch_shard(self.store(), shard, self.folder)
-                ensure_shard_sound(self.folder, self.manifest, shard)
+                ensure_sound(self.folder, self.manifest, shard)
         except OSError as error:
             raise write_error(path, error) from error
         self._there.add(index)
