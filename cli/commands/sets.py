@@ -41,11 +41,7 @@ def merge_command(caches: tuple[str, ...], out: Path, shard_rows: int, as_json: 
     done = f"{len(caches)} caches joined"
     if result.repeated_rows:
         done += f", {result.repeated_rows} repeated queries left out"
-    counts = {
-        "repeated_rows": result.repeated_rows,
-        "differing_rows": result.differing_rows,
-        "renamed_rows": result.renamed_rows,
-    }
+    counts = {n: getattr(result, n) for n in ("repeated_rows", "differing_rows", "renamed_rows")}
     print_cache(out, result.manifest, hit=result.hit, done=done, counts=counts, as_json=as_json)
 
 

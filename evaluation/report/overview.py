@@ -112,14 +112,10 @@ def _rounded(document: Document) -> Found:
 
 def _plain_scores(document: Document, row: Document) -> list[Document]:
     """Return a row's scores on each forget set, asked as it stands."""
-    forget = {s["name"] for s in document["sets"] if s["split"] == "forget"}
+    names = [s["name"] for s in document["sets"] if s["split"] == "forget"]
+    asked = {(row["label"], name, None, None) for name in names}
     return [
-        score
-        for score in document["scores"]
-        if score["model"] == row["label"]
-        and score["set"] in forget
-        and score["attack"] is None
-        and score["kind"] is None
+        s for s in document["scores"] if (s["model"], s["set"], s["attack"], s["kind"]) in asked
     ]
 
 
