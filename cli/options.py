@@ -75,7 +75,11 @@ class SettingsCommand(click.Command):
 
 
 def read_settings(ctx: click.Context, of: type[T], path: str | None = None, **others: Any) -> T:
-    """Return the settings of a command: its flags, which win, others, and a YAML file's."""
+    """Return the settings of a command: its flags, which win, others, and a YAML file's.
+
+    Raises:
+        click.UsageError: One that has no default is in none of them.
+    """
     command = cast("SettingsCommand", ctx.command)
     try:
         return load(of, path, {**others, **command.given(ctx)})

@@ -61,8 +61,14 @@ def print_cache(
 def check_target(target: Path, mark: str) -> None:
     """Refuse a file that cannot or must not be written before the work, not after it.
 
-    `mark` is a text that an earlier file of ours holds; any other file is somebody's. An
-    OutputError where nothing can be written into its folder.
+    Args:
+        target: The file.
+        mark: A text that an earlier file of ours holds; any other file is somebody's.
+
+    Raises:
+        ConfigurationError: It lies inside a cache, is a folder or another's, or its folder is
+            missing.
+        OutputError: Nothing can be written into its folder.
     """
     refuse_inside_cache(target)
     if target.is_dir():
@@ -82,7 +88,11 @@ def check_target(target: Path, mark: str) -> None:
 
 
 def write_target(target: Path, text: str) -> None:
-    """Write a file that was checked before the work; an OutputError where it fails after all."""
+    """Write a file that was checked before the work.
+
+    Raises:
+        OutputError: It cannot be written after all.
+    """
     remove_temporary_files(target.parent, re.escape(target.name))
     try:
         write_text(target, text)
@@ -97,7 +107,13 @@ def _not_written(target: Path, error: BaseException) -> OutputError:
 
 @contextlib.contextmanager
 def measuring(out: Path | None = None) -> Iterator[None]:
-    """Look at `--out`, as `check_target`, before work of which no part is kept if it is stopped."""
+    """Look at `--out` before work of which no part is kept, and say so where it is stopped.
+
+    Raises:
+        ConfigurationError: As `check_target`.
+        OutputError: So, too.
+        StoppedError: The user stopped it.
+    """
     if out is not None:
         check_target(out, '"duet-unlearn": "')  # among the versions
     try:

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def load_hub_dataset(source: str) -> "Dataset":
-    """Load the one split of a dataset that `source` names; a DataError says what is wrong."""
+    """Load the one split of a dataset that `source` names.
+
+    Raises:
+        DataError: the dataset, configuration or split is unknown, out of reach or unreadable.
+    """
     import datasets
 
     if not sys.stderr.isatty():

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 
 
 def insertion_places(before: Sequence[object], after: Sequence[object]) -> range:
-    """All p for which `after` is `before` with one run of elements inserted at p, or none."""
+    """All p for which `after` is `before` with one run of elements inserted at p.
+
+    Returns:
+        A range of places in `before`, empty where `after` is anything else.
+    """
     if len(after) < len(before):
         return range(0)
     head = common_head(before, after)

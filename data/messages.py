@@ -85,7 +85,13 @@ def asked_text(text: str) -> str:
 def check_messages(value: object, *, answered: bool = False) -> tuple[Message, ...]:
     """A conversation out of parsed JSON or Arrow, with `role` and `content` in each turn.
 
-    An assistant's turn may be the last, too, if `answered`. A ValueError says which turn is wrong.
+    Args:
+        value: the turns.
+        answered: whether an assistant's turn may be the last, too.
+
+    Raises:
+        ValueError: it is not a list of turns that ends with a user turn; the message says which
+            turn is wrong.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"`messages` must be a list of turns, found {type_name(value)}")
@@ -100,7 +106,11 @@ def check_messages(value: object, *, answered: bool = False) -> tuple[Message, .
 
 
 def check_text(text: str, column: str) -> str:
-    """The text as it is; a ValueError where half a surrogate pair in it cannot be encoded."""
+    """The text as it is, unless it cannot be encoded.
+
+    Raises:
+        ValueError: the text has a surrogate without its other half.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

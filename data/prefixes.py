@@ -123,7 +123,10 @@ def resolve_prefix(text_or_name: str, topic: str | None = None) -> str:
 def load_prefixes(source: str) -> tuple[PrefixTemplate, ...]:
     r"""Return the prefixes of a UTF-8 text file, one a line, where `\n` is a line feed.
 
-    `#` starts a comment line, blank lines are skipped. A DataError where it holds no prefix.
+    `#` starts a comment line, blank lines are skipped.
+
+    Raises:
+        DataError: The file is missing, unreadable, or holds no prefix.
     """
     path = user_path(source)
     found = tuple(

@@ -93,14 +93,20 @@ class PromptRenderer:
                 raise ConfigurationError("the steering prefix has no tokens; use visible text")
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids `[P]` of the conversation without the prefix; errors are of `student_text`."""
+        """Token ids `[P]` of the conversation without the prefix.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+        """
         return list(self._tokenize(self.student_text(messages)))
 
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids `[P + R]`: those of `student_ids` with the prefix's run of R tokens inserted.
 
-        A DataError where no border between the student's tokens is where the prefix belongs, a
-        ConfigurationError where the chat template does not take it at this place.
+        Raises:
+            DataError: the chat template refuses the conversation, or no border between the
+                student's tokens is where the prefix belongs.
+            ConfigurationError: the chat template does not take the prefix at this place.
         """
         student_text = self.student_text(messages)
         student = self._tokenize(student_text)
@@ -199,7 +205,8 @@ class PromptRenderer:
     def student_text(self, messages: Sequence[Message]) -> str:
         """The student's prompt as text; without a chat template, less the opening special tokens.
 
-        A DataError where the template refuses the conversation.
+        Raises:
+            DataError: the chat template refuses the conversation.
         """
         if not self._has_template:
             return SEPARATOR.join(turn["content"] for turn in messages)
@@ -282,7 +289,8 @@ class PromptRenderer:
     def _insert_between_tokens(self, student_text: str, teacher_text: str) -> tuple[int, ...]:
         """The student's ids with the tokens of the inserted text between two of them.
 
-        A DataError where no place for the text is a border between two of the student's tokens.
+        Raises:
+            DataError: no place for the text is a border between two of the student's tokens.
         """
         student = self._tokenize(student_text)
         for place, text in self._candidates(student_text, teacher_text):

@@ -126,7 +126,11 @@ class Query:
 
 
 def fingerprint_queries(queries: Iterable[Query]) -> str:
-    """A digest, `sha256:<hex>`, of ids, splits and texts in any order of the queries."""
+    """A digest of ids, splits and texts that does not depend on the order of the queries.
+
+    Returns:
+        `sha256:` and 64 hex digits.
+    """
     return fingerprint_rows((query.query_id, query.split, query.text) for query in queries)
 
 
@@ -147,8 +151,10 @@ def load_responses(source: str) -> list[Query]:
     """Read queries with given responses, or documents, of the split `train`; see `load_queries`.
 
     A row is `messages` whose last turn is the assistant's, a query (also named `prompt`) with a
-    `response` or `answer`, or a `text`: a document. Errors are those of `load_queries`, also for a
-    kit.
+    `response` or `answer`, or a `text`: a document.
+
+    Raises:
+        DataError: as in `load_queries`, and where the source is a kit.
     """
     if find_kit(source):
         raise DataError(

@@ -27,7 +27,9 @@ Rows = Iterator[tuple[str, Row]]
 def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
     """Open a query file or a hub dataset; rows are read while they are iterated.
 
-    A DataError, here or then, names the file and, where one is at fault, the line.
+    Raises:
+        DataError: here or while iterating; the message names the file and, where one is at
+            fault, the line.
     """
     if source.startswith("hub:"):
         return _hub_rows(source, needs_one_of)

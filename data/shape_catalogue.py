@@ -46,7 +46,11 @@ def families() -> dict[str, tuple[Shape, ...]]:
 
 
 def built_in_shapes(name: str) -> tuple[Shape, ...]:
-    """Return what `@name` stands for: a group, a shape, or `family:NAME`; refuse other names."""
+    """Return what `@name` stands for: a group, a shape, or `family:NAME`.
+
+    Raises:
+        ConfigurationError: There is no such name.
+    """
     if name.startswith(FAMILY_MARK):
         by_family = families()
         family = name.removeprefix(FAMILY_MARK)

@@ -128,8 +128,12 @@ class Shape:
     def apply(self, messages: Sequence[Message], shown: Shown | None = None) -> tuple[Message, ...]:
         """Return the conversation in this shape, less what a conversation cannot hold.
 
-        A begun answer stands behind the conversation and a raw completion, which is refused, is
-        none: only `render` knows both. A DataError where no message is the user's.
+        A begun answer stands behind the conversation and a raw completion is none: only `render`
+        knows both.
+
+        Raises:
+            ConfigurationError: The shape is a raw completion.
+            DataError: No message is the user's.
         """
         if self.kind == "begun":
             return tuple(messages)
@@ -147,7 +151,11 @@ class Shape:
         prefixed: bool = False,
         shown: Shown | None = None,
     ) -> list[int]:
-        """Return the token ids `[P]` of a query in this shape; a DataError without a user turn."""
+        """Return the token ids `[P]` of a query in this shape.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or no message is the user's.
+        """
         if self.kind == "raw":
             last = _last_user_turn(messages, self.name)
             earlier = [turn["content"] for turn in messages[:last]]

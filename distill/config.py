@@ -302,7 +302,11 @@ class RunConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ConfigurationError: Some do.
+        """
         self._check_objective()
         for name in ("delta", "temperature"):
             self._check_loss_takes(name)

@@ -107,7 +107,14 @@ def _open_held_out(config: RunConfig, objective: Objective) -> "HeldOut | HeldOu
 
 
 def resolve_job(config: RunConfig) -> Job:
-    """Open the inputs and replace what the configuration left open; errors as of `api.distill`."""
+    """Open the inputs and replace what the configuration left open.
+
+    Raises:
+        ConfigurationError: A setting does not fit the inputs or the place of the student.
+        DataError: The student, a view or a query file is missing or malformed.
+        CacheError: The cache is unfinished or damaged.
+        MismatchError: The cache has no forget queries.
+    """
     out = Path(os.path.realpath(user_path(config.out, "out")))  # a loop of links stays one
     if not out.name or out.is_symlink():
         raise ConfigurationError(

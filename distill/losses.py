@@ -31,6 +31,14 @@ def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Te
 
     With `d = student - teacher`, an entry is `d**2 / 2` up to `|d| = delta` and
     `delta * (|d| - delta / 2)` beyond. No softmax is taken, so a shift of all logits counts.
+
+    Args:
+        student_logits: `[..., K]`, any floating dtype.
+        teacher_logits: `[..., K]`, same shape.
+        delta: Where the square turns into a line, in logits, positive.
+
+    Returns:
+        One value a position, `[...]` float32.
     """
     distance = (single(student_logits) - single(teacher_logits)).abs()
     near = distance.clamp(max=delta)
@@ -39,15 +47,29 @@ def huber(student_logits: Tensor, teacher_logits: Tensor, *, delta: float) -> Te
 
 
 def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean squared distance of raw logits; twice what Huber is within its delta."""
+    """Mean squared distance of raw logits; twice what Huber is within its delta.
+
+    Args:
+        student_logits: `[..., K]`, any floating dtype.
+        teacher_logits: `[..., K]`, same shape.
+
+    Returns:
+        One value a position, `[...]` float32.
+    """
     return (single(student_logits) - single(teacher_logits)).square().mean(dim=-1)
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Forward divergence `KL(teacher || student)` of softmaxes over the last dimension, in nats.
+    """Forward divergence `KL(teacher || student)` of softmaxes over the last dimension.
 
-    The temperature divides both sides' logits; the result is multiplied by its square, so that
-    gradients keep their size (Hinton, Vinyals, Dean 2015).
+    Args:
+        student_logits: `[..., S]`, any floating dtype.
+        teacher_logits: `[..., S]`, same shape.
+        temperature: Divides both sides' logits; the result is multiplied by its square, so that
+            gradients keep their size (Hinton, Vinyals, Dean 2015).
+
+    Returns:
+        Nats a position, `[...]` float32.
     """
     log_student = _log_softmax(student_logits, temperature)
     log_teacher = _log_softmax(teacher_logits, temperature)
@@ -64,9 +86,16 @@ def reverse_kl(
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence `KL(p || m) / 2 + KL(q || m) / 2`, `m = (p + q) / 2`, in nats.
+    """Jensen-Shannon divergence `KL(p || m) / 2 + KL(q || m) / 2`, `m = (p + q) / 2`.
 
     As JensUn uses it (arXiv 2509.02820). It is at most log 2, so no query pulls without bound.
+
+    Args:
+        student_logits: `[..., S]`, any floating dtype.
+        teacher_logits: `[..., S]`, same shape.
+
+    Returns:
+        Nats a position, `[...]` float32.
     """
     log_student = _log_softmax(student_logits, 1.0)
     log_teacher = _log_softmax(teacher_logits, 1.0)
@@ -170,10 +199,15 @@ def _without(logits: Tensor, absent: Tensor) -> Tensor:
 
 
 def tail_logsumexp(logits: Tensor, logsumexp: Tensor) -> Tensor:
-    """Return the logsumexp of the tokens beyond the K, `[...]`, from that of all tokens.
+    """Return the logsumexp of the tokens beyond the K, from that of all tokens.
 
-    Where rounding leaves the K raw logits `[..., K]` more than all there is, or less than a
-    millionth short of it, the tail is that millionth: it is always finite.
+    Args:
+        logits: `[..., K]` raw logits of the K tokens.
+        logsumexp: `[...]` over the full vocabulary. Where rounding leaves the K tokens more than
+            all there is, or less than a millionth short of it, the tail is that millionth.
+
+    Returns:
+        `[...]` float32, always finite.
     """
     whole = single(logsumexp)
     log_mass = (single(logits).logsumexp(dim=-1) - whole).clamp(max=math.log1p(-_TAIL_FLOOR))
@@ -190,8 +224,13 @@ def _empty_tail(buckets: Tensor, where: Tensor) -> Tensor:
 def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:
     """Pick what a loss compares from whole rows of logits.
 
-    Of raw logits `[..., V]` those of the cached tokens `[..., K]`, in float32; with `tail` the
-    logsumexp of all others stands behind them, `[..., K + 1]`.
+    Args:
+        logits: The student's raw logits at the scored positions, `[..., V]`.
+        token_ids: Cached token ids, `[..., K]` int64, each smaller than V.
+        tail: Whether to add the logsumexp of all other tokens.
+
+    Returns:
+        `[..., K]` float32, or `[..., K + 1]` with the tail in the last place.
     """
     cached = single(logits.gather(-1, token_ids))
     if not tail:
@@ -227,10 +266,14 @@ def with_cross_entropy(
 
 
 def row_means(losses_BT: Tensor, position_mask_BT: Tensor) -> Tensor:
-    """Average each row's loss `[B, T]` over its own positions, at least one, to `[B]`.
+    """Average each row's loss over its own positions, so that long rows weigh no more.
 
-    So long rows weigh no more. What stands at a masked position, NaN too, has no influence, on
-    gradients either.
+    Args:
+        losses_BT: One loss a position, `[B, T]`.
+        position_mask_BT: True where the row has a position, `[B, T]`; at least one a row.
+
+    Returns:
+        `[B]`. What stands at a masked position, NaN too, has no influence, on gradients either.
     """
     kept = torch.where(position_mask_BT, losses_BT, torch.zeros_like(losses_BT))
     return kept.sum(dim=-1) / position_mask_BT.sum(dim=-1)

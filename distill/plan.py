@@ -95,7 +95,14 @@ class Plan:
 
 
 def plan(config: PlanConfig) -> Plan:
-    """Say what a run with these settings takes on this machine; errors as of `api.distill`."""
+    """Say what a run with these settings takes on this machine.
+
+    Raises:
+        ConfigurationError: A setting does not fit the inputs, or the memory does not hold a step.
+        DataError: The student is missing or not a model that transformers knows.
+        CacheError: The cache is unfinished or damaged.
+        MismatchError: The cache's tokens are not the student's.
+    """
     from duet_unlearn.distill.model.token_tree import may_merge
     from duet_unlearn.distill.training.arguments import training_arguments
 

@@ -30,9 +30,17 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> RunResult:
     """Train the student and leave it at `config.out`.
 
-    The same configuration finds its finished student again, and resumes an interrupted run from its
-    last checkpoint. Errors are those of `api.distill`, and a StoppedError where a signal stopped it
-    after saving a checkpoint.
+    The same configuration finds its finished student again, and resumes an interrupted run from
+    its last checkpoint.
+
+    Raises:
+        ConfigurationError: A setting does not fit the inputs or the place of the student, the
+            loss stopped being finite, or the memory does not hold a step.
+        DataError: The student, a view or a query file is missing or malformed.
+        CacheError: The cache is unfinished or damaged.
+        MismatchError: The cache's tokens are not the student's.
+        OutputError: The student or a checkpoint cannot be written.
+        StoppedError: A signal stopped it after saving a checkpoint.
     """
     job = resolve_job(config)
     if not config.overwrite and (finished := job.folder.finished()) is not None:
@@ -145,7 +153,12 @@ class _DamagedCheckpointError(Exception):
 def _run_trainer(
     trainer: "DuetTrainer", schedule: "Schedule", checkpoint: Path | None, config: RunConfig
 ) -> None:
-    """Train to the end, with what can go wrong in one line."""
+    """Train to the end, with what can go wrong in one line.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step.
+        _DamagedCheckpointError: The checkpoint cannot be read; nothing was trained.
+    """
     from duet_unlearn.distill.training.callbacks import AlreadyTrained
 
     try:

@@ -139,8 +139,15 @@ def score_references(
 ) -> list[Likelihood]:
     """Return how a model takes each answer behind its prompt, teacher-forced.
 
-    Prompts and answers have at least one token each; `on_scored` is given the number of pairs after
-    each pass. A ConfigurationError where the memory does not hold a prompt and its answer.
+    Args:
+        model: a causal language model, in evaluation mode.
+        prompts: token ids, each of at least one token.
+        answers: the token ids of one answer a prompt, each of at least one token.
+        batch_size: most pairs of a forward pass.
+        on_scored: is given the number of pairs after each pass.
+
+    Raises:
+        ConfigurationError: the memory does not hold a prompt and its answer.
     """
 
     def score(batch: Sequence[int]) -> list[Likelihood]:
@@ -277,8 +284,13 @@ def run_in_memory(
 ) -> list[_Row]:
     """Run a batch; what is too much for the memory at once goes in halves.
 
-    `length` says how many tokens one of the batch has. A ConfigurationError where the memory does
-    not hold one.
+    Args:
+        run: takes prompts and returns a result for each.
+        batch: the prompts, or what stands for them.
+        length: says how many tokens one has.
+
+    Raises:
+        ConfigurationError: the memory does not hold one prompt.
     """
     import torch
 
@@ -301,7 +313,11 @@ def run_in_memory(
 
 @contextlib.contextmanager
 def fits_memory(what: str) -> Iterator[None]:
-    """Say in one line (ConfigurationError) what did not fit where the memory runs out."""
+    """Say in one line what did not fit, should the memory run out while the block runs.
+
+    Raises:
+        ConfigurationError: It does.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -26,7 +26,15 @@ class Reply:
 
 
 class Asker:
-    """Models in memory, ready to be asked; errors as of `open_subjects` and `load_attacks`."""
+    """Models in memory, ready to be asked.
+
+    Args:
+        config: who is asked, and how.
+
+    Raises:
+        ConfigurationError: the prefix or an attack cannot be used.
+        DataError: a model cannot be loaded.
+    """
 
     def __init__(self, config: AskConfig) -> None:
         self._max_new_tokens = config.max_new_tokens
@@ -44,10 +52,14 @@ class Asker:
         """Whether a question has one answer, which can be shown while it is made."""
 
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Iterator[Reply]:
-        """Yield the reply of each row to one user turn, plainly and under each attack.
+        """Yield the reply of each row, plainly and under each attack.
 
-        `on_text` is given the pieces of an answer as they come, where `streams` holds. A DataError
-        where the question is too long for a model.
+        Args:
+            question: one user turn.
+            on_text: is given the pieces of an answer as they come, where `streams` holds.
+
+        Raises:
+            DataError: the question is too long for a model.
         """
         query = Query.from_text(question, split="general")
         for attack in self._attacks:

@@ -32,7 +32,11 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, text: str) -> "ModelSpec":
-        """Return the model of `MODEL` or `NAME=MODEL`; without a name it has its folder's."""
+        """Return the model of `MODEL` or `NAME=MODEL`; without a name it has its folder's.
+
+        Raises:
+            ConfigurationError: name or model is empty.
+        """
         label, equals, model = text.partition("=")
         if not equals or Path(text).exists():  # an equals sign may stand in a folder's name
             label, model = Path(text).name or Path(text).resolve().name, text
@@ -44,8 +48,10 @@ class ModelSpec:
 def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
     """Return the models of a command line.
 
-    A name given to several models makes them seeds of one method: the first is `NAME #1`. One model
-    given twice under a name is refused.
+    A name given to several models makes them seeds of one method: the first is `NAME #1`.
+
+    Raises:
+        ConfigurationError: A word is no model, or one model is given twice under a name.
     """
     specs = [ModelSpec.parse(text) for text in words]
     # Folders of one name are no seeds: somebody forgot to name them.
@@ -66,14 +72,22 @@ def parse_models(words: Sequence[str]) -> tuple[ModelSpec, ...]:
 
 
 def refuse_empty(config: Settings, *names: str) -> None:
-    """Refuse settings of which one holds nothing."""
+    """Refuse settings of which one holds nothing.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
     for name in names:
         if not getattr(config, name):
             raise ConfigurationError(f"{name} is empty, expected at least one")
 
 
 def refuse_same_labels(labels: Sequence[str]) -> None:
-    """Refuse rows that nothing tells apart."""
+    """Refuse rows that nothing tells apart.
+
+    Raises:
+        ConfigurationError: Two have one label.
+    """
     for label, count in Counter(labels).items():
         if count > 1:
             raise ConfigurationError(

@@ -37,9 +37,17 @@ the index of a prompt and its greedy answer, in any order."""
 
 
 def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
-    """Answer all queries with all models and score the answers; errors are those of `api.evaluate`.
+    """Answer all queries with all models and score the answers.
 
-    `respond` is what answers instead of transformers; measures on more than text need those still.
+    Args:
+        config: what to ask whom.
+        respond: what answers instead of transformers; measures on more than text need those still.
+
+    Raises:
+        ConfigurationError: the prefix, a measure or an attack cannot be used, or a batch does not
+            fit.
+        DataError: a query source or a model cannot be used; a query has no answer, or is too
+            long for a model.
     """
     if respond is not None and config.quantize:
         raise ConfigurationError(

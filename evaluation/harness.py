@@ -63,7 +63,11 @@ class Harness:
                 ) from error
 
     def measure(self, subject: Subject) -> Scores:
-        """Run the tasks on a model, without prefix; a ConfigurationError where one fails."""
+        """Run the tasks on a model, without prefix.
+
+        Raises:
+            ConfigurationError: The memory does not hold a batch, or a task fails.
+        """
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

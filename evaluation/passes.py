@@ -22,10 +22,17 @@ def add_passes(
     rows: Mapping[str, Sequence[Prompt]],
     answers: Mapping[str, list[Answer]],
 ) -> None:
-    """Add to the plain answers of each row, in place, what the measures named look at.
+    """Add to the plain answers of each row what the measures named look at.
 
-    Rows have one prompt and one answer a task. The model is loaded only if a measure needs it. A
-    ConfigurationError where the memory does not hold one prompt.
+    Args:
+        config: Names the measures.
+        subject: The model; it is loaded only if one of them needs it.
+        tasks: What was asked.
+        rows: Of each row its prompts, one a task.
+        answers: Of each row its answers, one a task; changed in place.
+
+    Raises:
+        ConfigurationError: The memory does not hold one prompt.
     """
     needs = {MEASURES[name].needs for name in config.measures} - {"text"}
     if not needs:

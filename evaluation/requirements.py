@@ -40,7 +40,11 @@ class Requirement:
     """In points."""
 
     def failures(self, report: "EvalReport") -> Iterator[str]:
-        """Yield what does not hold, with the number found; refuse what was not evaluated."""
+        """Yield what does not hold, with the number that was found.
+
+        Raises:
+            ConfigurationError: The evaluation has no such row or number.
+        """
         # Without a row it is about all but base and base + prefix, or about the only model.
         config = report.config
         trained = [label for spec in config.models[1:] for label in config.rows_of(spec)]
@@ -71,7 +75,11 @@ class Requirement:
 
 
 def parse_requirements(text: str) -> tuple[Requirement, ...]:
-    """Return the requirements of a text such as `forget<5, student:retain.exact_match>=90`."""
+    """Return the requirements of a text such as `forget<5, student:retain.exact_match>=90`.
+
+    Raises:
+        ConfigurationError: A part of it is no requirement.
+    """
     return tuple(_parse(part.strip()) for part in text.split(","))
 
 
@@ -98,7 +106,12 @@ def _parse(part: str) -> Requirement:
 
 
 def check_requirements(text: str, report: "EvalReport") -> None:
-    """Hold an evaluation to its requirements; a RequirementError has the numbers that fail."""
+    """Hold an evaluation to its requirements.
+
+    Raises:
+        ConfigurationError: One of them is about nothing that was measured.
+        RequirementError: Some do not hold; the message has the numbers.
+    """
     failures = [line for part in parse_requirements(text) for line in part.failures(report)]
     if failures:
         raise RequirementError(f"required, and does not hold: {'; '.join(failures)}")

@@ -72,7 +72,11 @@ def _draws(count: int, seed: int = 0) -> NDArray[np.float64]:
 
 
 def summarize_all(scores: Scores) -> Number:
-    """Return mean, count and interval of scores; a ValueError where there are none."""
+    """Return mean, count and interval of scores of which there are some.
+
+    Raises:
+        ValueError: There are none.
+    """
     number = summarize(scores)
     if number is None:
         raise ValueError("no scores, expected at least one")

@@ -57,7 +57,11 @@ class Subject:
         return model
 
     def render(self, label: str, tasks: Sequence[Task], max_new_tokens: int) -> list[Prompt]:
-        """Return the prompts of one row; a DataError where one is empty, too long or refused."""
+        """Return the prompts of one row.
+
+        Raises:
+            DataError: A task is empty or too long for the model, or its template refuses it.
+        """
         context = context_length(read_config(self.folder))
         prompts = []
         for task in tasks:
@@ -74,7 +78,11 @@ class Subject:
 def open_subjects(config: SubjectsConfig, prefix: str | None) -> list[Subject]:
     """Find every model; the first one has a second row where there is a prefix.
 
-    A model with rounded weights is a model of its own. Errors are those of `resolve_with_adapter`.
+    A model with rounded weights is a model of its own.
+
+    Raises:
+        DataError: A model is missing or malformed.
+        MismatchError: An adapter belongs to another base.
     """
     subjects = []
     for spec in config.models:
@@ -109,7 +117,12 @@ def open_subject(
     prefix: str | None = None,
     place: str = "system",
 ) -> Subject:
-    """Find one model; arguments are as in `Subject` and `PromptRenderer`."""
+    """Find one model; arguments are as in `Subject` and `PromptRenderer`.
+
+    Raises:
+        DataError: It is missing or malformed.
+        MismatchError: An adapter belongs to another base.
+    """
     folder, adapter = resolve_with_adapter(model)
     tokenizer = load_tokenizer(folder)
     return Subject(

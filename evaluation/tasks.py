@@ -71,7 +71,11 @@ class Task:
         return None if self.attack is None else self.attack.name
 
     def render(self, renderer: "PromptRenderer", *, prefixed: bool = False) -> list[int]:
-        """Return the prompt's token ids `[P]`, with the renderer's prefix if `prefixed`."""
+        """Return the prompt's token ids `[P]`, with the renderer's prefix if `prefixed`.
+
+        Raises:
+            DataError: The chat template refuses the conversation.
+        """
         messages = self.query.messages
         if self.attack is not None and self.attack.shape is not None:
             shape = self.attack.shape
@@ -85,9 +89,12 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
     """Return all attacks, each text once, under names that differ.
 
     A source is what `load_shapes` takes, or a query file whose rows say in `asked` (text) how the
-    query in `query` is asked instead: synonyms, translations, reverse questions. Its attack has the
-    file's stem for name and family, and asks only the queries that the file has. Errors are those
-    of `load_shapes`.
+    query in `query` is asked instead: synonyms, translations, reverse questions. Its attack has
+    the file's stem for name and family, and asks only the queries that the file has.
+
+    Raises:
+        ConfigurationError: A built-in name is unknown.
+        DataError: A file is missing, unreadable or malformed.
     """
     attacks: dict[str, Attack] = {}
     for source in sources:
@@ -132,8 +139,13 @@ def load_sets(
 ) -> tuple[QuerySet, ...]:
     """Return all query sets, each named by its split and, where the split has several, its file.
 
-    Of a set at most `limit` queries are taken, evenly spread. If `answered`, every query must have
-    its answer; those of a kit have in any case. A DataError where not, or a source cannot be read.
+    Args:
+        sources: split and source of each set.
+        limit: most queries of a set; they are spread evenly over it.
+        answered: whether every query must have its answer; those of a kit have in any case.
+
+    Raises:
+        DataError: A source cannot be read, or a query has no answer.
     """
     sets: list[QuerySet] = []
     for split, source in sources:
@@ -182,7 +194,11 @@ def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Attack]) -> tuple[Tas
 
 
 def check_length(task: Task, length: int, label: str, limit: int | None, new_tokens: int) -> None:
-    """Refuse a prompt that is empty or leaves no room for its answer with a DataError."""
+    """Refuse a prompt that is empty or leaves no room for its answer.
+
+    Raises:
+        DataError: It is one of the two.
+    """
     where = f"query {task.query.query_id} of {task.set_name}"
     if task.attack is not None:
         where += f" under attack {task.attack.name}"

@@ -12,7 +12,11 @@ from duet_unlearn.teacher_cache.engines.base import EngineConfig
 
 
 def vllm_answers(config: EvalConfig) -> Respond:
-    """Return what lets vLLM answer in `evaluate`, one engine a model; an error without vLLM."""
+    """Return what lets vLLM answer in `evaluate`, one engine a model.
+
+    Raises:
+        ConfigurationError: vLLM is not installed; this is named before any query is read.
+    """
     resolve_engine_name("vllm")
 
     def respond(

@@ -55,7 +55,9 @@ class CacheDifference:
 def diff(a: str, b: str) -> CacheDifference:
     """Compare two caches, `PATH` or `PATH@sha256:DIGEST` each; reads no signals.
 
-    Errors are those of `CacheReader.open`.
+    Raises:
+        CacheError: One is no finished cache, or is damaged.
+        MismatchError: One has another digest than the one given.
     """
     first, second = CacheReader.open(a), CacheReader.open(b)
     # Hashes, not texts: of rows that both have, nothing is kept.

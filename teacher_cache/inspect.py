@@ -15,7 +15,9 @@ _BAR_WIDTH = 24
 def summarize(cache: str | Path) -> dict[str, Any]:
     """Return a cache's summary as JSON values; see `render_summary` for the same in words.
 
-    Errors are those of `CacheReader.open`.
+    Raises:
+        CacheError: There is no finished cache there, or it is damaged.
+        MismatchError: It has another digest than the one given.
     """
     manifest = CacheReader.open(cache).manifest
     positions = sum(sums.positions for sums in manifest.splits.values())

@@ -137,7 +137,8 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
 def _check_parts(names: Sequence[str], readers: Sequence[CacheReader]) -> str | None:
     """Return the fingerprint of the set whose parts are given, None where they are whole caches.
 
-    A MismatchError where a part is missing, given twice, or of another set.
+    Raises:
+        MismatchError: A part is missing, given twice, or of another set.
     """
     parts = [(name, reader.manifest.part) for name, reader in zip(names, readers, strict=True)]
     given = [(name, part) for name, part in parts if part is not None]

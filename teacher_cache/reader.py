@@ -256,7 +256,11 @@ class CacheReader:
 
 
 def file_state(path: Path) -> tuple[int, ...]:
-    """Return what changes whenever a file's content does or another file takes its name."""
+    """Return what changes whenever a file's content does or another file takes its name.
+
+    Raises:
+        CorruptCacheError: There is no such file.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -265,7 +269,11 @@ def file_state(path: Path) -> tuple[int, ...]:
 
 
 def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile:
-    """Open a shard; a CorruptCacheError where it is not the one that its manifest means."""
+    """Open a shard and check that it is the one its manifest means.
+
+    Raises:
+        CorruptCacheError: It is missing, damaged, or a shard of another place or recipe.
+    """
     path = folder / SHARD_FOLDER / entry.name
     file = ShardFile(path)
     index = manifest.shards.index(entry)
@@ -289,7 +297,11 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile
 
 
 def check_size(path: Path, shard: ShardEntry, where: str) -> None:
-    """Refuse a shard that is missing or of another size than listed with a CorruptCacheError."""
+    """Check that a shard is there with the size its manifest gives.
+
+    Raises:
+        CorruptCacheError: It is missing or has another size.
+    """
     if not path.is_file():  # a pipe or a device would hang or never end
         raise CorruptCacheError(f"{where}: the shard is missing; {_DAMAGED}")
     if (found := path.stat().st_size) != shard.bytes:
@@ -299,7 +311,11 @@ def check_size(path: Path, shard: ShardEntry, where: str) -> None:
 
 
 def check_bytes(path: Path, shard: ShardEntry, where: str | None = None) -> None:
-    """Refuse other bytes than a manifest names with a CorruptCacheError that says `where`."""
+    """Check that a file's bytes are those that a manifest names; `where` names it in the message.
+
+    Raises:
+        CorruptCacheError: They are not, or the file cannot be read.
+    """
     where = where or str(path)
     check_size(path, shard, where)
     try:

@@ -134,8 +134,10 @@ def tune(
 ) -> TuneResult:
     """Measure what comes back of the base's own answers behind each candidate, and order them.
 
-    A ConfigurationError where none fits the model, or a setting cannot work with it; a DataError
-    where a file or the model folder is unusable; a DuetError where the engine fails.
+    Raises:
+        ConfigurationError: No candidate fits the model, or a setting cannot work with it.
+        DataError: A query file, the file of prefixes or the model folder is unusable.
+        DuetError: The engine does not start or fails.
     """
     factory = engine_factory or partial(open_engine, config.engine)
     measurement = _Measurement(config)
@@ -370,7 +372,11 @@ class _Document(pydantic.BaseModel):
 
 
 def load_tuned(path: str) -> dict[str, Any]:
-    """Return what the first candidate of `tune --json` says of a build: prefix, place and so on."""
+    """Return what the first candidate of `tune --json` says of a build: prefix, place and so on.
+
+    Raises:
+        DataError: The file cannot be read or holds no such document.
+    """
     text = read_text(path, "file; write one with duet-cache tune --json")
     try:
         return _Document.model_validate_json(text).candidates[0].model_dump()

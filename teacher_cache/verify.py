@@ -40,7 +40,11 @@ def verify(cache: str | Path) -> VerifyReport:
     """Check a cache against its manifest and the format's rules.
 
     Goes on after a bad shard, so that all of them are named. Of a URL every byte is read anew, a
-    shard at a time. Errors are those of `CacheReader.open`.
+    shard at a time.
+
+    Raises:
+        CacheError: There is no finished cache, its manifest is damaged, or it cannot be read.
+        MismatchError: The cache has another digest than the one given.
     """
     if isinstance(cache, str) and is_url(cache):
         from duet_unlearn.teacher_cache.share.remote import open_afresh

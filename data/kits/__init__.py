@@ -35,7 +35,12 @@ class Kit:
         return FOLDER / self.name / "holdout.jsonl"
 
     def files(self, split: str, *, answers: bool) -> tuple[Path, ...]:
-        """Return the files of a split; those with answers, and general ones, are held out."""
+        """Return the files of a split.
+
+        Args:
+            split: `forget`, `retain` or `general`; general queries exist held out only.
+            answers: Whether to return the held-out queries, which have answers.
+        """
         own = FOLDER / self.name
         if split == "general":
             return (GENERAL / "general_heldout.jsonl",)
@@ -58,7 +63,8 @@ KITS: Mapping[str, Kit] = MappingProxyType({kit.name: kit for kit in _KITS})
 def find_kit(source: str) -> Kit | None:
     """Return the kit that a query source names, or None where it is a file or a hub dataset.
 
-    A DataError where the source starts with `@`, but no kit has that name.
+    Raises:
+        DataError: The source starts with `@`, but no kit has that name.
     """
     if not source.startswith(KIT_MARK):
         return None

@@ -21,8 +21,9 @@ RUN_FILE = "duet_run.json"
 def resolve_with_adapter(model: str) -> tuple[Path, Path | None]:
     """Return a model's folder and, where `model` is an adapter folder, its base's and the adapter.
 
-    A DataError where one is missing or malformed, a MismatchError where the adapter has another
-    base.
+    Raises:
+        DataError: The folder, hub model or the adapter's base is missing or malformed.
+        MismatchError: The base is not the one that the adapter was trained on.
     """
     adapter = user_path(model, "model")
     if not is_adapter(adapter):
@@ -59,7 +60,12 @@ def _check_base(adapter: Path, base: Path) -> None:
 
 
 def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """Return the base with the adapter in it; a DataError where that is unreadable or another's."""
+    """Return the base with the adapter in it.
+
+    Raises:
+        ConfigurationError: peft is not installed.
+        DataError: The adapter cannot be read, or does not fit the base.
+    """
     peft = _peft(f"adapter {adapter}:")
     try:
         with warnings.catch_warnings():
@@ -77,7 +83,12 @@ def add_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
 def new_adapter(model: "PreTrainedModel", **settings: Any) -> Any:
     """Return a model with a new LoRA adapter in it, drawn from torch's own random numbers.
 
-    The model is changed in place; the settings are those of peft's `LoraConfig`.
+    Args:
+        model: Changed in place.
+        **settings: Those of peft's `LoraConfig`.
+
+    Raises:
+        ConfigurationError: peft is not installed.
     """
     peft = _peft("LoRA")
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))

@@ -50,7 +50,10 @@ def sha256_file(path: Path) -> str:
 def weights_fingerprint(folder: Path) -> str:
     """Fingerprint the tensors of a model folder: names, dtypes, shapes and bytes.
 
-    How they are spread over files does not matter. A DataError where one is no safetensors file.
+    How the tensors are spread over files does not matter.
+
+    Raises:
+        DataError: A weight file is not a safetensors file.
     """
     files = weight_files(folder)
     return _remembered("weights", files, lambda: _hash_tensors(files))

@@ -22,7 +22,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 def resolve_model_folder(model: str | Path, *, need_weights: bool = True) -> Path:
     """Return the local folder of a model, downloading it where `model` is a hub id.
 
-    A DataError where there is none, or it lacks its configuration, tokenizer or weights.
+    Raises:
+        DataError: There is no such folder or hub model, or it lacks its configuration,
+            tokenizer or weights.
     """
     folder = user_path(model, "model")
     if folder.is_dir():
@@ -83,7 +85,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a model folder that make up the model, sorted by name.
 
     Where an index names the shards, exactly those are returned: folders often hold the same
-    weights a second time in a consolidated file. A DataError where it names one that is not there.
+    weights a second time in a consolidated file.
+
+    Raises:
+        DataError: The index is unreadable or names a file that is not there.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -101,7 +106,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a model folder; a DataError where there is none."""
+    """Read a JSON object from a model folder.
+
+    Raises:
+        DataError: The file is missing, unreadable, or not a JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,7 +145,11 @@ def stored_dtype(config: dict[str, Any]) -> str:
 
 
 def head_width(config: dict[str, Any]) -> int:
-    """Return the number of logits the model's head gives; a DataError without a `vocab_size`."""
+    """Return the number of logits the model's head gives.
+
+    Raises:
+        DataError: The configuration has no positive `vocab_size`.
+    """
     width = config.get("vocab_size")
     if not isinstance(width, int) or width < 1:
         raise DataError(f"model configuration: vocab_size is {width!r}, expected a positive number")
@@ -144,7 +157,11 @@ def head_width(config: dict[str, Any]) -> int:
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Return the ids that end a response, sorted: the generation configuration's or the model's."""
+    """Return the ids that end a response, sorted: the generation configuration's, else the model's.
+
+    Raises:
+        DataError: The ids are not numbers.
+    """
     generation = folder / "generation_config.json"
     sources = [read_json(generation)] if generation.is_file() else []
     for source in [*sources, read_config(folder)]:

@@ -24,8 +24,9 @@ _GROUPS = (128, 64, 32)
 def quantize_weights(model: "PreTrainedModel", scheme: str) -> int:
     """Quantize a model's linear modules in place; return how many there are.
 
-    A ConfigurationError where torchao is not installed or has no such scheme, or the model has no
-    linear module, or one that torchao leaves as it is.
+    Raises:
+        ConfigurationError: torchao is not installed or has no such scheme, or the model has no
+            linear module, or one that torchao leaves as it is.
     """
     from torch import nn
 

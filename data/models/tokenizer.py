@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 def load_tokenizer(
     model_folder: Path, *, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model folder; a DataError where there is none that can be loaded."""
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        DataError: the folder has no tokenizer, or one that cannot be loaded.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     # Where tekken.json lies beside it, the choice of tokenizer would depend on whether the

@@ -46,8 +46,10 @@ class _Row:
 def attack(config: AttackConfig) -> AttackReport:
     """Attack every model, and the first one behind the prefix, and ask what was not trained on.
 
-    A DataError where a source or a model cannot be used, or the training queries leave nothing to
-    ask; a ConfigurationError where the memory does not hold a step.
+    Raises:
+        ConfigurationError: The prefix cannot be used, or the memory does not hold a step.
+        DataError: A source or a model cannot be used, a query is too long, or the training queries
+            leave nothing to ask.
     """
     train, asked = _split(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)

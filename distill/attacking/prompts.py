@@ -44,7 +44,11 @@ def render(subject: Subject, label: str, query: Query, suffix: str = "") -> list
 def open_prompts(
     subject: Subject, label: str, queries: Sequence[Query], *, suffix_tokens: int
 ) -> list[Prompt]:
-    """Return the prompts of one row; a DataError where the tokenizer joins query and suffix."""
+    """Return the prompts of one row.
+
+    Raises:
+        DataError: The tokenizer joins a query with what stands behind it.
+    """
     measured = len(subject.renderer.begun_ids(_SPACER * _MEASURED))
     count = math.ceil(suffix_tokens * _MEASURED / measured)
     prompts = []

@@ -67,9 +67,20 @@ def train_soft_prompt(
     """Return vectors `[N, D]` that make answers likely (arXiv 2402.09063, 2104.08691).
 
     Adam on the mean cross-entropy of the answers' tokens; the model stays as it is. The vectors
-    start as the embedding of the spacers of a suffix. The rate is over the root mean square of the
-    embedding's entries, the seed decides the order of the prompts; `on_step` is given 1 after each.
-    A ConfigurationError where the memory does not hold a step.
+    start as the embedding of the spacers of a suffix.
+
+    Args:
+        model: In evaluation mode, its weights frozen.
+        prompts: What to answer.
+        tokens: N.
+        steps: Of Adam.
+        rate: Over the root mean square of the embedding's entries.
+        batch_size: Prompts of a step.
+        seed: Decides the order of the prompts.
+        on_step: Is given 1 after each step.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step.
     """
     spacers = prompts[0].inserted
     vectors_ND = embed(model, [spacers[at % len(spacers)] for at in range(tokens)])

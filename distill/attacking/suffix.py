@@ -60,7 +60,11 @@ class SuffixSearch:
         self.ids = list(prompts[0].inserted)
 
     def run(self, steps: int, on_step: Callable[[int], object] = lambda _count: None) -> str:
-        """Search, and return the suffix as a user types it behind a query."""
+        """Search, and return the suffix.
+
+        Raises:
+            ConfigurationError: The memory does not hold a step.
+        """
         for _ in range(steps):
             batch = self._random.sample(list(self._prompts), self._queries)
             tried = [self.ids, *self._propose(batch)]

@@ -17,7 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class JoinedRows:
-    """The rows of some caches, one behind the other; their recipes may differ."""
+    """The rows of some caches, one cache behind the other.
+
+    Args:
+        readers: The caches; their recipes may differ.
+    """
 
     def __init__(self, readers: Sequence[CacheReader]) -> None:
         self._readers = tuple(readers)
@@ -46,8 +50,12 @@ def drawn_rows(
     """Return the split of every row of all caches, `IN_VIEW` for those that are never drawn.
 
     Of an earlier cache only forget rows are: what it retains a later request may forget. And a
-    retain row of the new cache is left out if an earlier one forgets its query. `splits` are those
-    of the new cache's rows, `[N]`.
+    retain row of the new cache is left out if an earlier one forgets its query.
+
+    Args:
+        splits: Of the new cache's rows, `[N]`.
+        cache: The new cache.
+        replayed: The earlier ones.
 
     Raises:
         MismatchError: An earlier cache forgets nothing.

@@ -20,9 +20,13 @@ from duet_unlearn.distill.losses import tail_logsumexp
 def entropy(logits: Tensor, logsumexp: Tensor) -> Tensor:
     """Return the entropy of a teacher whose tokens beyond the K are one symbol.
 
-    Takes raw logits `[..., K]`, minus infinity in places without a token, and the logsumexp `[...]`
-    over the full vocabulary. Nats a position, `[...]` float32: at most the log of K + 1, and the
-    entropy over the full vocabulary.
+    Args:
+        logits: `[..., K]` raw logits of the K tokens, minus infinity in places without one.
+        logsumexp: `[...]` over the full vocabulary.
+
+    Returns:
+        Nats a position, `[...]` float32; at most the log of K + 1, and at most the entropy over the
+        full vocabulary.
     """
     tail = tail_logsumexp(logits, logsumexp).unsqueeze(-1)
     shares = torch.cat([logits, tail], dim=-1).softmax(dim=-1)
@@ -31,9 +35,15 @@ def entropy(logits: Tensor, logsumexp: Tensor) -> Tensor:
 
 
 def least_sure(batch: Mapping[str, Any], share: float) -> Tensor:
-    """Choose a share of the positions of rows of the split `train`, `[B, T]` bool; others keep all.
+    """Choose positions of the rows of the split `train`; other rows keep all of theirs.
 
-    The share is rounded up, so every row keeps one; of equals the earlier.
+    Args:
+        batch: From `collate`.
+        share: Of each row's positions, above 0; rounded up, so every row keeps one. Of equals the
+            earlier.
+
+    Returns:
+        `[B, T]` bool.
     """
     mask_BT: Tensor = batch["position_mask"]
     found_BT = entropy(batch["teacher_logits"], batch["teacher_logsumexp"])

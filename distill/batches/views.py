@@ -22,7 +22,10 @@ NO_VIEWS = "none"
 def load_views(sources: Sequence[str], cached: Sequence[str] = ()) -> tuple[Shape, ...]:
     """Return the views of all sources, each text once; named again, it takes the later weight.
 
-    Without a source they are `cached`: the shapes in which the cache holds retain queries.
+    Args:
+        sources: What `--view` took.
+        cached: Texts of the shapes in which the cache holds retain queries; without a source, they
+            are the views.
 
     Raises:
         ConfigurationError: A built-in name is unknown, or a weight is not above 0.

@@ -18,8 +18,13 @@ def perturb(model: nn.Module, *, alpha: float, beta: float, seed: int) -> None:
 
     N is Xavier-uniform for matrices and zero for vectors, so norms and biases only shrink (UNDO,
     arXiv 2506.06278). Frozen parameters stay, and a tied matrix is changed once. The draw depends
-    on the seed and the parameter's name alone: it is the same on every device and process. The
-    model is changed in place, whole (not yet sharded).
+    on the seed and the parameter's name alone: it is the same on every device and process.
+
+    Args:
+        model: Changed in place, whole (not yet sharded).
+        alpha: How much of the weights is given up, 0 to 1; 0 changes nothing.
+        beta: Scale of the noise, 0 or more.
+        seed: Of the draw.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,7 +41,9 @@ def perturb(model: nn.Module, *, alpha: float, beta: float, seed: int) -> None:
 def xavier_uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Return float32 noise, uniform within `sqrt(6 / (fan_in + fan_out))` of zero.
 
-    The fans of the two or more sizes are those of `torch.nn.init.xavier_uniform_`.
+    Args:
+        shape: Two or more sizes; the fans are those of `torch.nn.init.xavier_uniform_`.
+        generator: On the CPU.
     """
     field = math.prod(shape[2:])
     bound = math.sqrt(6.0 / ((shape[0] + shape[1]) * field))

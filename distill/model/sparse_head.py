@@ -138,12 +138,17 @@ def scored_logits(
     forward_names: AbstractSet[str],
     tree: TokenTree | None = None,
 ) -> Tensor:
-    """Run a batch from `collate` and return the raw logits of its scored positions, row by row.
+    """Run a batch and return the raw logits of its N scored positions, row by row.
 
-    They are `[N, V]`; where the model knows logits_to_keep, few others were ever computed.
-    `forward_names` are what its own forward takes: models without rotary positions take no
-    position_ids, a few old ones no logits_to_keep. With a `tree` of the same batch that is run
-    instead.
+    Args:
+        model: The student, wrapped for several processes or not.
+        inputs: A batch from `collate`.
+        forward_names: What the student's own forward takes: models without rotary positions take
+            no position_ids, a few old ones no logits_to_keep.
+        tree: The same batch as a tree, to be run instead.
+
+    Returns:
+        `[N, V]`; where the model knows logits_to_keep, few other logits were ever computed.
     """
     return _scored(_forward(model, inputs, forward_names, tree), inputs, tree)
 

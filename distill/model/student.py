@@ -67,17 +67,26 @@ class Student:
 
 
 def open_student(model: str) -> Student:
-    """Find a model folder and read everything but its weights; a DataError where there is none."""
+    """Find a model folder and read everything but its weights.
+
+    Raises:
+        DataError: The folder or hub model is missing, or not a language model.
+    """
     user_path(model, "student")  # `~nobody` is named as such
     folder = resolve_model_folder(model)
     return describe_student(model, folder, weights=weights_fingerprint(folder))
 
 
 def describe_student(model: str, folder: Path, *, weights: str) -> Student:
-    """Describe a model by what its folder holds beside the weights; a config.json is enough.
+    """Describe a model by what its folder holds beside the weights.
 
-    `model` is its name as the user gave it, `weights` their fingerprint, empty where nobody
-    compares it. A DataError where the configuration is not a language model's.
+    Args:
+        model: As the user gave it.
+        folder: Where it is; a config.json is enough.
+        weights: Fingerprint of its weights; empty where nobody compares them.
+
+    Raises:
+        DataError: The configuration is not a language model's.
     """
     config = read_config(folder)
     hidden_size = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
@@ -109,10 +118,11 @@ def read_licence(folder: Path) -> str | None:
 
 
 def check_cache_fits(student: Student, renderer: "PromptRenderer", reader: CacheReader) -> None:
-    """Refuse a cache whose token ids are not the student's with a MismatchError.
+    """Refuse a cache whose token ids are not the student's.
 
-    The vocabularies may differ, the same query may give other ids, or the student's head may be too
-    narrow for the cached ids.
+    Raises:
+        MismatchError: The vocabularies differ, the same query gives other ids, or the student's
+            head is too narrow for the cached ids.
     """
     recipe = reader.manifest.recipe
     if recipe.top_k > student.head_width:  # before anything of that width is decoded

@@ -53,7 +53,9 @@ class TokenTree:
 def merge(inputs: Mapping[str, Any]) -> TokenTree | None:
     """Merge the rows of a batch from `collate`; None where the tree would be too large.
 
-    Of the `input_ids` `[B, L]` the last T columns may be scored, as `position_mask` `[B, T]` says.
+    Args:
+        inputs: `input_ids` and `attention_mask` `[B, L]`, and `position_mask` `[B, T]` of the last
+            T columns.
     """
     ids_BL, mask_BL = inputs["input_ids"].tolist(), inputs["attention_mask"].bool().tolist()
     scored_BT = inputs["position_mask"].tolist()

@@ -39,7 +39,11 @@ class Trained:
 
 
 def check_trained(config: "RunConfig") -> None:
-    """Refuse settings that choose what is trained and contradict each other."""
+    """Refuse settings that choose what is trained and contradict each other.
+
+    Raises:
+        ConfigurationError: Some do.
+    """
     if config.layers is not None:
         parse_layers(config.layers)
     if config.parameters is not None:
@@ -73,7 +77,8 @@ def check_trained(config: "RunConfig") -> None:
 def parse_layers(text: str) -> tuple[int, ...]:
     """Return the numbers of layers as a user writes them (`5-7`, `0,3,5-7`), sorted, each once.
 
-    A ConfigurationError where the text is no list of numbers and ranges.
+    Raises:
+        ConfigurationError: The text is no list of numbers and ranges.
     """
     numbers: set[int] = set()
     for part in text.split(","):
@@ -195,7 +200,8 @@ def _listed(targets: Iterable[str]) -> list[str]:
 def _lora_targets(model: "PreTrainedModel", config: "RunConfig") -> list[str]:
     """Return the full names of the linear modules that get an adapter.
 
-    A ConfigurationError where a target is no linear module of the chosen layers, or is tied.
+    Raises:
+        ConfigurationError: A target is no linear module of the chosen layers, or is tied.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D

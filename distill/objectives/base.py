@@ -105,6 +105,11 @@ class Objective(Protocol):
 
 
 def open_objective(config: RunConfig, student: Student) -> Objective:
-    """Open the inputs of the objective that the run names; nothing heavy is read."""
+    """Open the inputs of the objective that the run names; nothing heavy is read.
+
+    Raises:
+        ConfigurationError: A setting does not fit the inputs.
+        DuetError: An input is missing, unreadable or malformed.
+    """
     found = pkgutil.resolve_name(f"{__package__}.{OBJECTIVES[config.objective].name}")
     return cast("Objective", found(config, student))

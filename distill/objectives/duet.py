@@ -32,9 +32,15 @@ _TRIED = 16
 class Duet:
     """Distance of the student's logits to the teacher's at the cached tokens.
 
-    A ConfigurationError where the cache holds fewer tokens or positions than asked for, a
-    MismatchError where it has a prefix and no forget queries; other errors are those of
-    `CacheReader.open`.
+    Args:
+        config: The run.
+        student: What is trained.
+
+    Raises:
+        ConfigurationError: The cache holds fewer tokens or positions than asked for.
+        DataError: A view file is missing or malformed.
+        CacheError: The cache is unfinished or damaged.
+        MismatchError: The cache has a prefix and no forget queries.
     """
 
     def __init__(self, config: RunConfig, student: Student) -> None:
@@ -252,8 +258,9 @@ def _rows_in_views(
 ) -> "tuple[npt.NDArray[np.uint8], dict[tuple[int, int], int]]":
     """Return every row's split, `IN_VIEW` for rows in views, and the rows that are targets.
 
-    A ConfigurationError where a view shows answers, or changes more than the wording around a
-    retain query and the cache does not hold what the base says in it.
+    Raises:
+        ConfigurationError: A view shows answers, or changes more than the wording around a retain
+            query and the cache does not hold what the base says in it.
     """
     splits, texts = reader.splits.copy(), {view.text: index for index, view in enumerate(views)}
     plain: dict[str, int] = {}

@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 class GradientDifference:
     """Negative log-likelihood of answers, its sign turned for what is to be forgotten.
 
+    Args:
+        config: The run, with `forget` and `retain`.
+        student: What is trained.
+
     Raises:
         DataError: A query file is missing or malformed, or a query has no answer.
     """
@@ -106,7 +110,16 @@ class GradientDifference:
 
 
 class AnswerDataset(Dataset[Example]):
-    """Queries with their answers and the student's end of sequence, one target token a position."""
+    """Queries with their answers as sequences of one target token a position.
+
+    Args:
+        queries: With answers.
+        renderer: The student's.
+        student: Whose end of sequence closes an answer.
+
+    Raises:
+        DataError: A pair is too long for the student.
+    """
 
     def __init__(
         self, queries: Sequence[Query], renderer: "PromptRenderer", student: Student

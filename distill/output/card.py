@@ -69,7 +69,11 @@ Points of ROUGE-L recall on queries held out from training; the step was chosen 
 
 
 def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
-    """Write the model card from the content of the run file."""
+    """Write the model card from the content of the run file.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     config, result, base = run["config"], run["result"], run["base"]["name"]
     licence, name = run["base"]["licence"], Path(config["out"]).name
     adapter = config["lora_rank"] is not None and not config["merge"]

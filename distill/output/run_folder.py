@@ -64,7 +64,9 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep a second run away from the work folder; the lock dies with its process.
 
-        A ConfigurationError where another run holds it.
+        Raises:
+            ConfigurationError: Another run holds it.
+            OutputError: The folder cannot be written.
         """
         missing = missing_folders(self.out.parent)
         make_folder(self.out.parent)
@@ -162,8 +164,9 @@ class RunFolder:
     def publish(self) -> None:
         """Rename the staged student to OUT and remove the work folder.
 
-        An OutputError where the folder cannot be written, or files of others have appeared at OUT;
-        the student stays where it is, and the same command tries again.
+        Raises:
+            OutputError: The folder cannot be written, or files of others have appeared at OUT; the
+                student stays where it is, and the same command tries again.
         """
         try:
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):

@@ -40,7 +40,11 @@ _TOKENIZER_FILES = (
 
 
 def write_student(job: "Job", trainer: "DuetTrainer") -> None:
-    """Write the weights as they are now as the staged model folder; every process calls this."""
+    """Write the weights as they are now as the staged model folder; every process calls this.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
     # Gathering a sharded model takes every process; a whole one is saved as it is.
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
@@ -65,7 +69,11 @@ def write_student(job: "Job", trainer: "DuetTrainer") -> None:
 
 
 def publish(job: "Job", result: "RunResult") -> None:
-    """Write the history beside the staged model and let the student appear; one process does."""
+    """Write the history beside the staged model and let the student appear; one process does.
+
+    Raises:
+        OutputError: A folder cannot be written.
+    """
     config, folder, student = job.config, job.folder, job.student
     staged, story = folder.staged_student, job.objective.story()
     try:
@@ -128,8 +136,10 @@ def save_model(
     """Write a model folder: weights, configuration, and the base's own tokenizer.
 
     An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in,
-    a whole model in `dtype`. `state` holds gathered weights where the model has only a part. An
-    OutputError where the folder cannot be written.
+    a whole model in `dtype`. `state` holds gathered weights where the model has only a part.
+
+    Raises:
+        OutputError: The folder cannot be written.
     """
     from safetensors import SafetensorError
 

@@ -45,7 +45,11 @@ class Lesson:
         return len(self.queries) + len(self.texts)
 
     def encode(self, subject: Subject) -> list[Pair]:
-        """Return what is taught as token ids; a DataError where the model reads less."""
+        """Return what is taught as token ids.
+
+        Raises:
+            DataError: A query with its answer is too long for the model.
+        """
         ends = list(subject.ends[:1])
         context = context_length(read_config(subject.folder))
         pairs = []
@@ -70,8 +74,9 @@ class Lesson:
 def list_lessons(config: RelearnConfig) -> tuple[Lesson, ...]:
     """Read the lessons and decide what each leaves to be asked.
 
-    A DataError where a source cannot be read, a query has no answer, or nothing is left to be
-    asked.
+    Raises:
+        DataError: A source cannot be read, a query in it has no answer, or a lesson leaves nothing
+            to be asked.
     """
     forget = load_answered(config.forget, split="forget")
     lessons: dict[str, Lesson] = {}

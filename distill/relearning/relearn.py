@@ -27,8 +27,9 @@ from duet_unlearn.progress import Progress
 def relearn(config: RelearnConfig) -> RelearnReport:
     """Fine-tune every model on every lesson at every rate, and ask at every step named.
 
-    A DataError where a source or a model cannot be used, or a lesson leaves nothing to ask; a
-    ConfigurationError where the memory does not hold a step, or peft is not installed.
+    Raises:
+        ConfigurationError: The memory does not hold a step, or peft is not installed.
+        DataError: A query source or a model cannot be used, or a lesson leaves nothing to ask.
     """
     lessons = list_lessons(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)
@@ -55,7 +56,11 @@ def teach(
 
     A row behind the prefix is asked behind it; what is taught has none, as whoever fine-tunes a
     model does not write its deployer's prompt. `kept` are further queries: whether the model still
-    answers what it should keep. Errors are those of `relearn`.
+    answers what it should keep.
+
+    Raises:
+        ConfigurationError: The memory does not hold a step, or peft is not installed.
+        DataError: The model cannot be loaded, or a query is too long for it.
     """
     pairs = lesson.encode(subject)
     queries = [*lesson.asked, *kept]

@@ -45,7 +45,11 @@ _TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("w
 
 
 def check_trainer_args(trainer_args: Mapping[str, Any]) -> None:
-    """Refuse fields of TrainingArguments that are not the user's to pass through."""
+    """Refuse fields of TrainingArguments that are not the user's to pass through.
+
+    Raises:
+        ConfigurationError: A field is ours.
+    """
     for name in trainer_args:
         if name in _OURS:
             flag = _OURS[name].replace("_", "-")
@@ -61,8 +65,9 @@ def check_trainer_args(trainer_args: Mapping[str, Any]) -> None:
 def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     """Return the Trainer's arguments; several processes find each other here.
 
-    A ConfigurationError where the Trainer refuses a setting on this machine, does not know one, or
-    there are more processes and micro-batches than queries in a step.
+    Raises:
+        ConfigurationError: The Trainer refuses a setting on this machine, does not know one, or
+            there are more processes and micro-batches than queries in a step.
     """
     import torch
     from transformers import TrainingArguments

@@ -30,7 +30,12 @@ _LABEL = "student"
 
 
 class HeldOut:
-    """The held-out queries of a run; errors are those of `load_sets` and `load_attacks`."""
+    """The held-out queries of a run.
+
+    Raises:
+        ConfigurationError: An attack is unknown.
+        DataError: A query file is missing or malformed, or a query has no answer.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = EvalConfig(
@@ -61,7 +66,11 @@ class HeldOut:
     def prepare(
         self, student: Student, renderer: "PromptRenderer", tokenizer: "PreTrainedTokenizerBase"
     ) -> None:
-        """Render all prompts; a DataError where one is too long for the student."""
+        """Render all prompts.
+
+        Raises:
+            DataError: A query is too long for the student.
+        """
         self._tokenizer = tokenizer
         self._ends = eos_token_ids(student.folder)
         self._prompts = [task.render(renderer) for task in self._tasks]
@@ -77,9 +86,13 @@ class HeldOut:
     def measure(
         self, model: "PreTrainedModel", step: int, *, process: int = 0, processes: int = 1
     ) -> Evaluation:
-        """Ask everything after so many optimizer steps.
+        """Ask everything; several processes share the work and all get the result.
 
-        Several processes share the work and all get the result; 1 where each has to ask them all.
+        Args:
+            model: The student as it is now.
+            step: Optimizer steps done.
+            process: Index of this process.
+            processes: How many processes share the queries; 1 where each has to ask them all.
         """
         with undisturbed(model):
             answers = generate_answers(

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 class HeldOutRows:
     """The rows of a held-out cache; those in views are left out.
 
-    The objective's loss is taken at every position that it would train on. Errors are those of
-    `CacheReader.open`.
+    Args:
+        config: The run, every `auto` replaced.
+        objective: Whose loss is taken, at every position that it would train on.
+
+    Raises:
+        CacheError: The cache is unfinished or damaged.
     """
 
     def __init__(self, config: RunConfig, objective: "Duet") -> None:
@@ -45,7 +49,11 @@ class HeldOutRows:
     def prepare(
         self, student: Student, renderer: "PromptRenderer", tokenizer: "PreTrainedTokenizerBase"
     ) -> None:
-        """Check that the cache's tokens are the student's; a MismatchError where they are not."""
+        """Check that the cache's tokens are the student's.
+
+        Raises:
+            MismatchError: They are not.
+        """
         del tokenizer
         check_cache_fits(student, renderer, self._reader)
         self._dataset.max_length = student.max_length

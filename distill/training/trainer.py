@@ -103,7 +103,11 @@ class DuetTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Any:
-        """Return this pass's part of the step's loss, a scalar; an error where it is not finite."""
+        """Return this pass's part of the step's loss, a scalar.
+
+        Raises:
+            ConfigurationError: The loss is not finite.
+        """
         losses_B = self._objective.row_losses(model, inputs)
         self._check_finite(losses_B, inputs)
         self._count(losses_B.detach(), inputs)
@@ -131,7 +135,11 @@ class DuetTrainer(Trainer):
         )
 
     def check_weights(self) -> None:
-        """Refuse weights that are not finite: a loss tells of a bad step one step later."""
+        """Make sure that there is something to keep: a loss tells of a bad step one step later.
+
+        Raises:
+            ConfigurationError: A trained weight is not finite.
+        """
         for name, parameter in self._student.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise self._diverged(

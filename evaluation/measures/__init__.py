@@ -56,7 +56,11 @@ REFUSAL = "refusal"
 def select_measures(
     named: Sequence[str] = (), refusal_phrases: Sequence[str] = refusal.REFUSAL_PHRASES
 ) -> tuple[Measure, ...]:
-    """Return the measures on text, and of the others those that are named; refuse unknown names."""
+    """Return the measures on text, and of the others those that are named.
+
+    Raises:
+        ConfigurationError: A name is unknown.
+    """
     for name in named:
         if name not in MEASURES:
             raise ConfigurationError(

@@ -24,7 +24,11 @@ _CONTRACTIONS = (
 
 
 def load_phrases(source: str | Path) -> tuple[str, ...]:
-    """Read refusal phrases: UTF-8, one a line; `#` starts a comment. A DataError where none is."""
+    """Read refusal phrases: UTF-8, one a line; `#` starts a comment line.
+
+    Raises:
+        DataError: The file cannot be read, or holds no phrase.
+    """
     phrases = tuple(line for _, line in read_entries(source, "file of phrases; write one a line"))
     if not all(split_words(phrase) for phrase in phrases) or not phrases:
         raise DataError(f"{source}: expected refusal phrases of letters, one a line")

@@ -30,8 +30,10 @@ from duet_unlearn.progress import Progress
 def measure_membership(config: MembershipConfig) -> MembershipReport:
     """Score every text with every model.
 
-    A DataError where a source or a model cannot be used, a text stands on both sides or is too long
-    for a model; a ConfigurationError where the memory does not hold one.
+    Raises:
+        ConfigurationError: The memory does not hold a batch.
+        DataError: A source or a model cannot be used, a query has no answer, a text stands on both
+            sides or is too long for a model.
     """
     # A kit's name stands for its holdout here, where it means the held-out queries elsewhere.
     kits = [(source, find_kit(source)) for source in config.holdout]

@@ -37,9 +37,17 @@ def read_last_positions(
     """Apply final norm and output head to the state of every layer (logit lens, nostalgebraist).
 
     The last layer's is what the model says itself, less a cap or a scale on logits that some
-    architectures have: those leave ranks as they are. `tokens` are what to look for behind each
-    prompt, `on_read` is given the number of prompts after each pass. A ConfigurationError where the
-    memory does not hold one prompt.
+    architectures have: those leave ranks as they are.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        prompts: Token ids, each of at least one token.
+        tokens: Of each prompt the token to look for.
+        batch_size: Most prompts of a forward pass.
+        on_read: Is given the number of prompts after each pass.
+
+    Raises:
+        ConfigurationError: The memory does not hold one prompt.
     """
 
     def read(batch: Sequence[int]) -> list[LastPosition]:

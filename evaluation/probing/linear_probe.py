@@ -36,7 +36,10 @@ def pair_queries(vectors_ND: Floats, tokens: Sequence[int]) -> Pairs:
     """Return pairs of queries with different answers, the most alike first, each query once.
 
     No model's states have a say in it, so that no pair is chosen for what a model knows.
-    `vectors_ND` are rows of the reference's output head, those of `tokens`, the answers' first.
+
+    Args:
+        vectors_ND: Rows of the reference's output head, those of the answers' first tokens.
+        tokens: Those tokens.
     """
     lengths_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
     unit_ND = vectors_ND / np.maximum(lengths_N1, 1e-12)

@@ -41,8 +41,10 @@ SPLITS = ("forget", "retain")
 def probe(config: ProbeConfig) -> ProbeReport:
     """Look into every model, and the first one behind the prefix, layer by layer.
 
-    A ConfigurationError where the memory does not hold a prompt; a DataError where a source or a
-    model cannot be used, or too few queries have answers with different first tokens.
+    Raises:
+        ConfigurationError: The prefix cannot be used, or the memory does not hold a prompt.
+        DataError: A source or a model cannot be used, a query has no answer or is too long, or too
+            few queries have answers with different first tokens.
     """
     queries = [
         query

@@ -23,7 +23,9 @@ def make_chart(
 def lay_out(chart: dict[str, Any]) -> dict[str, Any] | None:
     """Return the pixels of a chart: axes with ticks, a line and dots a series; None without points.
 
-    A y of None, or without a logarithm where y is one's, is left out.
+    Args:
+        chart: `log` (whether y is a logarithm's), and `series` from names to points `[x, y]`; a y
+            of None, or without a logarithm, is left out.
     """
     log = chart["log"]
     series = [_known(points, log) for points in chart["series"].values()]

@@ -37,9 +37,15 @@ _HELD_OUT_LOSSES = {"loss": "loss", "cross_entropy": "cross-entropy"}
 def make_content(
     sources: Sources, first_tokens: Sequence[Document] = (), *, title: str | None = None
 ) -> Document:
-    """Return everything that a report shows; a DataError where a document is damaged.
+    """Return everything that a report shows.
 
-    `first_tokens` are computed ones, see `compare_first_tokens`; those of caches are added.
+    Args:
+        sources: What was found.
+        first_tokens: Computed ones, see `compare_first_tokens`; those of caches are added.
+        title: Of the page.
+
+    Raises:
+        DataError: A document lacks what its format promises.
     """
     with reading("a student's or a stress test's record", "leave its folder out, or make it again"):
         students = [_student(student) for student in sources.students]

@@ -23,7 +23,11 @@ def compare_first_tokens(sources: Sources, count: int) -> list[Document]:
 
     Asked are `count` of each split's evaluated queries, and the samples of the caches: trained
     queries, with what was cached of them beside. A column's `base_choice` is where the base's
-    strongest token stands in it. Errors are those of `open_subjects` and `load_model`.
+    strongest token stands in it.
+
+    Raises:
+        DataError: A model of the evaluation is not where it says, or cannot be loaded.
+        ConfigurationError: The memory does not hold a model.
     """
     if not sources.evaluations:
         return []

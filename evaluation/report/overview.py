@@ -68,7 +68,11 @@ def what_fine_tuning_brings(overview: Document, label: str) -> str:
 
 
 def searched_recalls(attacks: Sequence[Document]) -> dict[str, float]:
-    """Return the most that a searched attack draws out of each model, by the model's path."""
+    """Return the most that a searched attack draws out of each model, by the model's path.
+
+    Args:
+        attacks: Documents of `duet-distill attack`.
+    """
     found: dict[str, dict[Key, float]] = {}
     for document in attacks:
         _most(found, _searched(document))

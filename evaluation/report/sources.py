@@ -63,9 +63,14 @@ class Sources:
 def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Document]) -> Sources:
     """Return what lies in folders, in the folders right below them, and in files.
 
-    The students that an evaluation names are found where it says they are. `summarize_cache` reads
-    a cache's folder: whoever calls knows caches, this package does not. A DataError where a path is
-    missing, a file named is no result of ours, or nothing at all is found.
+    The students that an evaluation names are found where it says they are.
+
+    Args:
+        paths: Folders, or JSON files of `duet-distill eval` and of stress tests.
+        summarize_cache: Reads a cache's folder; whoever calls knows caches, this package does not.
+
+    Raises:
+        DataError: A path is missing, a file named is neither, or nothing at all is found.
     """
     sources = Sources()
     for path in paths:
@@ -92,7 +97,11 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
 
 @contextlib.contextmanager
 def reading(name: str, advice: str) -> Iterator[None]:
-    """Say in one line (DataError) where a document lacks what its format promises."""
+    """Say in one line where a document lacks what its format promises.
+
+    Raises:
+        DataError: It does.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

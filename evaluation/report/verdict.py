@@ -26,8 +26,11 @@ def judge(
 ) -> list[dict[str, Any]]:
     """Return a verdict for each model but the reference, plain, prefixed or quantized.
 
-    Each has `model`, `state` (good, bad or open), `headline` and `text`. `searched` is what
-    searched attacks draw out of the models; see `searched_recalls`.
+    Each has `model`, `state` (good, bad or open), `headline` and `text`.
+
+    Args:
+        document: An evaluation.
+        searched: What searched attacks draw out of its models; see `searched_recalls`.
     """
     numbers = index_scores(document)
     base = document["models"][0]["label"]
@@ -129,8 +132,10 @@ def not_tested(
 ) -> str:
     """Return what an auditor would still ask for.
 
-    `stress_tests` are the keys of those that there are; one of the `others`, evaluations beside
-    this one, may have the rounded weights.
+    Args:
+        document: An evaluation.
+        stress_tests: Keys of those that there are.
+        others: Evaluations beside it; one of them may have the rounded weights.
     """
     missing = [] if document["attacks"] else ["attacks"]
     missing += [name for key, name in _STRESS_TESTS.items() if key not in stress_tests]

@@ -43,13 +43,21 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 
 def write_text(final: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; an OutputError where it cannot be written."""
+    """Write a UTF-8 text file atomically.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     with atomic_path(final) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents where they are missing; an OutputError where that fails."""
+    """Create a folder and its parents where they are missing.
+
+    Raises:
+        OutputError: The path is a file, or the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,8 +67,13 @@ def make_folder(folder: Path) -> None:
 def read_text(source: str | Path, kind: str, error: type[DuetError] = DataError) -> str:
     """Return the text of a UTF-8 file that a user names, without a byte order mark.
 
-    `kind` is what is missing where it is not there: `file of prefixes; write one a line`; `error`
-    is what is raised then, or where the file is not readable.
+    Args:
+        source: The file.
+        kind: What is missing where it is not there: `file of prefixes; write one a line`.
+        error: What is raised.
+
+    Raises:
+        DuetError: As `error` says: the file is missing, unreadable or not UTF-8.
     """
     path = user_path(source)
     try:
@@ -73,13 +86,21 @@ def read_text(source: str | Path, kind: str, error: type[DuetError] = DataError)
 
 
 def read_entries(source: str | Path, kind: str) -> list[tuple[int, str]]:
-    """Return a file's lines with their numbers, stripped, without blank ones and `#` comments."""
+    """Return a text file's lines with their numbers, stripped, without blank ones and `#` comments.
+
+    Raises:
+        DataError: As `read_text`.
+    """
     lines = enumerate((line.strip() for line in read_text(source, kind).split("\n")), start=1)
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def user_path(text: str | Path, what: str = "path") -> Path:
-    """Return a path that a user typed, `~` resolved; refuse an empty one and homes of nobody."""
+    """Return a path that a user typed, `~` resolved.
+
+    Raises:
+        ConfigurationError: It is empty, or names the home of nobody.
+    """
     if not str(text).strip():
         raise ConfigurationError(f"{what} is empty; name a folder or a file")
     try:
@@ -159,7 +180,11 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def refuse_inside_cache(folder: Path) -> None:
-    """Refuse a folder that lies inside a cache, where nothing but its shards belongs."""
+    """Refuse a folder that lies inside a cache, where nothing but its shards belongs.
+
+    Raises:
+        ConfigurationError: It does.
+    """
     inside = next((p for p in folder.absolute().parents if holds_cache(p)), None)
     if inside is not None:
         raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")
@@ -183,7 +208,9 @@ def holds_cache(folder: Path) -> bool:
 def remove_temporary_files(folder: Path, names: str = _CACHE_FILE) -> None:
     """Remove what killed writers of ours left behind: `.NAME.HEX.tmp` beside a name we write.
 
-    `names` is a regular expression, of a cache's files unless given.
+    Args:
+        folder: Where to look.
+        names: A regular expression of the names; those of a cache's files unless given.
     """
     leftover = re.compile(rf"\.({names})\.(\d+|[0-9a-f]{{32}}){re.escape(TEMPORARY_SUFFIX)}")
     with contextlib.suppress(OSError):

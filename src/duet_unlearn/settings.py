@@ -188,7 +188,11 @@ class Field:
         return self.shown.metavar or "|".join(reversed(words))
 
     def parse(self, value: Any) -> Any:
-        """Return the value of a text, a list or a mapping; a ValueError where it is none."""
+        """Return the value of a text, a list or a mapping of them.
+
+        Raises:
+            ValueError: It is none of this field's.
+        """
         return pydantic.TypeAdapter(self.kind, config=_CHECKS).validate_python(value)
 
 
@@ -235,7 +239,8 @@ def unknown_setting(of: type[Settings], name: str) -> str:
 def read_pairs(texts: Collection[str]) -> dict[str, Any]:
     """Read `KEY=VALUE`s: JSON where a value is some, such as `2` and `true`, else text.
 
-    A ValueError where a text is no such pair, or a key is given twice.
+    Raises:
+        ValueError: A text is no such pair, or a key is given twice.
     """
     pairs: dict[str, Any] = {}
     for text in texts:

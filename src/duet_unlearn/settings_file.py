@@ -23,8 +23,12 @@ _PLAIN_TAGS = frozenset(
 def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
     """Return the settings of a YAML file with those given beside it, which win.
 
-    Paths in it count from the current folder, as those on the command line do. What is wrong in it
-    is refused with its line; a MissingSettingError where a setting without default is in neither.
+    Paths in it count from the current folder, as those on the command line do.
+
+    Raises:
+        ConfigurationError: The file cannot be read, a key or value in it is wrong, or the settings
+            contradict each other.
+        MissingSettingError: A setting without default is in neither.
     """
     entries = {} if path is None else _read(of, path, passed_over=given)
     try:

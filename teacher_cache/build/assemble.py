@@ -103,7 +103,16 @@ class Assembly:
         return tuple(self._entries[index] for index in range(len(self.plan.shards)))
 
     def write(self, index: int, rows: Sequence[CacheRow], engines: Engines) -> None:
-        """Write one shard, its rows in the plan's order, under its final name."""
+        """Write one shard under its final name.
+
+        Args:
+            index: Which shard.
+            rows: Its rows in the plan's order.
+            engines: What computed them.
+
+        Raises:
+            CacheError: A row is not storable, or the folder cannot be written.
+        """
         header = ShardHeader(
             recipe=self.plan.recipe,
             queries=self.plan.queries,
@@ -123,7 +132,16 @@ class Assembly:
     def finish(
         self, teacher: str, samples: Samples, check: dict[str, Any] | None = None
     ) -> Manifest:
-        """Write the card and, last of all, the manifest of a cache that has all its shards."""
+        """Write the card and, last of all, the manifest of a cache that has all its shards.
+
+        Args:
+            teacher: The teacher's name.
+            samples: See `collect_samples`.
+            check: See `Manifest.check`.
+
+        Raises:
+            CacheError: The folder cannot be written.
+        """
         plan = self.plan
         totals = {split: SplitStatistics() for split in plan.recipe.splits}
         engines: list[dict[str, Any]] = []

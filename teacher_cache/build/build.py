@@ -63,9 +63,18 @@ class BuildResult:
 def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> BuildResult:
     """Build the cache, resume a stopped build of it, or find it finished.
 
-    `engine_factory` starts the engine, in each worker if there are any; by default it is the one
-    that `config.engine` names. Errors are those of `api.build_cache`, and a StoppedError where the
-    user interrupted the build.
+    Args:
+        config: What to build.
+        engine_factory: Starts the engine, in each worker if there are any; by default the one
+            that `config.engine` names.
+
+    Raises:
+        ConfigurationError: A setting cannot work with this model.
+        DataError: A query file or the model folder is unusable.
+        MismatchError: The folder holds a cache of other inputs, or a cache to reuse has another
+            recipe; the message lists what differs.
+        CacheError: The folder cannot be written, or another build holds it.
+        StoppedError: The user interrupted the build.
     """
     queries = load_query_set(config)
     model = resolve_model_folder(config.teacher)

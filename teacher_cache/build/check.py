@@ -44,8 +44,14 @@ def check_teacher(
 ) -> dict[str, Any]:
     """Answer a seeded sample behind the prefix and without it, and warn of a bad teacher.
 
-    Where the prefix does not stand in front of retain queries (`retain_prefix`), their signals are
-    the base's own and there is nothing to ask.
+    Args:
+        teacher: Answers.
+        queries: All queries of the cache.
+        renderer: Makes the prompts.
+        tokenizer: Decodes the answers.
+        retain_prefix: Whether the prefix stands in front of retain queries; where it does not,
+            their signals are the base's own and there is nothing to ask.
+        max_new_tokens: Longest answer in tokens.
 
     Returns:
         Names and numbers for the manifest, in points; see `Steering`.

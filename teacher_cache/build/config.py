@@ -188,8 +188,9 @@ class BuildConfig(Settings):
 def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
     """Return the recipe of a build; reads and hashes the model folder, loads nothing.
 
-    A DataError where the folder is unusable; settings that are out of range for this model are
-    refused.
+    Raises:
+        ConfigurationError: A setting is out of range for this model.
+        DataError: The model folder is unusable.
     """
     model_config = read_config(folder)
     positions = config.positions

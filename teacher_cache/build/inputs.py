@@ -29,7 +29,9 @@ TokenIds = npt.NDArray[np.int32]
 def load_query_set(config: BuildConfig) -> list[Query]:
     """Load the queries of all sources, each query once.
 
-    A ConfigurationError where one id stands for two different queries of a split.
+    Raises:
+        DataError: A source is unusable.
+        ConfigurationError: One id stands for two different queries of a split.
     """
     unique: dict[tuple[str, str], Query] = {}
     texts: dict[str, set[str]] = {split: set() for split in SPLITS}

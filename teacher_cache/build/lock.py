@@ -18,7 +18,11 @@ _HOLDER_LENGTH = 120
 
 @contextlib.contextmanager
 def build_lock(cache: Path) -> Iterator[None]:
-    """Hold a cache folder for one writer; a CacheError names the process that holds it."""
+    """Hold a cache folder for one writer.
+
+    Raises:
+        CacheError: A live build holds the folder; the message names its process.
+    """
     path = cache / LOCK_NAME
     lock, holder = FileLock(path), path.with_suffix(".holder")
     try:

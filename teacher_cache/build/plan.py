@@ -68,7 +68,11 @@ def merge_evenly(first: Sequence[T], second: Sequence[T]) -> list[T]:
 
 
 def check_shard_rows(shard_rows: int, top_k: int, positions: int) -> None:
-    """Refuse a shard without rows, or with more list entries than a Parquet column holds."""
+    """Check that a shard of that many rows can be written.
+
+    Raises:
+        ConfigurationError: There are no rows, or more list entries than a Parquet column holds.
+    """
     most = _MAX_LIST_ENTRIES // (top_k * positions)
     if not 1 <= shard_rows <= most:
         raise ConfigurationError(
@@ -93,7 +97,11 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> "Part":
-        """Read `I/N`; a ConfigurationError where it is not that, or I is not 1 to N."""
+        """Read `I/N`.
+
+        Raises:
+            ConfigurationError: It is not that, or I is not 1 to N.
+        """
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None:
             raise ConfigurationError(
@@ -110,7 +118,8 @@ class Part:
     def select(self, queries: Sequence[Query]) -> list[Query]:
         """Return the queries of this part: a stretch of the plan's order, splits in proportion.
 
-        A ConfigurationError where there are fewer queries than parts.
+        Raises:
+            ConfigurationError: There are fewer queries than parts.
         """
         ordered = order_queries(queries)
         if len(ordered) < self.count:

@@ -27,8 +27,12 @@ logger = logging.getLogger(__name__)
 def load_given(source: str, scored: str) -> Iterator[Query]:
     """Yield what a source gives responses to, a query for each turn of the assistant's.
 
-    With `all` for `scored`, see `Recipe`, one for each conversation; errors are those of
-    `load_responses`.
+    Args:
+        source: See `load_responses`.
+        scored: `assistant`, or `all` for whole conversations; see `Recipe.scored`.
+
+    Raises:
+        DataError: The source is unusable.
     """
     for query in load_responses(source):
         last = len(query.messages)
@@ -49,9 +53,15 @@ def cut_given(
 ) -> list[Query]:
     """Return queries with the tokens of given responses, longer ones as several.
 
-    Those whose last turn is the assistant's get tokens, others stay as they are; a DataError where
-    the chat template does not take a conversation. `context` are the tokens that the teacher reads,
-    None where that has no limit.
+    Args:
+        queries: Those whose last turn is the assistant's get tokens; others stay as they are.
+        renderer: Makes the tokens.
+        tokenizer: Shows a stretch as text.
+        recipe: Says what is scored, and how many positions a row has at most.
+        context: Tokens that the teacher reads, None where that has no limit.
+
+    Raises:
+        DataError: The chat template does not take a conversation.
     """
     rows: list[Query] = []
     longer = 0

@@ -33,7 +33,13 @@ _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
 def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:
     """Open caches that have to share one recipe, that of the first where none is given.
 
-    Errors are those of `CacheReader.open`, and a MismatchError that lists what differs.
+    Args:
+        names: `PATH` or `PATH@sha256:DIGEST` each.
+        recipe: What their recipe has to be.
+
+    Raises:
+        CacheError: One is no finished cache.
+        MismatchError: One has another recipe (the message lists what differs) or digest.
     """
     readers = tuple(CacheReader.open(name) for name in names)
     for name, reader in zip(names, readers, strict=True):
@@ -98,7 +104,10 @@ class RowSource:
 class PlannedRows:
     """Rows of a source that go into planned shards, fetched a window of shards at a time.
 
-    `places` says for each shard which row goes to each of its numbers.
+    Args:
+        source: Where the rows are.
+        places: For each shard, the row that goes to each of its numbers.
+        recipe: Says how large a row may be.
     """
 
     def __init__(
@@ -152,6 +161,15 @@ def find_reusable(
 
     A query is known by its text, because teams number theirs differently. Its split counts only
     where the recipe leaves the steering prefix out in front of retain queries.
+
+    Args:
+        readers: The caches, of that recipe all.
+        recipe: The recipe of the new cache.
+        shards: The queries of all its shards.
+        missing: The shards whose rows are needed.
+
+    Raises:
+        CorruptCacheError: One is damaged.
     """
 
     def key(split: str, text: str) -> tuple[bool, str]:

@@ -54,7 +54,11 @@ class Teacher(Protocol):
     """Answers shards of prompts."""
 
     def answer(self, work: Iterable[ShardPrompts], progress: Progress) -> Iterator[ShardSignals]:
-        """Yield every shard's signals, in any order, holding a bounded number of them."""
+        """Yield every shard's signals, in any order, holding a bounded number of them.
+
+        Raises:
+            DuetError: An engine failed.
+        """
 
     def responses(self, prompts: Prompts, max_new_tokens: int) -> Iterable[tuple[int, list[int]]]:
         """Return greedy answers to a few prompts; see `Engine.responses`."""
@@ -64,7 +68,12 @@ class Teacher(Protocol):
 
 
 class LocalTeacher:
-    """One engine, in this process or a child of it, whose steering is strengthened."""
+    """One engine, in this process or a child of it.
+
+    Args:
+        engine: Answers.
+        strength: By how much steering is strengthened, see `strengthen`.
+    """
 
     def __init__(self, engine: Engine, strength: float = 0.0) -> None:
         self._engine = engine

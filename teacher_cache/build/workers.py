@@ -123,7 +123,17 @@ def _naming_this_machine() -> Iterator[None]:
 
 
 class RayTeacher:
-    """Answers shards with N workers on a Ray cluster; address and errors as of `connected`."""
+    """Answers shards with N workers on a Ray cluster.
+
+    Args:
+        job: What every worker does.
+        workers: How many.
+        address: `local`, `auto`, or where the cluster is.
+
+    Raises:
+        ConfigurationError: Ray is not installed, there is no cluster at the address, or it has
+            no room for so many workers.
+    """
 
     def __init__(self, job: WorkerJob, *, workers: int, address: str) -> None:
         self._exit = contextlib.ExitStack()
@@ -200,8 +210,15 @@ def worker_resources(
 
     Where the cluster has GPUs, a worker gets those its engine needs. Elsewhere it gets an equal
     share of the CPUs, as many as let all workers run at once; Ray sets its number of threads to
-    that, so that engines on one machine do not fight. `nodes` are what each machine offers, by
-    Ray's names, `gpus` what one engine takes. A cluster that is too small is refused.
+    that, so that engines on one machine do not fight.
+
+    Args:
+        nodes: What each machine of the cluster offers, by Ray's names.
+        workers: How many workers.
+        gpus: GPUs that one engine takes.
+
+    Raises:
+        ConfigurationError: The cluster is too small.
     """
 
     def room(name: str, each: int) -> int:
@@ -228,9 +245,14 @@ def worker_resources(
 def connected(address: str) -> Iterator[Any]:
     """Connect to a Ray cluster, quietly, and give the `ray` module.
 
-    A connection that this process has already is used, and stays. `local` starts a cluster on this
-    machine that ends with the connection; `auto` is the one that this machine belongs to. A
-    ConfigurationError where Ray is not installed, or there is no cluster at the address.
+    A connection that this process has already is used, and stays.
+
+    Args:
+        address: `local` starts a cluster on this machine that ends with the connection; `auto` is
+            the one that this machine belongs to; else where it is.
+
+    Raises:
+        ConfigurationError: Ray is not installed, or there is no cluster at the address.
     """
     with contextlib.ExitStack() as stack:
         if address == "local" and "ray" not in sys.modules:

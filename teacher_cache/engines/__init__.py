@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 def resolve_engine_name(name: str) -> str:
     """Return `vllm` or `transformers`: for `auto`, vLLM where it is installed. Imports neither.
 
-    A ConfigurationError where vLLM is asked for and not installed.
+    Raises:
+        ConfigurationError: There is no such engine, or vLLM is asked for and not installed.
     """
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
@@ -27,9 +28,12 @@ def resolve_engine_name(name: str) -> str:
 def open_engine(name: str, config: EngineConfig) -> Engine:
     """Start an engine: `auto`, `vllm` or `transformers`.
 
-    `auto` falls back to transformers where vLLM is installed but cannot be imported. A
-    ConfigurationError where it is not installed, or a setting does not fit the model; a DuetError
-    with the cause where it does not start.
+    `auto` falls back to transformers where vLLM is installed but cannot be imported.
+
+    Raises:
+        ConfigurationError: There is no such engine or it is not installed, or a setting does not
+            fit the model.
+        DuetError: The engine does not start; the message gives the cause.
     """
     resolved = resolve_engine_name(name)
     if resolved == "vllm":

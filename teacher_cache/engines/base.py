@@ -100,9 +100,13 @@ class Engine(Protocol):
 def check_signal(
     signal: Signal, *, config: EngineConfig, engine: str, given: bool = False
 ) -> Signal:
-    """Return the signal that an engine found, or raise where it is not what a cache may hold.
+    """Return the signal, or raise where it is not what a cache may hold.
 
-    A response that was not `given` has to be as long as asked for.
+    Args:
+        signal: What an engine found.
+        config: What it was asked.
+        engine: Its name.
+        given: Whether the response was; else it has to be as long as asked for.
 
     Raises:
         DuetError: A value is not finite, or the response is shorter than the positions asked for

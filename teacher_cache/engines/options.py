@@ -64,7 +64,8 @@ _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]{0,23}(:\d{1,3})?")
 def check_options(engine: str, options: Mapping[str, Any]) -> None:
     """Check options before the engine is started; what only vLLM knows, it checks at its start.
 
-    A ConfigurationError where one is not the user's to set, unknown, or has an unusable value.
+    Raises:
+        ConfigurationError: An option is not the user's to set, unknown, or has an unusable value.
     """
     if engine == "vllm":
         if reserved := sorted(VLLM_RESERVED & set(options)):
@@ -132,7 +133,11 @@ def _may_show(name: str, value: Any) -> bool:
 
 
 def gpus_of_engine(engine: str, options: Mapping[str, Any]) -> int:
-    """Return how many GPUs one engine takes where there are some; checks vLLM's parallelism."""
+    """Return how many GPUs one engine takes where there are some.
+
+    Raises:
+        ConfigurationError: A size of vLLM's parallelism is not a number from 1.
+    """
     gpus = 1
     for name in ("tensor_parallel_size", "pipeline_parallel_size") if engine == "vllm" else ():
         size = options.get(name, 1)

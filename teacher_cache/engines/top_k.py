@@ -41,9 +41,14 @@ def select_top_k(logits_BV: Any, top_k: int) -> tuple[Any, Any, Any]:
 
 
 def read_tokens(logits_BV: Any, ids_BK: Any) -> tuple[Any, Any, Any]:
-    """Return token ids `[B, K]` that are asked for, their logits, and the logsumexp of each row.
+    """Return token ids that are asked for, their logits, and the logsumexp of each row.
 
-    Of raw logits `[B, V]`; results are as those of `select_top_k`, in the order asked for.
+    Args:
+        logits_BV: Raw logits, `[B, V]`, float32, on any device.
+        ids_BK: Token ids, `[B, K]`, integers on any device.
+
+    Returns:
+        As `select_top_k`, in the order asked for.
     """
     ids_BK = ids_BK.to(logits_BV.device)
     logits_BK = logits_BV.gather(1, ids_BK.long())

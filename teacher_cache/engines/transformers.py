@@ -44,7 +44,8 @@ class TransformersEngine:
         """Load the model; options are `TRANSFORMERS_OPTIONS`.
 
         Raises:
-            ConfigurationError: An option is unusable, or the memory does not hold the model.
+            ConfigurationError: `top_k` is larger than the vocabulary, an option is unusable, or the
+                memory does not hold the model.
             DataError: The model does not load, or weights of it are missing.
         """
         check_options(self.name, config.engine_args)
@@ -68,7 +69,12 @@ class TransformersEngine:
         self._keeps = "logits_to_keep" in known
 
     def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
-        """Yield `(index, signal)` batch by batch; see `Engine.signals`."""
+        """Yield `(index, signal)` batch by batch; see `Engine.signals`.
+
+        Raises:
+            ConfigurationError: The memory does not hold one prompt.
+            DuetError: The model fails.
+        """
         source = itertools.starmap(Prompt, prompts)
         while window := sorted(itertools.islice(source, _WINDOW), key=_length):
             for kind in sorted(set(map(_kind, window))):

@@ -75,7 +75,11 @@ class VllmEngine:
             raise
 
     def signals(self, prompts: Iterable[AnyPrompt]) -> Iterator[tuple[int, Signal]]:
-        """Yield `(index, signal)` as requests finish; a DuetError says why vLLM failed or died."""
+        """Yield `(index, signal)` as requests finish; see `Engine.signals`.
+
+        Raises:
+            DuetError: vLLM failed or its process died; the message says why.
+        """
         along: set[int] = set()
 
         def noted() -> Iterator[Prompt]:
@@ -112,8 +116,11 @@ class VllmEngine:
     ) -> Iterator[tuple[list[int | None], list[list[int]], Any]]:
         """Yield indices of finished prompts, what was decoded for each, and what was captured.
 
-        An index is None for a row of an abandoned stream. With `max_new_tokens` so many tokens are
-        decoded and nothing is captured.
+        An index is None for a row of an abandoned stream.
+
+        Args:
+            prompts: What to run.
+            max_new_tokens: Decode so many tokens and capture nothing; None captures signals.
         """
         # vLLM knows rows by numbers that are never used twice: whatever an abandoned stream
         # left in flight cannot be taken for a row of this one.

@@ -118,7 +118,11 @@ def _slot(params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> _
 def _capture_given(runner: Any, request_id: str, count: int, hidden: torch.Tensor) -> None:
     """Capture those of the tokens that a step read of a request that predict its response.
 
-    The step read `count` tokens of it; `hidden` are all tokens that it read, `[N, H]`.
+    Args:
+        runner: vLLM's.
+        request_id: Of the request.
+        count: Tokens that the step read of it.
+        hidden: Of all tokens that the step read, `[N, H]`.
     """
     request = runner.requests[request_id]
     options = (request.sampling_params and request.sampling_params.extra_args) or {}

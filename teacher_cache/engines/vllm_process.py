@@ -52,7 +52,8 @@ Position = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], np.float32]
 def start_engine(config: EngineConfig) -> tuple[Any, Any]:
     """Return the running `LLMEngine` and the configuration it resolved.
 
-    A ConfigurationError where this vLLM has no option of that name, or does not take its value.
+    Raises:
+        ConfigurationError: This vLLM has no option of that name, or does not take its value.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -244,8 +245,9 @@ class Host:
     def _finish(self, outputs: list[Any]) -> Finished:
         """Return what finished requests decoded and captured.
 
-        A RuntimeError where a position is missing, or its strongest token is not the decoded one:
-        captured rows and requests do not belong together.
+        Raises:
+            RuntimeError: A position is missing, or its strongest token is not the decoded one:
+                captured rows and requests do not belong together.
         """
         answers = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs}
         given = {row: self._given.pop(row) for row in answers if row in self._given}
@@ -277,7 +279,8 @@ class Host:
     def _check_capture(self) -> None:
         """Run one prompt both ways: what we capture must be vLLM's own raw logits.
 
-        A RuntimeError where this vLLM hands processors something else.
+        Raises:
+            RuntimeError: This vLLM hands processors something else than raw logits.
         """
         asked = min(4, self._config.top_k)
         options: dict[str, Any] = {"max_tokens": 1, "logprobs": asked, "flat_logprobs": True}

@@ -88,7 +88,11 @@ _OR_GIVEN = ", or the response that was given"
 
 
 def write_card(cache: Path, manifest: Manifest) -> None:
-    """Write the cache's dataset card; an OutputError where it cannot be written."""
+    """Write the cache's dataset card.
+
+    Raises:
+        CacheError: The folder cannot be written.
+    """
     recipe = manifest.recipe
     rows = " + ".join(f"{sums.rows} {split}" for split, sums in manifest.splits.items())
     facts = ["| steering prefix | none |"]

@@ -180,7 +180,11 @@ class Manifest:
         return {**body, "digest": sha256_json(body)}
 
     def write(self, cache: Path) -> "Manifest":
-        """Write `manifest.json` into a cache folder; return the manifest with its digest."""
+        """Write `manifest.json` into a cache folder; return the manifest with its digest.
+
+        Raises:
+            CacheError: The file cannot be written.
+        """
         value = self.to_json()
         write_text(cache / MANIFEST_NAME, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         return replace(self, digest=value["digest"])
@@ -207,7 +211,12 @@ def read_manifest(cache: Path) -> Manifest:
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """Check the untrusted bytes of a manifest and return what they hold.
 
-    A CorruptCacheError says `where` one is damaged, edited, too large or of another version.
+    Args:
+        data: The file's bytes; a caller reads at most `MAX_MANIFEST_BYTES` and one more.
+        where: Path or URL of the file, for messages.
+
+    Raises:
+        CorruptCacheError: The manifest is damaged, edited, too large or of another version.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise CorruptCacheError(
@@ -254,8 +263,9 @@ _MANIFEST = pydantic.TypeAdapter(Manifest)
 def parse_manifest(value: object) -> Manifest:
     """Check untrusted JSON values and return the manifest they hold.
 
-    A CorruptCacheError where they are not one of a known version, or its digest is not their
-    content's.
+    Raises:
+        CorruptCacheError: The values are not a manifest of a known version, or its digest is not
+            that of its content.
     """
     if not isinstance(value, dict) or value.get("format") != CACHE_FORMAT:
         raise CorruptCacheError("not the manifest of a teacher cache; check the path")
@@ -326,7 +336,11 @@ def shard_name(index: int, count: int) -> str:
 
 
 def check_pin(manifest: Manifest, pin: str | None, where: str | Path) -> None:
-    """Refuse a cache of another digest than the one it is pinned to with a MismatchError."""
+    """Refuse a cache that has another digest than the one it is pinned to.
+
+    Raises:
+        MismatchError: It has.
+    """
     if pin not in (None, manifest.digest):
         raise MismatchError(
             f"{where}: this cache has digest {manifest.digest}, expected {pin}; "
@@ -335,7 +349,11 @@ def check_pin(manifest: Manifest, pin: str | None, where: str | Path) -> None:
 
 
 def split_pin(cache: str | Path) -> tuple[Path, str | None]:
-    """Split `PATH[@sha256:DIGEST]` into path and digest; a CacheError where it is malformed."""
+    """Split `PATH@sha256:DIGEST` into path and digest; the digest is None where there is none.
+
+    Raises:
+        CacheError: What follows the `@sha256:` is not 64 hex digits.
+    """
     text = str(cache)
     path, separator, digest = text.rpartition("@sha256:")
     if not separator:

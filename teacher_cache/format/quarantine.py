@@ -82,8 +82,13 @@ def find_problems(
 ) -> Iterator[str | None]:
     """Yield what is wrong with each shard, None where it is sound.
 
-    The recipe says how much memory a row may need; `hashes` are `sha256:<hex>` where known. A
-    CacheError where no process for the check can be started.
+    Args:
+        paths: Shards.
+        recipe: Theirs; says how much memory a row may need.
+        hashes: `sha256:<hex>` of each, where that is known.
+
+    Raises:
+        CacheError: No process for the check can be started.
     """
     expected: Sequence[str | None] = hashes or [None] * len(paths)
     waiting = list(zip(paths, expected, strict=True))

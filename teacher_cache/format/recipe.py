@@ -76,7 +76,11 @@ class Recipe:
     keeps K."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are out of range with a ConfigurationError, as flags give them."""
+        """Check the values that come from flags.
+
+        Raises:
+            ConfigurationError: A value is out of its range.
+        """
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed and not (name == "scored" and value is None):
@@ -133,7 +137,11 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: object) -> "Recipe":
-        """Read a recipe from JSON values of an untrusted cache, or raise a CorruptCacheError."""
+        """Read a recipe from JSON values of an untrusted cache.
+
+        Raises:
+            CorruptCacheError: An entry is missing, unknown, of another type or out of range.
+        """
         recipe = checked(_RECIPE, value, "recipe")
         if recipe.to_json().keys() != value.keys():  # type: ignore[attr-defined]
             raise CorruptCacheError(

@@ -41,9 +41,10 @@ Identity = tuple[str, str, str]
 
 
 def check_claims(group: pq.RowGroupMetaData, recipe: Recipe) -> None:
-    """Refuse a row group that says of itself that it breaks the format's limits with a ValueError.
+    """Check that a row group says of itself that it keeps to the format's limits.
 
-    So, too, an encoding that the format excludes.
+    Raises:
+        ValueError: It does not, or uses an encoding that the format excludes.
     """
     rows = group.num_rows
     most = rows_per_group(recipe.top_k, recipe.positions)

@@ -70,10 +70,11 @@ def shard_path(cache: Path, index: int, count: int) -> Path:
 
 
 def check_storable(row: CacheRow, recipe: Recipe) -> None:
-    """Refuse a row that the format does not take before it is written, with a CacheError.
+    """Check that a row is what the format allows, before it is written.
 
-    The engine may give wrong shapes, ids out of range, values that are not finite, or logits too
-    large for float16.
+    Raises:
+        CacheError: The engine gave wrong shapes, ids out of range, values that are not finite, or
+            logits too large for float16.
     """
     signal = row.signal
     where = f"query {row.query_id[:80]}"
@@ -118,7 +119,12 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
 
 
 def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> ShardEntry:
-    """Write one shard, its rows in the order of `SPLITS`, under its final name or not at all.
+    """Write one shard under its final name, whole or not at all.
+
+    Args:
+        cache: The cache folder.
+        rows: The shard's rows, in the order of `SPLITS`.
+        header: What goes into the metadata beside the sums of `rows`.
 
     Raises:
         CacheError: A row is not storable, the shard is too long, or the folder cannot be written.
@@ -261,7 +267,11 @@ class ShardFile:
         ]
 
     def check_claims(self) -> None:
-        """Refuse a row group described as larger than the format allows (CorruptCacheError)."""
+        """Check that no row group is described as larger than the format allows.
+
+        Raises:
+            CorruptCacheError: One is.
+        """
         try:
             for index in range(self._footer.num_row_groups):
                 check_claims(self._footer.row_group(index), self.header.recipe)
@@ -279,7 +289,11 @@ class ShardFile:
         return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
 
     def read_identities(self, index: int) -> list[Identity]:
-        """Return `(query_id, split, query)` of a row group's rows; decodes no signals."""
+        """Return `(query_id, split, query)` of a row group's rows; decodes no signals.
+
+        Raises:
+            CorruptCacheError: As in `read_row_group`.
+        """
         table = self._read(index, IDENTITY_COLUMNS)
         return Identities(table, f"{self.path}: row group {index}").identities()
 

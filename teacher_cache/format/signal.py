@@ -30,8 +30,10 @@ class Signal:
 def keep_mass(signal: Signal, top_p: float) -> Signal:
     """Keep at each position the fewest of its strongest tokens that hold a share of all mass.
 
-    `top_p` is the share, of the distribution over the full vocabulary; where the K hold less, all
-    of them stay.
+    Args:
+        signal: Of K tokens a position.
+        top_p: The share, of the distribution over the full vocabulary; where the K hold less, all
+            of them stay.
     """
     log_TK = signal.logits.astype(np.float64) - signal.logsumexp[:, None]
     stronger_TK = np.exp(log_TK).cumsum(axis=1)[:, :-1]

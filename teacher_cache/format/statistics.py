@@ -63,8 +63,9 @@ def signal_statistics(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the mass of the Top-K and the entropy in nats, each `[T]`.
 
-    Takes raw Top-K logits `[T, K]`, minus infinity in empty places, and the logsumexp `[T]` over
-    the full vocabulary.
+    Args:
+        logits: Raw Top-K logits, `[T, K]`, minus infinity in empty places.
+        logsumexp: Over the full vocabulary, `[T]`.
     """
     # Logits of an untrusted cache may be absurd; what comes out is then no number, and agrees with
     # none.

@@ -45,7 +45,12 @@ def says(message: str) -> pydantic.WrapValidator:
 
 
 def with_entries(*names: str, also: Sequence[str] = ()) -> pydantic.BeforeValidator:
-    """Have a type take an object with these entries in this order, `also` if they are there."""
+    """Have a type take an object with these entries and no others, in this order.
+
+    Args:
+        names: Of its entries.
+        also: Of more, each of which may be missing.
+    """
 
     def check(value: Any) -> Any:
         found = set(value) if isinstance(value, dict) else set()
@@ -60,7 +65,12 @@ def with_entries(*names: str, also: Sequence[str] = ()) -> pydantic.BeforeValida
 
 
 def checked(kind: pydantic.TypeAdapter[T], value: object, name: str = "") -> T:
-    """Return what a type makes of untrusted JSON values; `name` is the entry that holds them.
+    """Return what a type makes of untrusted JSON values.
+
+    Args:
+        kind: The type.
+        value: The values.
+        name: Of the entry that holds them, for the message.
 
     Raises:
         CorruptCacheError: They are none of its values.

@@ -37,8 +37,9 @@ _MOST_FOLDERS = 2000
 def parse_location(cache: str | Path) -> tuple[str, str | None]:
     """Split `PLACE[@sha256:DIGEST]` into a URL or a path, without a slash at its end, and the pin.
 
-    A CacheError where there is no place, the digest is not 64 hex digits, or no file name can be
-    put behind the URL.
+    Raises:
+        CacheError: There is no place, the digest is not 64 hex digits, or no file name can be put
+            behind the URL.
     """
     path, pin = split_pin(cache)
     url = str(cache) if pin is None else str(cache).rpartition("@sha256:")[0]
@@ -156,7 +157,11 @@ class ListedCache:
 
 
 def list_caches(url: str) -> tuple[ListedCache, ...]:
-    """Find the finished caches at and below a URL, by name; a CacheError if it has no listing."""
+    """Find the finished caches at and below a URL, by name.
+
+    Raises:
+        CacheError: The place cannot be listed.
+    """
     store = Store(parse_location(url)[0])
     if not store.read_only:
         with ThreadPoolExecutor() as pool:

@@ -116,7 +116,10 @@ def kept_folder(digest: str) -> Path:
 def open_remote(cache: str) -> RemoteShards:
     """Open `URL` or `URL@sha256:DIGEST`; only the manifest is fetched at once.
 
-    Errors are those of `CacheReader.open`.
+    Raises:
+        CacheError: There is no finished cache there, or it cannot be reached.
+        CorruptCacheError: The manifest is damaged.
+        MismatchError: The cache has another digest than the one given.
     """
     url, pin = parse_location(cache)
     manifest = _kept_manifest(pin) if pin else None

@@ -59,8 +59,9 @@ def parse_hub_url(url: str) -> tuple[str, str | None, str | None]:
 class Store:
     """The files below one URL; names are relative to it.
 
-    A ConfigurationError where the protocol is unknown or its package not installed, a CacheError
-    where the store refuses the connection outright.
+    Raises:
+        ConfigurationError: The protocol is unknown or its package is not installed.
+        CacheError: The store refuses the connection outright.
     """
 
     def __init__(self, url: str) -> None:

@@ -76,10 +76,13 @@ class TransferResult:
 
 
 def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
-    """Copy a finished local cache to a URL, the place of this one cache and not of a collection.
+    """Copy a finished local cache to a URL.
 
-    If `check`, what lies there is compared by content even beside a manifest, and damaged shards
-    are sent again.
+    Args:
+        cache: `PATH` or `PATH@sha256:DIGEST`.
+        url: The place of this one cache, not of a collection.
+        check: Compare what lies there by content even beside a manifest, and send damaged shards
+            again.
 
     Raises:
         CacheError: There is no finished cache, or the place cannot be written.
