@@ -276,7 +276,7 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile
     """
     path = folder / SHARD_FOLDER / entry.name
     file = ShardFile(path)
-    index = manifest.shards.index(entry)
+    index = entry.index
     if file.header.recipe != manifest.recipe:
         differences = "; ".join(manifest.recipe.differences(file.header.recipe))
         raise CorruptCacheError(f"{path}: a shard of another recipe ({differences})")

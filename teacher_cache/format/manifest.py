@@ -53,6 +53,11 @@ class ShardEntry:
     """`sha256:<hex>` of the file's bytes."""
 
     @property
+    def index(self) -> int:
+        """Its place among the shards, from 0, as its name says."""
+        return int(self.name.partition("-")[0])
+
+    @property
     def num_rows(self) -> int:
         """Rows of all splits."""
         return sum(self.rows.values())

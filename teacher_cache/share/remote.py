@@ -96,7 +96,7 @@ class RemoteShards:
     @contextlib.contextmanager
     def for_a_while(self, shard: ShardEntry) -> Iterator[None]:
         """Have a shard in the folder and remove it again; raises as `path` does."""
-        self._bring(self.manifest.shards.index(shard))
+        self._bring(shard.index)
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,14 @@ import pytest
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.data.queries import fingerprint_rows
 from duet_unlearn.errors import CorruptCacheError
+from duet_unlearn.teacher_cache import verify as verify_module
 from duet_unlearn.teacher_cache.format.card import write_card
-from duet_unlearn.teacher_cache.format.manifest import Manifest, parse_manifest, read_manifest
+from duet_unlearn.teacher_cache.format.manifest import (
+    Manifest,
+    ShardEntry,
+    parse_manifest,
+    read_manifest,
+)
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
@@ -122,6 +129,40 @@ def test_a_sound_cache_has_no_problems(cache: Path) -> None:
     report = verify(cache)
     assert report.problems == ()
     assert report.rows == 10
+
+
+def test_no_text_is_held_beyond_its_shard(
+    cache_of_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [chr(ord("a") + number) * 400_000 for number in range(20)]
+    rows = [(f"q{n}", "train", text) for n, text in enumerate(texts)]
+    cache = cache_of_rows("long", rows, scored="assistant")
+    held: list[int] = []
+
+    def note(*_: object) -> None:
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    monkeypatch.setattr(verify_module, "ensure_shard_sound", note)
+    tracemalloc.start()
+    try:
+        report = verify(cache)
+    finally:
+        tracemalloc.stop()
+
+    assert (report.problems, report.rows, len(held)) == ((), 20, 5)
+    assert max(held[1:]) - min(held[1:]) < len(texts[0])
+
+
+def test_a_shard_is_known_by_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = read_manifest(cache).shards
+    assert [entry.index for entry in entries] == [0, 1]
+
+    # A search of the list for each shard would take the square of their number.
+    def compared(*_: object) -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr(ShardEntry, "__eq__", compared)
+    assert verify(cache).problems == ()
 
 
 def _flip_a_byte(cache: Path) -> None:
