@@ -11,10 +11,13 @@ from typing import Protocol, TypeVar
 
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.teacher_cache.format.manifest import MAX_MANIFEST_BYTES
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 _MAX_LIST_ENTRIES = 2**31 - 1
 _MOST_PARTS = 99_999
+MOST_SHARDS = MAX_MANIFEST_BYTES // 400
+"""An entry of the manifest takes 350 bytes at most."""
 
 
 class PlannedRow(Protocol):
@@ -38,8 +41,16 @@ def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
 
     Every shard holds the splits in the proportion of the whole set, so that a reader mixes them
     from any one shard; within a shard they stand in the order of `SPLITS`.
+
+    Raises:
+        ConfigurationError: A manifest of that many shards would be too large to be read.
     """
     merged = order_queries(queries)
+    if len(merged) > MOST_SHARDS * shard_rows:
+        raise ConfigurationError(
+            f"shard_rows is {shard_rows}, so that {len(merged)} rows would be more than "
+            f"{MOST_SHARDS} shards; give at least {-(-len(merged) // MOST_SHARDS)}"
+        )
     return [
         sorted(merged[start : start + shard_rows], key=lambda query: SPLITS.index(query.split))
         for start in range(0, len(merged), shard_rows)

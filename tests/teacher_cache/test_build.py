@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,16 @@ from duet_unlearn.files import claim_folder
 from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.lock import build_lock
-from duet_unlearn.teacher_cache.build.plan import merge_evenly, plan_shards
+from duet_unlearn.teacher_cache.build.plan import MOST_SHARDS, merge_evenly, plan_shards
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.options import published_options
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
-from duet_unlearn.teacher_cache.format.manifest import is_cache_folder
+from duet_unlearn.teacher_cache.format.manifest import (
+    MAX_MANIFEST_BYTES,
+    ShardEntry,
+    is_cache_folder,
+    shard_name,
+)
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.merge import merge
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -393,6 +399,23 @@ def test_the_plan_does_not_depend_on_the_order_of_the_queries() -> None:
     shards = plan_shards(queries, 4)
     assert [len(shard) for shard in shards] == [4, 4, 4, 4, 1]
     assert sorted(q.text for shard in shards for q in shard) == sorted(q.text for q in queries)
+
+
+def test_more_shards_than_a_manifest_lists_are_refused_before_the_work() -> None:
+    entry = ShardEntry(
+        name=shard_name(MOST_SHARDS - 1, MOST_SHARDS),
+        rows=dict.fromkeys(("forget", "retain", "train"), 2**31 - 1),
+        row_group_rows=1 << 14,
+        bytes=2**40,
+        sha256="sha256:" + "0" * 64,
+    )
+    one, two = (len(json.dumps({"shards": [asdict(entry)] * n}, indent=2)) for n in (1, 2))
+    assert (two - one) * MOST_SHARDS < MAX_MANIFEST_BYTES - 2**20  # what else there is has room
+
+    rows = [Query.from_text("a", split="retain")] * (MOST_SHARDS + 1)
+    assert len(plan_shards(rows[1:], 1)) == MOST_SHARDS
+    with pytest.raises(ConfigurationError, match=r"more than 41943 shards; give at least 2"):
+        plan_shards(rows, 1)
 
 
 def test_merging_keeps_proportions() -> None:
