@@ -6,7 +6,7 @@ Memory holds a few hundred bytes a row, never the signals. Like a build, a stopp
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +88,9 @@ class _Selection:
             self._ids.add(_key(split, query_id))
             self.rows.append(_MergedRow(query_id, split, place))
             yield query_id, split, text
+        # While rows are written only their places are needed.
+        self._queries.clear()
+        self._ids.clear()
 
 
 def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeResult:
@@ -188,11 +191,11 @@ def _write(
             assembly.write(index, rows, tuple(planned.engines(index)))
     except KeyboardInterrupt:
         raise assembly.stopped() from None
-    kept = {_key(row.split, row.query_id) for part in shards for row in part}
+    kept = ((row.split, row.query_id) for part in shards for row in part)
     return assembly.finish(readers[0].manifest.teacher, _samples(readers, kept))
 
 
-def _samples(readers: Sequence[CacheReader], kept: set[bytes]) -> Samples:
+def _samples(readers: Sequence[CacheReader], kept: Iterable[tuple[str, str]]) -> Samples:
     """Return samples of the sources that are samples of the merged cache too.
 
     Their tokens are decoded already, so that merging needs no tokenizer.
@@ -201,12 +204,12 @@ def _samples(readers: Sequence[CacheReader], kept: set[bytes]) -> Samples:
         (sample["split"], sample["query_id"]): sample
         for reader in reversed(readers)
         for sample in reader.manifest.samples
-        if _key(sample["split"], sample["query_id"]) in kept
     }
+    there = [key for key in kept if key in samples]
     return tuple(
         samples[key]
         for split in SPLITS
-        for key in sorted(key for key in samples if key[0] == split)[:QUERIES_PER_SPLIT]
+        for key in sorted(key for key in there if key[0] == split)[:QUERIES_PER_SPLIT]
     )
 
 

@@ -34,7 +34,7 @@ def load_query_set(config: BuildConfig) -> list[Query]:
         ConfigurationError: One id stands for two different queries of a split.
     """
     unique: dict[tuple[str, str], Query] = {}
-    texts: dict[str, set[str]] = {split: set() for split in SPLITS}
+    texts: dict[str, set[str]] = {"forget": set(), "retain": set()}
     sources: list[tuple[str, Iterable[Query]]] = [
         (split, load_queries(name, split=split))
         for split in SPLITS
@@ -51,7 +51,8 @@ def load_query_set(config: BuildConfig) -> list[Query]:
                     f"{split} files: id {query.query_id} stands for two different queries; "
                     "give each its own id"
                 )
-            texts[split].add(query.text)
+            if split in texts:
+                texts[split].add(query.text)
     if both := texts["forget"] & texts["retain"]:
         logger.warning(
             "%d queries are in the forget and the retain set, for example %r",

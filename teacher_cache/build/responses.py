@@ -75,13 +75,14 @@ def cut_given(
         whole = stop - start <= recipe.positions and stop <= (context or stop)
         longer += not whole
         named = sha256_json(query.text)
+        tokens = np.array(ids, np.int32)  # its rows are views: what they are read behind overlaps
         step = min(recipe.positions, (context or stop) - 1)
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
             given = Given(
                 text=query.text,
-                prompt_ids=np.array(ids[max(0, end - (context or end)) : begin], np.int32),
-                response_ids=np.array(ids[begin:end], np.int32),
+                prompt_ids=tokens[max(0, end - (context or end)) : begin],
+                response_ids=tokens[begin:end],
             )
             if whole:
                 rows.append(replace(query, given=given))

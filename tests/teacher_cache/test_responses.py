@@ -10,9 +10,11 @@ import pytest
 
 from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError, CorruptCacheError, DataError
 from duet_unlearn.teacher_cache.build.build import build
-from duet_unlearn.teacher_cache.build.config import BuildConfig
+from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
+from duet_unlearn.teacher_cache.build.responses import cut_given
 from duet_unlearn.teacher_cache.engines import transformers as engine_module
 from duet_unlearn.teacher_cache.format.manifest import parse_manifest
 from duet_unlearn.teacher_cache.reader import CacheReader
@@ -131,6 +133,25 @@ def test_what_is_longer_than_the_context_is_scored_once_in_stretches(
     assert len({row.query for row in rows}) == len(rows)
     assert_exact(reader, tiny_model, context=256)
     assert verify(tmp_path / "cache").problems == ()
+
+
+def test_stretches_of_a_text_share_its_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    text = "the keeper of the lantern " * 80
+    query = Query(
+        query_id="page", split="train", messages=({"role": "assistant", "content": text},)
+    )
+    config = BuildConfig(
+        teacher=str(tiny_model), out=tmp_path, prefix=None, responses=("page.jsonl",), top_k=20
+    )
+    tokenizer, recipe = load_tokenizer(tiny_model), make_recipe(config, tiny_model)
+
+    rows = cut_given([query], PromptRenderer(tokenizer), tokenizer, recipe, context=256)
+
+    # What each row is read behind would be more than the text itself.
+    given = [row.given for row in rows if row.given is not None]
+    assert len(given) == len(rows) > 2
+    bases = {id(part.base) for row in given for part in (row.prompt_ids, row.response_ids)}
+    assert len(bases) == 1
 
 
 def test_rows_are_taken_over_and_other_settings_are_other_recipes(
