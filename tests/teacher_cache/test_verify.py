@@ -142,7 +142,7 @@ def test_no_text_is_held_beyond_its_shard(
     def note(*_: object) -> None:
         held.append(tracemalloc.get_traced_memory()[0])
 
-    monkeypatch.setattr(verify_module, "ensure_shard_sound", note)
+    monkeypatch.setattr(verify_module, "ensure_sound", note)
     tracemalloc.start()
     try:
         report = verify(cache)
