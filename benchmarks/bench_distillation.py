@@ -58,14 +58,19 @@ def build_cache(out: Path, sources: tuple[Path, ...]) -> Path:
     return out
 
 
+def log_shares(model: Model, batch: dict[str, Any]) -> Tensor:
+    """Return log-probabilities of all tokens at the scored positions, `[B, T, V]`."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs["logits_to_keep"] = batch["position_mask"].shape[1]
+    found: Tensor = model(**inputs).logits.log_softmax(dim=-1)
+    return found
+
+
 def divergences(teacher: Model, student: Model, batch: dict[str, Any]) -> Tensor:
     """Return each row's mean divergence over whole distributions, `[B]`."""
-    names = ("input_ids", "attention_mask", "position_ids")
-    inputs = {name: batch[name] for name in names}
-    inputs["logits_to_keep"] = batch["position_mask"].shape[1]
     with torch.no_grad():
-        wanted = teacher(**inputs).logits.log_softmax(dim=-1)
-    found = student(**inputs).logits.log_softmax(dim=-1)
+        wanted = log_shares(teacher, batch)
+    found = log_shares(student, batch)
     each = kl_div(found, wanted, log_target=True, reduction="none").sum(dim=-1)
     return row_means(each, batch["position_mask"])
 

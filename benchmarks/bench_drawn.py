@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_distillation import BATCH, HELD_OUT, TRAIN, measure, train
+from bench_distillation import BATCH, HELD_OUT, TRAIN, log_shares, measure, train
 from bench_sparse import NOISE, Drawn, all_logits, build_cache, drawn_bytes, estimate, signal_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -61,9 +61,7 @@ def known(label: str, shares_TV: Tensor, generator: torch.Generator) -> Tensor:
 
 def cross_entropies(student: Model, targets: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
     """Return each row's mean cross-entropy with its `[T, V]` target, `[B]`."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    inputs["logits_to_keep"] = batch["position_mask"].shape[1]
-    found = student(**inputs).logits.log_softmax(dim=-1)
+    found = log_shares(student, batch)
     wanted = torch.zeros_like(found)
     for row, name in enumerate(batch["names"]):
         wanted[row, : len(targets[name])] = targets[name]

@@ -64,8 +64,8 @@ class PromptRenderer:
         place: `system`, `user` or `raw`.
 
     Raises:
-        ConfigurationError: the model's template does not take a prefix there; the message names
-            the places to try.
+        ConfigurationError: the place is unknown, or the model's template does not take a prefix
+            there; the message names the places to try.
         DataError: the chat template itself is broken.
     """
 
@@ -76,6 +76,10 @@ class PromptRenderer:
         prefix: str | None = None,
         place: str = "system",
     ) -> None:
+        if place not in PLACES:
+            raise ConfigurationError(
+                f"prefix place {place!r} is unknown: expected {', '.join(PLACES[:-1])} or raw"
+            )
         self._tokenizer = tokenizer
         self._place = place
         self._prefix = _checked_prefix(prefix)

@@ -267,8 +267,10 @@ def run_batches(
 ) -> list[_Row]:
     """Return what `run` makes of each index into `lengths`, run in batches of like length.
 
-    `lengths` are tokens, `on_done` is given the number of indices after each batch. A
-    ConfigurationError where the memory does not hold one of them.
+    `lengths` are tokens, `on_done` is given the number of indices after each batch.
+
+    Raises:
+        ConfigurationError: The memory does not hold one of them.
     """
     found: dict[int, _Row] = {}
     for batch in plan_batches(lengths, batch_size=batch_size, max_new_tokens=0):

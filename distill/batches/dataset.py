@@ -53,7 +53,7 @@ class CacheDataset(Dataset[Example]):
         top_k: Keep the strongest K tokens of each position; None keeps all.
         positions: Keep the first N positions; None keeps all.
         views: Shapes that draws refer to by index.
-        renderer: Needed with views.
+        renderer: The student's tokenizer and chat template; needed with views.
         max_length: Longest sequence the student reads, or None.
         targets: Row that holds the target of a row behind a view, by row and view; the row's own
             where there is none.

@@ -16,7 +16,6 @@ from torch.utils.data import Sampler
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order
-from duet_unlearn.teacher_cache.build.plan import merge_evenly
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 FORGET, RETAIN, TRAIN = range(len(SPLITS))
@@ -60,20 +59,35 @@ def epoch_order(
         `[N]` row indices.
     """
     generator = np.random.default_rng([seed, epoch])
-    merged: list[int] = []
+    merged = np.empty(0, np.int64)
     for split in (FORGET, RETAIN, TRAIN):
         groups = [np.flatnonzero(splits[g.start : g.stop] == split) + g.start for g in row_groups]
-        merged = merge_evenly(merged, _shuffle_windows(list(filter(len, groups)), generator))
-    return np.array(merged, np.int64)
+        rows = _shuffle_windows([group for group in groups if len(group)], generator)
+        merged = merge_in_proportion(merged, rows)
+    return merged
 
 
-def _shuffle_windows(groups: Sequence[RowIndices], generator: np.random.Generator) -> list[int]:
+def _shuffle_windows(groups: Sequence[RowIndices], generator: np.random.Generator) -> RowIndices:
     order = generator.permutation(len(groups))
-    rows: list[int] = []
-    for start in range(0, len(order), WINDOW_GROUPS):
-        window = [groups[i] for i in order[start : start + WINDOW_GROUPS]]
-        rows += generator.permutation(np.concatenate(window)).tolist()
-    return rows
+    windows = [
+        generator.permutation(
+            np.concatenate([groups[i] for i in order[start : start + WINDOW_GROUPS]])
+        )
+        for start in range(0, len(order), WINDOW_GROUPS)
+    ]
+    return np.concatenate(windows) if windows else np.empty(0, np.int64)
+
+
+def merge_in_proportion(forget: RowIndices, retain: RowIndices) -> RowIndices:
+    """Spread two sequences evenly over one, each in its own order (Bresenham's line)."""
+    # Arrays, unlike a build's `merge_evenly`: a run does this for every row in every epoch.
+    total = len(forget) + len(retain)
+    steps = np.arange(total + 1, dtype=np.int64) * len(forget) // max(total, 1)
+    is_forget = np.diff(steps) == 1
+    merged = np.empty(total, np.int64)
+    merged[is_forget] = forget
+    merged[~is_forget] = retain
+    return merged
 
 
 def sampler_of(

@@ -114,8 +114,10 @@ def view_texts(
 ) -> list[TextView]:
     """Return how a model takes each text, of two tokens or more.
 
-    `on_viewed` is given the number of texts after each pass. A ConfigurationError where the memory
-    does not hold a text.
+    `on_viewed` is given the number of texts after each pass.
+
+    Raises:
+        ConfigurationError: The memory does not hold a text.
     """
 
     def view(batch: Sequence[int]) -> list[TextView]:

@@ -33,7 +33,6 @@ class PlannedRow(Protocol):
 
 
 Row = TypeVar("Row", bound=PlannedRow)
-T = TypeVar("T")
 
 
 def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
@@ -66,10 +65,10 @@ def order_queries(queries: Iterable[Row]) -> list[Row]:
     return merged
 
 
-def merge_evenly(first: Sequence[T], second: Sequence[T]) -> list[T]:
+def merge_evenly(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
     """Merge two sequences so that every stretch holds them in proportion, to within one."""
     total = len(first) + len(second)
-    merged: list[T] = []
+    merged: list[Row] = []
     taken = 0
     for position in range(total):
         due = (position + 1) * len(first) // total

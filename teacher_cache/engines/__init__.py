@@ -8,6 +8,8 @@ from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 
 logger = logging.getLogger(__name__)
 
+ENGINES = ("auto", "vllm", "transformers")
+
 
 def resolve_engine_name(name: str) -> str:
     """Return `vllm` or `transformers`: for `auto`, vLLM where it is installed. Imports neither.
@@ -15,6 +17,8 @@ def resolve_engine_name(name: str) -> str:
     Raises:
         ConfigurationError: There is no such engine, or vLLM is asked for and not installed.
     """
+    if name not in ENGINES:
+        raise ConfigurationError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
         from duet_unlearn.teacher_cache.engines.vllm import MISSING

@@ -60,6 +60,11 @@ class TransformersEngine:
         )
         head: Any = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
         width = head.weight.shape[0]
+        if config.top_k > width:
+            raise ConfigurationError(
+                f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
+                "lower --top-k"
+            )
         most_rows = config.engine_args.get("batch_rows", _WINDOW)
         self._batch_positions = max(1, _BATCH_LOGITS // width)
         self._batch_rows = min(most_rows, self._batch_positions)

@@ -27,6 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 import duet_unlearn
+from duet_unlearn.data.models.folder import read_config
 from duet_unlearn.errors import ConfigurationError, DuetError
 from duet_unlearn.evaluation.answers import cut_at_end
 from duet_unlearn.teacher_cache.engines.base import AnyPrompt, EngineConfig, Prompt, check_signal
@@ -59,6 +60,12 @@ class VllmEngine:
     def __init__(self, config: EngineConfig) -> None:
         if find_spec("vllm") is None:
             raise VllmImportError(MISSING)
+        width = read_config(config.model).get("vocab_size")
+        if isinstance(width, int) and config.top_k > width:
+            raise ConfigurationError(
+                f"top_k is {config.top_k}, but {config.model} has a vocabulary of {width}; "
+                "lower --top-k"
+            )
         check_options(self.name, config.engine_args)
         self._config = replace(config, engine_args=dict(config.engine_args))
         self._rows = itertools.count()

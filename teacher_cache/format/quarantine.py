@@ -40,8 +40,9 @@ _READY = "ready"
 def ensure_sound(folder: Path, manifest: Manifest, shard: ShardEntry | None = None) -> None:
     """Check all shards of a cache, or one, unless that was done before.
 
-    A CorruptCacheError where a shard has other bytes than the manifest names, or breaks the format;
-    a CacheError where no process for the check can be started.
+    Raises:
+        CorruptCacheError: A shard has other bytes than the manifest names, or breaks the format.
+        CacheError: No process for the check can be started.
     """
     digest = manifest.digest if shard is None else shard.sha256
     if _is_known(manifest.digest) or _is_known(digest):

@@ -24,6 +24,14 @@ from duet_unlearn.teacher_cache.format.schema import (
     MAX_PROMPT_TOKENS,
     MAX_QUERY_BYTES,
     MAX_QUERY_ID_BYTES,
+    META_COUNT,
+    META_ENGINES,
+    META_INDEX,
+    META_QUERIES,
+    META_RECIPE,
+    META_RECIPE_ID,
+    META_STATISTICS,
+    META_VERSION,
     SHARD_FOLDER,
     CacheRow,
     logit_type,
@@ -207,14 +215,14 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
         return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
 
     return {
-        b"duet.format_version": str(header.recipe.version).encode(),
-        b"duet.recipe_id": header.recipe.recipe_id.encode(),
-        b"duet.recipe": pack(header.recipe.to_json()),
-        b"duet.queries": header.queries.encode(),
-        b"duet.shard_index": str(header.index).encode(),
-        b"duet.shard_count": str(header.count).encode(),
-        b"duet.engines": pack(list(header.engines)),
-        b"duet.statistics": pack({s: asdict(statistics[s]) for s in header.recipe.splits}),
+        META_VERSION: str(header.recipe.version).encode(),
+        META_RECIPE_ID: header.recipe.recipe_id.encode(),
+        META_RECIPE: pack(header.recipe.to_json()),
+        META_QUERIES: header.queries.encode(),
+        META_INDEX: str(header.index).encode(),
+        META_COUNT: str(header.count).encode(),
+        META_ENGINES: pack(list(header.engines)),
+        META_STATISTICS: pack({s: asdict(statistics[s]) for s in header.recipe.splits}),
     }
 
 
@@ -344,17 +352,17 @@ def _read_metadata(
     path: Path, metadata: dict[bytes, bytes]
 ) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
     try:
-        version = metadata[b"duet.format_version"].decode()
+        version = metadata[META_VERSION].decode()
         expected = " or ".join(map(str, FORMAT_VERSIONS))
         if version in expected.split(" or "):
-            recipe = Recipe.from_json(parse_json(metadata[b"duet.recipe"]))
+            recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
             expected = str(recipe.version)
         if version != expected:
             raise CorruptCacheError(f"{path}: format version {version[:20]}, expected {expected}")
-        if metadata[b"duet.recipe_id"].decode() != recipe.recipe_id:
+        if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
             raise CorruptCacheError(f"{path}: recipe id is not that of its recipe")
-        engines = parse_json(metadata[b"duet.engines"])
-        sums = parse_json(metadata[b"duet.statistics"])
+        engines = parse_json(metadata[META_ENGINES])
+        sums = parse_json(metadata[META_STATISTICS])
         if not (
             isinstance(engines, list)
             and all(isinstance(engine, dict) for engine in engines)
@@ -363,9 +371,9 @@ def _read_metadata(
             raise CorruptCacheError(f"{path}: metadata of the wrong type")
         header = ShardHeader(
             recipe=recipe,
-            queries=metadata[b"duet.queries"].decode(),
-            index=int(metadata[b"duet.shard_index"]),
-            count=int(metadata[b"duet.shard_count"]),
+            queries=metadata[META_QUERIES].decode(),
+            index=int(metadata[META_INDEX]),
+            count=int(metadata[META_COUNT]),
             engines=tuple(engines),
         )
         return header, checked(_SUMS, {s: sums.get(s) for s in recipe.splits}, "statistics")

@@ -496,6 +496,9 @@ def test_markup_that_a_user_types_is_read_alike_for_both():
 
 def test_bad_settings_are_refused():
     tokenizer = tokenizer_with("words", "turns")
+    with pytest.raises(ConfigurationError) as caught:
+        PromptRenderer(tokenizer, prefix=PREFIX, place="front")
+    assert str(caught.value) == "prefix place 'front' is unknown: expected system, user or raw"
     with pytest.raises(ConfigurationError, match=r"not valid text \(character 2\)"):
         PromptRenderer(tokenizer, prefix="a\ud800")
 

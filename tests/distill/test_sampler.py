@@ -11,6 +11,7 @@ from duet_unlearn.distill.batches.sampler import (
     Draw,
     StepSampler,
     epoch_order,
+    merge_in_proportion,
     split_evenly,
 )
 from duet_unlearn.distill.objectives.base import Order
@@ -38,6 +39,13 @@ def sampler_of(
 
 def rows_of(step: list[Draw]) -> list[int]:
     return [draw.row for draw in step]
+
+
+def test_merging_keeps_both_orders_and_spreads_them_evenly():
+    merged = merge_in_proportion(np.array([7, 8]), np.array([1, 2, 3, 4]))
+    assert merged.tolist() == [1, 2, 7, 3, 4, 8]
+    assert merge_in_proportion(np.array([], np.int64), np.array([5, 6])).tolist() == [5, 6]
+    assert merge_in_proportion(np.array([5, 6]), np.array([], np.int64)).tolist() == [5, 6]
 
 
 @settings(max_examples=60, deadline=None)

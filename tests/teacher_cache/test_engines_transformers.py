@@ -108,6 +108,11 @@ def test_whole_vocabulary_gives_raw_logits(tiny_model: Path) -> None:
     assert abs(total) > 0.1, "normalised log-probabilities sum to one"
 
 
+def test_top_k_beyond_the_vocabulary_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"top_k is 385, .* vocabulary of 384"):
+        TransformersEngine(make_config(tiny_model, top_k=385))
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -178,6 +183,8 @@ def test_describe_and_close(tiny_model: Path) -> None:
 
 def test_engine_names() -> None:
     assert resolve_engine_name("transformers") == "transformers"
+    with pytest.raises(ConfigurationError, match="expected one of auto, vllm, transformers"):
+        resolve_engine_name("tgi")
 
 
 def test_without_vllm_auto_is_transformers_and_vllm_names_the_extra(

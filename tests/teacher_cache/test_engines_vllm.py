@@ -302,6 +302,11 @@ def test_an_option_that_vllm_has_not_is_one_line(config: EngineConfig) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_top_k_beyond_the_vocabulary_is_refused(config: EngineConfig) -> None:
+    with pytest.raises(DuetError, match=r"top_k is 385, .* vocabulary of 384"):
+        VllmEngine(replace(config, top_k=385))
+
+
 def test_options_that_the_capture_rests_on_are_refused(config: EngineConfig) -> None:
     with pytest.raises(ConfigurationError, match="option logprobs_mode is set by the cache"):
         VllmEngine(replace(config, engine_args={"logprobs_mode": "raw_logprobs"}))
