@@ -227,6 +227,17 @@ class CacheReader:
             self._recent.popitem(last=False)
         return group
 
+    def close(self) -> None:
+        """Close files, and drop what is decoded but the last row group; reading opens them again.
+
+        Whoever reads many caches one after the other calls this between two.
+        """
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        while len(self._recent) > 1:
+            self._recent.popitem(last=False)
+
     def _check_splits(self, codes: npt.ArrayLike, rows: range, shard: int) -> None:
         if not np.array_equal(codes, self.splits[rows.start : rows.stop]):
             path = self.folder / SHARD_FOLDER / self.manifest.shards[shard].name

@@ -61,13 +61,21 @@ class RowSource:
 
     def __init__(self, readers: Sequence[CacheReader]) -> None:
         self._readers = readers
+        self._last = 0
+
+    def _reader(self, number: int) -> CacheReader:
+        """Return a cache; of the others little stays in memory, however many there are."""
+        if number != self._last:
+            self._readers[self._last].close()
+            self._last = number
+        return self._readers[number]
 
     def scan(self) -> Iterator[tuple[Place, Identity]]:
         """Yield place and identity of every row, in order; decodes no signals."""
         total = sum(reader.num_rows for reader in self._readers)
         with tqdm(total=total, desc="scan", unit=" rows", disable=None, leave=False) as progress:
-            for number, reader in enumerate(self._readers):
-                for row, identity in enumerate(reader.identities()):
+            for number in range(len(self._readers)):
+                for row, identity in enumerate(self._reader(number).identities()):
                     yield (number, row), identity
                     progress.update()
 
@@ -76,7 +84,7 @@ class RowSource:
         rows = {}
         for place in sorted(set(places)):
             number, row = place
-            cached = self._readers[number].row(row)
+            cached = self._reader(number).row(row)
             rows[place] = CacheRow(
                 query_id=cached.query_id,
                 split=cached.split,
@@ -96,7 +104,7 @@ class RowSource:
         groups = {(number, self._readers[number].group_of(row)): row for number, row in places}
         engines: list[dict[str, Any]] = []
         for (number, _), row in sorted(groups.items()):
-            found = self._readers[number].engines_of(row)
+            found = self._reader(number).engines_of(row)
             engines.extend(engine for engine in found if engine not in engines)
         return engines
 

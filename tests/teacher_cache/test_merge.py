@@ -1,5 +1,6 @@
 """Joining caches of one recipe: each query once, no teacher, nothing mixed."""
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.teacher_cache.build import row_source
 from duet_unlearn.teacher_cache.build.assemble import Assembly
+from duet_unlearn.teacher_cache.format.row_group import RowGroup
+from duet_unlearn.teacher_cache.format.shard import ShardFile
 from duet_unlearn.teacher_cache.merge import merge
 from duet_unlearn.teacher_cache.reader import CachedRow, CacheReader
 from duet_unlearn.teacher_cache.verify import verify
@@ -38,6 +41,25 @@ def project_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     logger.propagate = True
     caplog.set_level(logging.INFO, logger="duet_unlearn")
     return caplog
+
+
+def test_of_many_caches_one_at_a_time_is_held(cache_of_rows: MakeCache) -> None:
+    caches = [cache_of_rows(f"c{n}", numbered(n * 12, n * 12 + 12)) for n in range(4)]
+    readers = row_source.open_caches([str(cache) for cache in caches])
+    source = row_source.RowSource(readers)
+
+    def held(kind: type) -> int:
+        gc.collect()
+        return sum(isinstance(found, kind) for found in gc.get_objects())
+
+    files, groups = held(ShardFile), held(RowGroup)
+    places = [place for place, _ in source.scan()]
+    assert held(ShardFile) - files == 3  # the shards of one cache
+
+    assert len(source.fetch(places)) == 48
+    source.engines(places[-12:])
+    assert held(ShardFile) - files == 3
+    assert held(RowGroup) - groups == 4 + 2  # the last of each, and all three of one cache
 
 
 def test_a_merge_holds_every_query_once_with_its_own_signal(
