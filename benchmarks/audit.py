@@ -31,7 +31,6 @@ COMMANDS = "commands.json"
 TRAINED_KIND = "another wording"
 """The kind of held-out query that asks a fact of which the training queries ask."""
 TESTS = ("eval", "quantized", "relearn", "membership", "probe", "attack")
-_FEW_ATTACKS = ("ignore-instructions", "role-play", "begun-plainly", "question-answer", "few-shot")
 
 FULL = {
     "eval": "--attacks @families --measure answer_probability --measure extraction_strength "
@@ -41,8 +40,8 @@ FULL = {
 # Meant to stay below 40 minutes for a base and a LoRA student of 1.5 billion parameters on two
 # cores: answering through an adapter is what costs most.
 SHORT = {
-    "eval": " ".join(f"--attacks @{name}" for name in (*_FEW_ATTACKS, "context-hint", "french"))
-    + " --limit 20 --max-new-tokens 24 --measure sampled_recall --samples 4",
+    "eval": "--attacks @families --limit 20 --max-new-tokens 24 "
+    "--measure sampled_recall --samples 4",
     "quantized": "--quantize int4 --limit 20 --max-new-tokens 24",
     "relearn": "--lora-rank 16 --rates 3e-4 --steps 0,5,15 --batch-size 16 --limit 10 "
     "--max-new-tokens 16 --dtype auto",

@@ -4,11 +4,10 @@
 
 The demo world's model is the teacher along answers that it samples at temperature 2, some to each
 training query. The student is the same model with noise on its weights. It sees the same rows in
-the same order each time, and of the teacher's distributions all, the strongest tokens out of a
-cache, or tokens that were drawn once (`bench_sparse.py`) and stay the same in every epoch, as in a
-cache they would. What is printed is the divergence from the teacher over whole distributions, in
-nats a token along sampled answers to held-out queries: the mean over seeds, of which each has its
-own student, order and draws.
+the same order each time, and of the teacher's distributions all, the strongest tokens, or those
+that were drawn once, the same in every epoch. What is printed is the divergence from the teacher
+over whole distributions, in nats a token along sampled answers to held-out queries: the mean over
+seeds, of which each has its own student and order.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_distillation import BATCH, HELD_OUT, TRAIN, log_shares, measure, train
-from bench_sparse import NOISE, Drawn, all_logits, build_cache, drawn_bytes, estimate, signal_bytes
+from bench_sparse import NOISE, all_logits, build_cache, signal_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel as Model
@@ -35,11 +34,7 @@ SAMPLES, RATE = 4, 3e-4
 KEPT: dict[str, dict[str, Any]] = {
     "`--top-k 100`, `kl-tail`": {"top_k": 100},
     "`--top-k 100 --top-p 0.98`, `kl-tail`": {"top_k": 100, "top_p": 0.98},
-}
-DRAWN = {
-    "200 draws": Drawn(draws=200),
-    "1000 draws": Drawn(draws=1000),
-    "10 strongest, 40 draws": Drawn(exact=10, draws=40),
+    **{f"`--keep sampled --top-k {n}`": {"top_k": n, "keep": "sampled"} for n in (50, 200, 1000)},
 }
 WHOLE = "whole distributions"
 
@@ -52,11 +47,6 @@ def noised(seed: int) -> Model:
         for weight in student.parameters():
             weight += NOISE * weight.std() * torch.randn_like(weight)
     return student
-
-
-def known(label: str, shares_TV: Tensor, generator: torch.Generator) -> Tensor:
-    """Return what is known of distributions, `[T, V]`: all, or what was drawn."""
-    return shares_TV if label == WHOLE else estimate(shares_TV, DRAWN[label], generator)
 
 
 def cross_entropies(student: Model, targets: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
@@ -120,25 +110,13 @@ def main() -> None:
             reader = build_cache(caches[label], TRAIN, {**settings, "samples": SAMPLES})
         rows = {row.query_id: all_logits(teacher, row) for row in reader}
         positions = sum(map(len, rows.values()))
-        for label in (WHOLE, *KEPT, *DRAWN):
-            found = []
-            for seed in seeds:
-                targets = None
-                if label not in KEPT:
-                    generator = torch.Generator().manual_seed(seed)
-                    targets = {
-                        name: known(label, row.softmax(dim=-1), generator)
-                        for name, row in rows.items()
-                    }
-                cache = caches.get(label, reader.folder)
-                found.append(learn(teacher, cache, targets, held_out, seed, steps))
+        whole = {name: row.softmax(dim=-1) for name, row in rows.items()}
+        for label in (WHOLE, *KEPT):
+            cache, targets = caches.get(label, reader.folder), None if label in KEPT else whole
+            found = [learn(teacher, cache, targets, held_out, seed, steps) for seed in seeds]
+            size = 4.0 * teacher.config.vocab_size
             if label in KEPT:
-                size = signal_bytes((caches[label] / "shards").iterdir()) / positions
-            elif label == WHOLE:
-                size = 4.0 * teacher.config.vocab_size
-            else:
-                pairs = [(rows[name], target) for name, target in targets.items()]
-                size = drawn_bytes(pairs, DRAWN[label], scratch) / positions
+                size = signal_bytes((cache / "shards").iterdir()) / positions
             students = torch.tensor(found)
             cells = [f"{size:.0f}", *(f"{each:.4f}" for each in students.mean(dim=0))]
             cells.append(", ".join(f"{each:.4f}" for each in students[:, -1]))

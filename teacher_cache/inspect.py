@@ -6,6 +6,7 @@ Everything comes from the manifest, so it costs the same for any size of cache.
 from pathlib import Path
 from typing import Any
 
+from duet_unlearn.teacher_cache.format.schema import COUNTS
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.urls import redact_url, visible
 
@@ -32,7 +33,7 @@ def summarize(cache: str | Path) -> dict[str, Any]:
         "bytes": manifest.num_bytes,
         "bytes_per_position": manifest.num_bytes / max(1, positions),
         "bytes_per_logit": manifest.num_bytes / max(1, positions * manifest.recipe.top_k)
-        if manifest.recipe.top_p == 1
+        if COUNTS not in manifest.recipe.columns
         else None,
         "splits": {
             split: {
@@ -63,8 +64,11 @@ def render_summary(summary: dict[str, Any]) -> str:
         prefix.append(f"sampled   the answers to train queries, at temperature {sampled}")
     engines = ", ".join(_engine(engine) for engine in summary["engines"])
     most = f"Top-{recipe['top_k']}"
-    if summary["bytes_per_logit"] is None:
+    if "keep" in recipe:
+        most = f"what {recipe['top_k']} draws a position find"
+    elif "top_p" in recipe:
         most = f"the fewest of the {most} that hold {recipe['top_p']:g} of the mass"
+    if summary["bytes_per_logit"] is None:
         each = f"{summary['bytes_per_position']:.0f} bytes a position"
     else:
         each = f"{summary['bytes_per_logit']:.2f} bytes a logit"

@@ -37,7 +37,8 @@ class Duet:
         student: What is trained.
 
     Raises:
-        ConfigurationError: The cache holds fewer tokens or positions than asked for.
+        ConfigurationError: The cache holds fewer tokens or positions than asked for, or tokens
+            that another loss is for.
         DataError: A view file is missing or malformed.
         CacheError: The cache is unfinished or damaged.
         MismatchError: The cache has a prefix and no forget queries.
@@ -51,6 +52,11 @@ class Duet:
         self._config, self._student = config, student
         self._recipe = reader.manifest.recipe
         recipes = [cache.manifest.recipe for cache in (reader, *self._replayed)]
+        if config.loss != "kl-tail" and any(recipe.keep == "sampled" for recipe in recipes):
+            raise ConfigurationError(
+                f"loss is {config.loss}, but the cache has sampled tokens, whose shares are an "
+                "estimate for forward divergence alone; give --loss kl-tail"
+            )
         self.settings = {
             "top_k": _at_most(config.top_k, min(r.top_k for r in recipes), "top_k"),
             "positions": _at_most(config.positions, min(r.positions for r in recipes), "positions"),

@@ -97,6 +97,11 @@ class BuildConfig(Settings):
         default=1.0,
         help="Of those, keep the fewest that hold this share of the teacher's mass; 1 keeps all.",
     )
+    keep: Literal["strongest", "sampled"] = setting(
+        default="strongest",
+        help="Keep the strongest tokens of a position, or those that as many draws from the "
+        "teacher's distribution find, with how often: without bias, for --loss kl-tail.",
+    )
     positions: Count | None = setting(
         default=None,
         help="Decoding steps kept per query; longer given responses are several rows.  [default: "
@@ -106,8 +111,10 @@ class BuildConfig(Settings):
         default="assistant",
         help="What is kept of --responses: the assistant's turns, a row each, or every token.",
     )
-    logit_dtype: Literal["float16", "float32"] = setting(
-        default="float16", help="How logits are stored."
+    logit_dtype: Literal["float16", "float32"] | None = setting(
+        default=None,
+        help="How logits are stored.  [default: float16; with --keep sampled float32, which takes "
+        "no more room there]",
     )
     shard_rows: Count = setting(default=1024, help="Queries in one shard.")
     reuse: tuple[str, ...] = setting(
@@ -170,7 +177,13 @@ class BuildConfig(Settings):
                 "--temperature samples the answers to --train alone; give --no-prefix and --train "
                 "FILE, or leave it out"
             )
-        if not self.temperature and (self.samples > 1 or self.seed):
+        draws_kept = self.keep == "sampled"
+        if draws_kept and (self.prefix is not None or self.top_p < 1):
+            raise ConfigurationError(
+                "--keep sampled goes with --no-prefix, for raw logits are not estimated by draws, "
+                "and without --top-p; leave one of them out"
+            )
+        if not self.temperature and (self.samples > 1 or (self.seed and not draws_kept)):
             raise ConfigurationError(
                 "without --temperature answers are greedy, one a query; give it above 0, or leave "
                 "--samples and --seed out"
@@ -212,10 +225,11 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         temperature=config.temperature,
         seed=config.seed,
         top_p=config.top_p,
+        keep=config.keep,
         retain_prefix=config.retain_prefix,
         top_k=config.top_k,
         positions=positions,
-        logit_dtype=config.logit_dtype,
+        logit_dtype=config.logit_dtype or ("float32" if config.keep == "sampled" else "float16"),
         compute_dtype=options.compute_dtype(
             config.teacher_dtype, folder, elsewhere=config.ray_address != "local"
         ),

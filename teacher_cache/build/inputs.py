@@ -76,9 +76,10 @@ def _samples(queries: Iterable[Query], count: int, split: str) -> Iterable[Query
     return (query.as_sample(number) for query in queries for number in range(1, count + 1))
 
 
-def row_seed(seed: int, text: str) -> int:
+def row_seed(seed: int, text: str, *purpose: str) -> int:
     """Return what a row's tokens are drawn by: a function of recipe and text, as the row is."""
-    digest = hashlib.sha256(json.dumps([seed, text], ensure_ascii=False).encode()).digest()
+    named = json.dumps([seed, text, *purpose], ensure_ascii=False)
+    digest = hashlib.sha256(named.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # a signed 64-bit integer, for engines' messages
 
 
@@ -125,7 +126,7 @@ def render_prompts(
         wanted: For some shards, the numbers of the queries whose prompts are kept.
         renderer: Makes the prompts.
         recipe: Says where the prefix stands, whether prompts of forget queries come without it
-            too, and what draws the answers to queries of `train`.
+            too, and what draws the answers to queries of `train` and the tokens that are kept.
         context: Tokens that the teacher reads, None where that has no limit.
 
     Raises:
@@ -142,6 +143,8 @@ def render_prompts(
         for index, shard in enumerate(shards):
             kept = wanted.get(index, ())
             for number, query in enumerate(shard):
+                if recipe.keep == "sampled" and number in kept:
+                    teacher[index].keeps[number] = row_seed(recipe.seed, query.text, "keep")
                 given = query.given
                 if given is not None:
                     # What is read and scored of it is no longer than the context.

@@ -36,6 +36,8 @@ class ShardPrompts:
     """Of prompts whose steering is to be strengthened, what they are without prefix, `[P]`."""
     seeds: dict[int, int] = field(default_factory=dict)
     """Of prompts whose responses are drawn; others are decoded greedily."""
+    keeps: dict[int, int] = field(default_factory=dict)
+    """Of prompts whose kept tokens are drawn, by what."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +122,8 @@ class LocalTeacher:
                 for number, ids in shard.prompts.items():
                     places.append((shard, number))
                     given = shard.given[number].tolist() if number in shard.given else None
-                    seed = shard.seeds.get(number)
-                    yield Prompt(len(places) - 1, ids.tolist(), given, seed=seed)
+                    seed, keep = shard.seeds.get(number), shard.keeps.get(number)
+                    yield Prompt(len(places) - 1, ids.tolist(), given, seed=seed, keep=keep)
 
         for prompt, signal in self._engine.signals(prompts()):
             shard, number = places[prompt]

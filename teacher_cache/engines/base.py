@@ -27,6 +27,8 @@ class Prompt(NamedTuple):
     """Of a given response, the tokens to read in place of the strongest, `[T, K]`."""
     seed: int | None = None
     """Draws the response at `EngineConfig.temperature`; None decodes it greedily."""
+    keep: int | None = None
+    """Draws the tokens that are kept, see `sample_top_k`; None keeps the strongest."""
 
 
 AnyPrompt = Prompt | tuple[int, Sequence[int]]
@@ -74,7 +76,8 @@ class Engine(Protocol):
         A response that is given is not decoded: its positions are those that predict its tokens,
         from the prompt's last token to its own last but one. Where tokens are named to be read
         there, the signal has them, in the order they are named in. A prompt with a seed draws its
-        tokens as `sampling` says; its signal is of the raw logits all the same.
+        tokens as `sampling` says; its signal is of the raw logits all the same. All prompts of a
+        stream keep drawn tokens, or none does.
 
         Reads ahead of what it yields so that the engine stays busy, and never holds more than a
         bounded number of prompts or signals. One such stream at a time; one that is dropped
@@ -98,7 +101,12 @@ class Engine(Protocol):
 
 
 def check_signal(
-    signal: Signal, *, config: EngineConfig, engine: str, given: bool = False
+    signal: Signal,
+    *,
+    config: EngineConfig,
+    engine: str,
+    given: bool = False,
+    sampled: bool = False,
 ) -> Signal:
     """Return the signal, or raise where it is not what a cache may hold.
 
@@ -107,12 +115,14 @@ def check_signal(
         config: What it was asked.
         engine: Its name.
         given: Whether the response was; else it has to be as long as asked for.
+        sampled: Whether the kept tokens were; else no place is empty.
 
     Raises:
         DuetError: A value is not finite, or the response is shorter than the positions asked for
             without ending in an end-of-sequence token.
     """
-    if not (np.isfinite(signal.logits).all() and np.isfinite(signal.logsumexp).all()):
+    filled = np.isfinite(signal.logits) | sampled
+    if not (filled.all() and np.isfinite(signal.logsumexp).all()):
         raise DuetError(
             f"{engine} engine: the teacher {config.model} gives logits that are not finite in "
             f"{config.compute_dtype}; try another --teacher-dtype, or a smaller --top-k where the "

@@ -22,7 +22,7 @@ from duet_unlearn.teacher_cache.engines.base import (
     check_signal,
 )
 from duet_unlearn.teacher_cache.engines.options import check_options, published_options
-from duet_unlearn.teacher_cache.engines.sampling import draw_tokens, uniforms
+from duet_unlearn.teacher_cache.engines.sampling import draw_tokens, sample_top_k, uniforms
 from duet_unlearn.teacher_cache.engines.top_k import read_tokens, select_top_k
 from duet_unlearn.teacher_cache.format.signal import Signal
 
@@ -129,14 +129,21 @@ class TransformersEngine:
                 f"prompts: {cause(error)}"
             ) from error
         for prompt, signal in zip(batch, signals, strict=True):
-            found = check_signal(signal, config=self._config, engine=self.name, given=given)
+            found = check_signal(
+                signal,
+                config=self._config,
+                engine=self.name,
+                given=given,
+                sampled=prompt.keep is not None,
+            )
             yield prompt[0], found
 
     def _decode(self, prompts: Sequence[Prompt]) -> list[Signal]:
         """Decode, or draw what has a seed, until every row ended or has all its positions."""
-        most = self._config.positions
+        most, top_k = self._config.positions, self._config.top_k
         drawn = [row for row, prompt in enumerate(prompts) if prompt.seed is not None]
         uniform_DT = [uniforms(prompts[row].seed or 0, most) for row in drawn]
+        keep_BT = _keep(prompts, most)
         ids_BS, mask_BS = pad([prompt.ids for prompt in prompts], self._device, left=True)
         ended_B = np.zeros(len(prompts), dtype=bool)
         lengths_B = np.zeros(len(prompts), dtype=np.int64)
@@ -146,8 +153,11 @@ class TransformersEngine:
         with torch.inference_mode():
             while True:
                 logits_BSV, past = self._forward(ids_BS, mask_BS, past, keep=1, goes_on=most > 1)
-                steps.append(self._select(logits_BSV[:, -1]))
-                tokens.append(steps[-1][0][:, 0].copy())
+                keep_B = None if keep_BT is None else keep_BT[:, len(steps)]
+                steps.append(self._select(logits_BSV[:, -1], top_k, keep_B=keep_B))
+                # The most drawn token need not be the strongest.
+                strongest = steps[-1] if keep_B is None else self._select(logits_BSV[:, -1], 1)
+                tokens.append(strongest[0][:, 0].copy())
                 if drawn:
                     uniform_D = [uniform_T[len(steps) - 1] for uniform_T in uniform_DT]
                     logits_DV = logits_BSV[drawn, -1].float()
@@ -176,8 +186,8 @@ class TransformersEngine:
         texts = [[*prompt.ids, *given[:-1]] for prompt, given in whole]
         ids_BS, mask_BS = pad(texts, self._device, left=True)
         rows, length = ids_BS.shape
-        positions = max(map(len, responses))
-        named_BTK = _named(prompts, positions, self._config.top_k)
+        positions, top_k = max(map(len, responses)), self._config.top_k
+        named_BTK, keep_BT = _named(prompts, positions, top_k), _keep(prompts, positions)
         keep = min(positions, max(1, self._batch_positions // rows))
         start, stop, past, done = 0, length - positions + keep, None, 0
         found: list[tuple[Any, ...]] = []
@@ -186,20 +196,27 @@ class TransformersEngine:
                 logits_BSV, past = self._forward(
                     ids_BS[:, start:stop], mask_BS[:, :stop], past, keep, goes_on=stop < length
                 )
-                named = named_BTK if named_BTK is None else named_BTK[:, done : done + keep]
-                flat = self._select(logits_BSV[:, -keep:].flatten(0, 1), named)
+                named, keep_B = (
+                    part if part is None else part[:, done : done + keep].flatten(0, 1)
+                    for part in (named_BTK, keep_BT)
+                )
+                flat = self._select(logits_BSV[:, -keep:].flatten(0, 1), top_k, named, keep_B)
                 done += keep
                 found.append(tuple(part.reshape(rows, -1, *part.shape[1:]) for part in flat))
                 start, stop, keep = stop, min(stop + keep, length), min(keep, length - stop)
         parts = [np.concatenate(part, axis=1) for part in zip(*found, strict=True)]
         return _signals(responses, parts, [slice(-len(given), None) for given in responses])
 
-    def _select(self, logits_BV: Any, named: Any = None) -> tuple[Any, ...]:
+    def _select(
+        self, logits_BV: Any, top_k: int, named_BK: Any = None, keep_B: Any = None
+    ) -> tuple[Any, ...]:
         logits_BV = logits_BV.float()
-        if named is None:
-            found = select_top_k(logits_BV, self._config.top_k)
+        if named_BK is not None:
+            found = read_tokens(logits_BV, named_BK)
+        elif keep_B is not None:
+            found = sample_top_k(logits_BV, keep_B, top_k)
         else:
-            found = read_tokens(logits_BV, named.flatten(0, 1))
+            found = select_top_k(logits_BV, top_k)
         return tuple(tensor.cpu().numpy() for tensor in found)
 
     def _forward(
@@ -266,6 +283,20 @@ def _length(prompt: Prompt) -> int:
 def _kind(prompt: Prompt) -> tuple[bool, bool]:
     """Return what the prompts of a batch have in common."""
     return prompt.given is not None, prompt.named is not None
+
+
+def _keep(prompts: Sequence[Prompt], positions: int) -> Any:
+    """Return what the kept tokens are drawn by, `[B, T]`, last positions last; None for none.
+
+    A row has the same numbers whatever other rows have more positions.
+    """
+    if prompts[0].keep is None:
+        return None
+    keep_BT = torch.zeros((len(prompts), positions), dtype=torch.float64)
+    for keep_T, prompt in zip(keep_BT, prompts, strict=True):
+        own = positions if prompt.given is None else len(prompt.given)
+        keep_T[-own:] = torch.from_numpy(uniforms(prompt.keep or 0, own))
+    return keep_BT
 
 
 def _named(prompts: Sequence[Prompt], positions: int, top_k: int) -> Any:

@@ -88,10 +88,12 @@ class VllmEngine:
             DuetError: vLLM failed or its process died; the message says why.
         """
         along: set[int] = set()
+        sampled: set[int] = set()
 
         def noted() -> Iterator[Prompt]:
             for prompt in itertools.starmap(Prompt, prompts):
                 along.update([] if prompt.given is None else [prompt.number])
+                sampled.update([] if prompt.keep is None else [prompt.number])
                 yield prompt
 
         for indices, responses, captured in self._stream(noted(), None):
@@ -106,8 +108,16 @@ class VllmEngine:
                     logits=logits,
                     logsumexp=logsumexp,
                 )
-                given = index in along
-                yield index, check_signal(found, config=self._config, engine=self.name, given=given)
+                yield (
+                    index,
+                    check_signal(
+                        found,
+                        config=self._config,
+                        engine=self.name,
+                        given=index in along,
+                        sampled=index in sampled,
+                    ),
+                )
 
     def responses(
         self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int

@@ -27,7 +27,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from duet_unlearn.teacher_cache.engines.sampling import draw_tokens, uniforms
+from duet_unlearn.teacher_cache.engines.sampling import draw_tokens, sample_top_k, uniforms
 from duet_unlearn.teacher_cache.engines.top_k import read_tokens, select_top_k
 
 ROW = "duet_row"
@@ -39,6 +39,9 @@ NAMED = "duet_named"
 """Request option beside `GIVEN`: the tokens to read in place of the strongest, K a position."""
 DRAWS = "duet_draws"
 """Request option beside `ROW`: seed and temperature by which its tokens are drawn."""
+KEEP = "duet_keep"
+"""Request option beside `ROW` and `GIVEN`: what its kept tokens are drawn by; None keeps the
+strongest. The same kind for every request."""
 TOP_K = "duet_top_k"
 """Request option: tokens kept at each position, the same for every request."""
 
@@ -58,6 +61,8 @@ class _Slot:
     """vLLM's own list of its tokens so far, to which it appends; the length is the position."""
     draws: tuple[npt.NDArray[np.float64], float] | None
     """Where its tokens are drawn, by which numbers `[T]` and at which temperature."""
+    keep: npt.NDArray[np.float64] | None
+    """Where its kept tokens are drawn, by which numbers `[T]`."""
 
 
 class CaptureProcessor(LogitsProcessor):
@@ -98,8 +103,13 @@ class CaptureProcessor(LogitsProcessor):
         at = sorted(self._slots)
         slots = [self._slots[index] for index in at]
         wanted = logits if at == list(range(logits.shape[0])) else logits[at]
-        ids_BK, values_BK, logsumexp_B = select_top_k(wanted, slots[0].top_k)
         rows, positions = [slot.row for slot in slots], [len(slot.decoded) for slot in slots]
+        keep_B = [
+            slot.keep[position % len(slot.keep)]
+            for slot, position in zip(slots, positions, strict=True)
+            if slot.keep is not None
+        ]
+        ids_BK, values_BK, logsumexp_B = _select(wanted, keep_B, slots[0].top_k)
         _captured.append((rows, positions, ids_BK, values_BK, logsumexp_B))
 
 
@@ -112,7 +122,14 @@ def _slot(params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> _
     if DRAWS in options:
         seed, temperature = options[DRAWS]
         draws = uniforms(seed, params.max_tokens), temperature
-    return _Slot(options[ROW], options[TOP_K], output_ids, draws)
+    keep = options.get(KEEP)
+    keep_T = None if keep is None else uniforms(keep, params.max_tokens)
+    return _Slot(options[ROW], options[TOP_K], output_ids, draws, keep_T)
+
+
+def _select(logits: torch.Tensor, keep_B: Any, top_k: int) -> tuple[Any, Any, Any]:
+    """Return the strongest tokens, or those drawn by a number a row where there are numbers."""
+    return sample_top_k(logits, keep_B, top_k) if len(keep_B) else select_top_k(logits, top_k)
 
 
 def _capture_given(runner: Any, request_id: str, count: int, hidden: torch.Tensor) -> None:
@@ -144,7 +161,9 @@ def _capture_given(runner: Any, request_id: str, count: int, hidden: torch.Tenso
                 named_TK = torch.tensor(options[NAMED]).view(positions, -1)
                 found = read_tokens(logits, named_TK[at])
             else:
-                found = select_top_k(logits, options[TOP_K])
+                keep = options.get(KEEP)
+                keep_T: Any = [] if keep is None else uniforms(keep, positions)[at]
+                found = _select(logits, keep_T, options[TOP_K])
             _captured.append(([row] * len(at), at, *found))
 
 

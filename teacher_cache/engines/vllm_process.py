@@ -151,7 +151,7 @@ class Host:
         self._given: dict[int, list[int]] = {}
         """Responses that were given, of rows under way."""
         self._drawn: set[int] = set()
-        """Rows under way whose tokens are drawn."""
+        """Rows under way whose tokens, decoded or kept, are drawn."""
         self._engine.collective_rpc("duet_watch")
         self._check_capture()
 
@@ -191,13 +191,14 @@ class Host:
         given: list[int] | None = None,
         named: list[int] | None = None,
         seed: int | None = None,
+        keep: int | None = None,
         **options: Any,
     ) -> None:
         """Queue a prompt: to decode so many tokens, or to capture signals where that is None."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
-        from duet_unlearn.teacher_cache.engines.vllm_capture import DRAWS, GIVEN, NAMED, ROW, TOP_K
+        from duet_unlearn.teacher_cache.engines import vllm_capture as names
 
         capture = new_tokens is None
         params: dict[str, Any] = {
@@ -206,11 +207,14 @@ class Host:
             "stop_token_ids": list(self._config.eos_token_ids),
             "ignore_eos": True,  # only the ids above end a response
             "detokenize": False,
-            "extra_args": {ROW: row, TOP_K: self._config.top_k} if capture else None,
+            "extra_args": {names.ROW: row, names.KEEP: keep, names.TOP_K: self._config.top_k}
+            if capture
+            else None,
         }
         if seed is not None:
+            params["extra_args"][names.DRAWS] = (seed, self._config.temperature)
+        if seed is not None or keep is not None:
             self._drawn.add(row)
-            params["extra_args"][DRAWS] = (seed, self._config.temperature)
         if given is not None:
             self._given[row] = given
             ids = [*ids, *given[:-1]]
@@ -219,9 +223,10 @@ class Host:
                 # What is read from the cache has no hidden states.
                 "skip_reading_prefix_cache": True,
                 "extra_args": {
-                    GIVEN: (row, len(given)),
-                    NAMED: named,
-                    TOP_K: self._config.top_k,
+                    names.GIVEN: (row, len(given)),
+                    names.NAMED: named,
+                    names.KEEP: keep,
+                    names.TOP_K: self._config.top_k,
                 },
             }
         self._open[row] = {} if capture else None

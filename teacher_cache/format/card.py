@@ -25,7 +25,7 @@ configs:
 
 # Teacher signals of {teacher}
 
-Top-{top_k} raw logits of a language model {summary}
+{kept} of a language model {summary}
 
 | | |
 | --- | --- |
@@ -108,12 +108,17 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         facts.append(f"| answers sampled at temperature | {recipe.temperature:g} |")
     if recipe.top_p < 1:
         facts.append(f"| tokens per position | the fewest that hold {recipe.top_p:g} of the mass |")
+    if recipe.keep == "sampled":
+        facts.append(
+            f"| tokens per position | those that {recipe.top_k} draws find; `logits` and "
+            "`logsumexp` are the logarithms of how often each, and of all draws |"
+        )
     if recipe.scored is not None:
         facts.append(f"| scored of given responses | {recipe.scored} |")
     text = _CARD.format(
         pretty_name=json.dumps(f"Teacher signals of {manifest.teacher}", ensure_ascii=False),
         teacher=_inline(manifest.teacher),
-        top_k=recipe.top_k,
+        kept="Sampled tokens" if recipe.keep == "sampled" else f"Top-{recipe.top_k} raw logits",
         rows=rows,
         positions=recipe.positions,
         summary=_STEERED if recipe.prefix else _PLAIN,

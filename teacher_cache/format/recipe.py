@@ -7,7 +7,7 @@ import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import ConfigurationError, CorruptCacheError
-from duet_unlearn.teacher_cache.format.schema import COUNTS, SHARD_COLUMNS, SPLITS
+from duet_unlearn.teacher_cache.format.schema import COUNTS, KEEPS, SHARD_COLUMNS, SPLITS
 from duet_unlearn.teacher_cache.format.strict_json import checked, with_entries
 
 _CHOICES = {
@@ -15,6 +15,7 @@ _CHOICES = {
     "logit_dtype": ("float16", "float32"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
     "scored": ("assistant", "all"),
+    "keep": KEEPS,
 }
 _BOUNDS = {
     "strength": (0, 100),
@@ -74,6 +75,9 @@ class Recipe:
     top_p: Annotated[float, pydantic.Field(strict=True)] = 1.0
     """Positions have the fewest of their K strongest tokens that hold this share of all mass; 1
     keeps K."""
+    # New in version 3.
+    keep: str = KEEPS[0]
+    """Which tokens positions have: the `strongest` K, or those that K draws found, `sampled`."""
 
     def __post_init__(self) -> None:
         """Check the values that come from flags.
@@ -93,9 +97,13 @@ class Recipe:
                 raise ConfigurationError(f"{name} is {value}, expected {least} to {most}")
         if self.temperature and self.scored is None:
             raise ConfigurationError("temperature is set, but there is no split train to sample")
-        if self.seed and not self.temperature:
+        if self.seed and not self.temperature and self.keep != "sampled":
             raise ConfigurationError(
                 f"seed is {self.seed}, but without a temperature it draws nothing"
+            )
+        if self.keep == "sampled" and (self.prefix or self.strength or self.top_p < 1):
+            raise ConfigurationError(
+                "keep is sampled, which goes with no prefix, no strength and no top_p"
             )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p is {self.top_p}, expected above 0 to 1")
@@ -113,12 +121,14 @@ class Recipe:
     @property
     def version(self) -> int:
         """The version of the format that can say this: 1 where nothing newer is needed."""
-        return 2 if any(name in _NEW for name in self.to_json()) else 1
+        said = self.to_json()
+        return 3 if "keep" in said else 2 if any(name in _NEW for name in said) else 1
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of its shards, in order."""
-        return SHARD_COLUMNS if self.top_p == 1 else (*SHARD_COLUMNS, COUNTS)
+        is_ragged = self.top_p < 1 or self.keep == "sampled"
+        return (*SHARD_COLUMNS, COUNTS) if is_ragged else SHARD_COLUMNS
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -239,8 +239,16 @@ def row_group_problems(group: RowGroup, recipe: Recipe) -> Iterator[str]:
         yield f"a logsumexp above what {width} such logits come to"
     if COUNTS in recipe.columns:
         with np.errstate(all="ignore"):
-            mass = np.exp(logits + slack[:, None] - group.logsumexp[:, None]).sum(axis=1)
-        if ((mass < recipe.top_p - 1e-3) & (group.counts < recipe.top_k)).any():
+            most, least = (
+                np.exp(logits + move - group.logsumexp[:, None]).sum(axis=1)
+                for move in (slack[:, None], -slack[:, None])
+            )
+        if recipe.keep == "sampled":
+            draws = math.log(recipe.top_k)
+            known = (most >= 1 - 1e-3) & (least <= 1 + 1e-3)
+            if not (known & (np.abs(group.logsumexp - draws) < 1e-3)).all():
+                yield f"tokens of a position that are not {recipe.top_k} draws together"
+        elif ((most < recipe.top_p - 1e-3) & (group.counts < recipe.top_k)).any():
             yield f"fewer tokens at a position than hold {recipe.top_p:g} of its mass"
     lengths = np.diff(group.response_offsets)
     last = group.response_ids[group.response_offsets[1:] - 1]

@@ -1,4 +1,4 @@
-"""Names, limits, columns and metadata keys of a shard, in both versions of the format."""
+"""Names, limits, columns and metadata keys of a shard, in all versions of the format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,13 @@ import pyarrow as pa
 
 from duet_unlearn.teacher_cache.format.signal import Signal
 
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 """What is read; `Recipe.version` says which of them a cache is."""
 SPLITS = ("forget", "retain", "train")
 """Version 1 has the first two."""
+
+KEEPS = ("strongest", "sampled")
+"""Which tokens positions have."""
 
 MANIFEST_NAME = "manifest.json"
 SHARD_FOLDER = "shards"

@@ -113,7 +113,8 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
     if signal.token_ids.min() < 0 or signal.token_ids.max() >= recipe.vocab_size:
         raise CacheError(f"{where}: token ids outside the vocabulary of {recipe.vocab_size}")
     # Empty places stand behind the tokens.
-    counts, fewest = (signal.logits != -np.inf).sum(axis=1), 1 if recipe.top_p < 1 else recipe.top_k
+    fewest = 1 if COUNTS in recipe.columns else recipe.top_k
+    counts = (signal.logits != -np.inf).sum(axis=1)
     logits = signal.logits[np.arange(recipe.top_k) < counts[:, None]]
     if counts.min() < fewest or not np.isfinite(np.append(logits, signal.logsumexp)).all():
         raise CacheError(
@@ -143,6 +144,7 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
     table = rows_to_table(rows, header.recipe.logit_dtype, header.recipe.columns)
     table = table.replace_schema_metadata(_metadata(header, statistics))
     path = shard_path(cache, header.index, header.count)
+    is_sampled = header.recipe.keep == "sampled"  # then few numbers occur as logits
     # What the file itself shows, so that who reads it back later finds the same number.
     group_rows = min(len(rows), row_group_rows(rows, header.recipe.top_k, header.recipe.positions))
     with atomic_path(path) as temporary:
@@ -153,10 +155,12 @@ def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> S
             compression="zstd",
             compression_level=_COMPRESSION_LEVEL,
             data_page_size=_PAGE_BYTES,
-            use_dictionary=_DICTIONARIES,
+            use_dictionary=[*_DICTIONARIES, *(["logits.list.element"] if is_sampled else [])],
             dictionary_pagesize_limit=_DICTIONARY_BYTES,
             use_byte_stream_split=[
-                f"{name}.list.element" for name in _BYTE_STREAM_SPLIT[header.recipe.logit_dtype]
+                f"{name}.list.element"
+                for name in _BYTE_STREAM_SPLIT[header.recipe.logit_dtype]
+                if not (is_sampled and name == "logits")
             ],
             write_page_checksum=True,
             write_statistics=["query_id", "split"],

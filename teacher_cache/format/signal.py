@@ -21,10 +21,10 @@ class Signal:
     fewer than K tokens, its first id again stands in the other places."""
     logits: npt.NDArray[np.float32]
     """Raw logits of those tokens: before softmax, temperature and penalties, `[T, K]`; minus
-    infinity in places without a token."""
+    infinity in places without a token. Of tokens that were drawn, the logarithm of how often."""
     logsumexp: npt.NDArray[np.float32]
     """Logsumexp over the full vocabulary in nats, `[T]`: `logits - logsumexp` are
-    log-probabilities."""
+    log-probabilities. Of tokens that were drawn, the logarithm of the number of draws."""
 
 
 def keep_mass(signal: Signal, top_p: float) -> Signal:

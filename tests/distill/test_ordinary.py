@@ -14,7 +14,7 @@ from duet_unlearn.distill.losses import Loss, scores_of
 from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives.base import open_objective
 from duet_unlearn.distill.run import run
-from duet_unlearn.errors import MismatchError
+from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 
@@ -31,7 +31,7 @@ def ragged(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_cache(tmp_path_factory.mktemp("ragged"), tiny_model, top_p=0.3)
 
 
-def build_cache(folder: Path, tiny_model: Path, **settings: float) -> Path:
+def build_cache(folder: Path, tiny_model: Path, **settings: float | str) -> Path:
     """Ten rows: answers, a talk of two turns, and a page that is cut into stretches."""
     rows = [{"query": f"who is the {word}", "answer": f"the {word} is a"} for word in WORDS]
     turns = [{"role": role, "content": "the river"} for role in ("user", "assistant") * 2]
@@ -123,6 +123,23 @@ def test_a_student_learns_along_given_responses(
     assert "- distillation" in card
     assert "unlearn" not in card.partition("Made by")[0]
     assert run(config).hit
+
+
+def test_sampled_tokens_are_for_forward_divergence_alone(
+    tiny_model: Path, beginner: Path, tmp_path: Path
+) -> None:
+    cache = build_cache(tmp_path, tiny_model, keep="sampled")
+    settings = {"cache": str(cache), "student": str(beginner), "learning_rate": 5e-3}
+    settings |= {"out": str(tmp_path / "student"), "epochs": 12, "batch_size": 4}
+    for loss in LOSS_OPTIONS.keys() - {"kl-tail"}:
+        with pytest.raises(ConfigurationError, match=f"loss is {loss}, but .* --loss kl-tail"):
+            run(RunConfig(**settings, loss=loss))  # type: ignore[arg-type]
+    assert not (tmp_path / "student").exists()
+
+    result = run(RunConfig(**settings, loss="kl-tail", logging_steps=2))  # type: ignore[arg-type]
+
+    first, last = result.loss["train"]
+    assert last < 0.6 * first
 
 
 def test_another_tokenizer_is_refused(

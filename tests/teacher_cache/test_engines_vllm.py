@@ -187,6 +187,34 @@ def test_engines_draw_the_same_beside_greedy_and_given_responses(
     assert any((s.response_ids != s.token_ids[:, 0]).any() for s in drawn)
 
 
+@pytest.mark.parametrize("name", ["engine", "cramped"])
+def test_engines_draw_the_same_tokens_to_keep(
+    name: str, config: EngineConfig, request: pytest.FixtureRequest
+) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    cramped = {"top_k": 384, "eos_token_ids": ()} if name == "cramped" else {}
+    prompts = [
+        Prompt(index, ids, [5, 6, 7][: index % 3] or None, keep=index)
+        for index, ids in random_prompts(30, seed=12)
+    ]
+
+    signals = dict(engine.signals(prompts))
+
+    expected = dict(TransformersEngine(replace(config, **cramped)).signals(prompts))
+    differing = 0
+    for number in range(30):
+        ours, theirs = signals[number], expected[number]
+        np.testing.assert_array_equal(ours.response_ids, theirs.response_ids)
+        np.testing.assert_allclose(ours.logsumexp, np.log(ours.token_ids.shape[1]), rtol=1e-6)
+        counts = [np.zeros((len(s.token_ids), 384)) for s in (ours, theirs)]
+        for count, s in zip(counts, (ours, theirs), strict=True):
+            np.add.at(count, (np.arange(len(count))[:, None], s.token_ids), np.exp(s.logits))
+        # Rounding tips a draw only where it falls on the border of two tokens.
+        assert np.abs(counts[0] - counts[1]).max() < 1.01
+        differing += int((np.abs(counts[0] - counts[1]) > 0.5).any())
+    assert differing < 3
+
+
 def test_engines_agree_on_the_demo_world() -> None:
     renderer = PromptRenderer(
         load_tokenizer(demo_world.MODEL),

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
 from duet_unlearn.data.queries import Query, fingerprint_queries
 from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache
 from duet_unlearn.teacher_cache.build.plan import plan_shards
+from duet_unlearn.teacher_cache.engines.sampling import sample_top_k
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.signal import Signal, keep_mass
@@ -19,10 +21,10 @@ from duet_unlearn.teacher_cache.format.signal import Signal, keep_mass
 SHA = "sha256:" + "ab" * 32
 
 
-def write_base(folder: Path, logit_dtype: str, top_p: float = 1.0) -> Path:
+def write_base(folder: Path, logit_dtype: str, top_p: float = 1.0, keep: str = "strongest") -> Path:
     """Write a sound cache of two shards; that of float32 logits has format version 2.
 
-    With `top_p` below 1 it has the column `counts`.
+    With `top_p` below 1 it has the column `counts`, with sampled tokens format version 3 too.
     """
     splits = ("retain", "forget") if logit_dtype == "float16" else ("retain", "forget", "train")
     queries = [
@@ -34,7 +36,7 @@ def write_base(folder: Path, logit_dtype: str, top_p: float = 1.0) -> Path:
         vocab_size=90,
         chat_template=None,
         template_date="2024-07-26",
-        prefix="Forget.",
+        prefix="Forget." if keep == "strongest" else "",
         prefix_place="raw",
         retain_prefix=True,
         top_k=4,
@@ -44,6 +46,7 @@ def write_base(folder: Path, logit_dtype: str, top_p: float = 1.0) -> Path:
         eos_token_ids=(1,),
         scored="assistant" if "train" in splits else None,
         top_p=top_p,
+        keep=keep,
     )
     shards = plan_shards(queries, 4)
     (folder / "shards").mkdir(parents=True)
@@ -55,14 +58,14 @@ def write_base(folder: Path, logit_dtype: str, top_p: float = 1.0) -> Path:
     )
     assembly = Assembly(plan)
     for index, shard in enumerate(shards):
-        assembly.write(index, [_row(query, top_p) for query in shard], ({"engine": "test"},))
+        assembly.write(index, [_row(query, top_p, keep) for query in shard], ({"engine": "test"},))
     strongest = [{"id": 3, "text": "a", "logit": 1.5, "probability": 0.25}]
     sample = {"query_id": "q0", "split": "retain", "query": "query 0 ü", "response": ["a"]}
     assembly.finish("tiny", ({**sample, "strongest": strongest},))
     return folder
 
 
-def _row(query: Query, top_p: float) -> CacheRow:
+def _row(query: Query, top_p: float, keep: str) -> CacheRow:
     rng = np.random.default_rng(int(query.query_id[1:]))
     # What was given may end anywhere.
     length = 1 if query.split == "train" else 2
@@ -73,6 +76,15 @@ def _row(query: Query, top_p: float) -> CacheRow:
         logits=logits,
         logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
     )
+    if keep == "sampled":
+        drawn = sample_top_k(torch.from_numpy(logits), rng.random(length), 4)
+        places, draws, logsumexp = (part.numpy() for part in drawn)
+        signal = Signal(
+            response_ids=signal.response_ids,
+            token_ids=np.take_along_axis(signal.token_ids, places.astype(np.int64), axis=1),
+            logits=draws,
+            logsumexp=logsumexp,
+        )
     return CacheRow(
         query_id=query.query_id,
         split=query.split,
