@@ -6,7 +6,7 @@
 
 Attacks and sampled answers, rounded weights, relearning, membership, probes and searched attacks,
 then OUT/report.html with its JSON and Markdown. What is in OUT already by the same command is kept,
-so a stopped audit goes on; students that were trained anew want another OUT. --demo first trains
+so a stopped audit resumes; students that were trained anew want another OUT. --demo first trains
 three students of the demo world.
 """
 

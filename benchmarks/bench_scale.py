@@ -14,7 +14,7 @@ of its own:
 
 Seconds are of the processor, user and system together: of the wall they depend on what else the
 machine does. Memory is the peak of a command's largest process. What is in OUT is not done again,
-so a stopped run goes on; without OUT all goes to a temporary folder. Needs Linux.
+so a stopped run resumes; without OUT all goes to a temporary folder. Needs Linux.
 """
 
 import argparse

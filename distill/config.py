@@ -1,4 +1,4 @@
-"""What a training run is told: the one place where a flag of `duet-distill run` is declared."""
+"""Settings of a training run: the one place where a flag of `duet-distill run` is declared."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal

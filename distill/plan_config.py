@@ -1,4 +1,4 @@
-"""What `duet-distill plan` is told: a run, and how much of it to try."""
+"""Settings of `duet-distill plan`: a run, and how much of it to try."""
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.settings import Whole, setting, settings

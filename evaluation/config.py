@@ -1,4 +1,4 @@
-"""What an evaluation is told, and one question: settings, checked when they are made."""
+"""Settings of an evaluation and of one question, checked when they are made."""
 
 import dataclasses
 from collections import Counter

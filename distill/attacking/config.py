@@ -1,4 +1,4 @@
-"""What an attack is told: settings, checked when they are made."""
+"""Settings of a searched attack, checked when they are made."""
 
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.config import GONE, SubjectsConfig, refuse_empty

@@ -1,4 +1,4 @@
-"""What a relearning is told: settings, checked when they are made."""
+"""Settings of relearning, checked when they are made."""
 
 from collections.abc import Callable
 from typing import TypeVar

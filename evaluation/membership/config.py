@@ -1,4 +1,4 @@
-"""What a membership test is told: settings, checked when they are made."""
+"""Settings of a membership test, checked when they are made."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What a probe is told: settings, checked when they are made."""
+"""Settings of a probe, checked when they are made."""
 
 from duet_unlearn.evaluation.config import GONE, SubjectsConfig, refuse_empty
 from duet_unlearn.settings import Count, setting, settings

@@ -157,16 +157,16 @@ def render_prompts(
                     continue
                 if query.view is not None:
                     # In a shape, what counts is what the plain base says.
-                    asked = told = query.view.render(query.messages, renderer)
+                    plain_ids = steered_ids = query.view.render(query.messages, renderer)
                 else:
-                    asked = told = renderer.student_ids(query.messages)
+                    plain_ids = steered_ids = renderer.student_ids(query.messages)
                     if query.split == "forget" or recipe.retain_prefix:
-                        told = renderer.teacher_ids(query.messages)
-                if len(told) > longest:
-                    longest, longest_query = len(told), query
+                        steered_ids = renderer.teacher_ids(query.messages)
+                if len(steered_ids) > longest:
+                    longest, longest_query = len(steered_ids), query
                 if number in kept:
-                    student[index][number] = np.array(asked, np.int32)
-                    teacher[index].prompts[number] = np.array(told, np.int32)
+                    student[index][number] = np.array(plain_ids, np.int32)
+                    teacher[index].prompts[number] = np.array(steered_ids, np.int32)
                     if recipe.strength > 0 and query.split == "forget":
                         teacher[index].plain[number] = student[index][number]
                     if recipe.temperature and query.split == "train":
