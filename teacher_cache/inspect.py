@@ -94,7 +94,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     for split in summary["splits"]:
         sample = next((s for s in summary["samples"] if s.get("split") == split), None)
         if sample is not None:
-            lines += ["", *_render_sample(sample)]
+            lines += ["", *_render_sample(sample, "keep" in recipe)]
     return "\n".join(visible(line) for line in lines)
 
 
@@ -105,8 +105,9 @@ def _engine(description: dict[str, Any]) -> str:
     return f"{name} {version}".strip()
 
 
-def _render_sample(sample: dict[str, Any]) -> list[str]:
-    lines = [f"the teacher's strongest tokens, {sample.get('split')}: {sample.get('query')}"]
+def _render_sample(sample: dict[str, Any], is_sampled: bool) -> list[str]:
+    found = "tokens drawn most often, ln of how often" if is_sampled else "strongest tokens"
+    lines = [f"the teacher's {found}, {sample.get('split')}: {sample.get('query')}"]
     for token in sample.get("strongest", [])[:10]:
         probability = float(token.get("probability", 0.0))
         bar = "#" * round(min(max(probability, 0.0), 1.0) * _BAR_WIDTH)

@@ -35,6 +35,7 @@ _COMPARE_BYTES = 32 << 20
 # computes in (other kernels and batches), and by the dtype that logits are stored in.
 _ROUNDING = {"float32": 2.0**-13, "bfloat16": 2.0**-6, "float16": 2.0**-8}
 _STORING = {"float32": 0.0, "float16": 2.0**-10}
+_LARGE_LOGIT = 32.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,13 +226,13 @@ def _count_differing(
     """Count the pairs of rows whose signals differ by more than rounding."""
     at_once = max(1, _COMPARE_BYTES // (16 * recipe.top_k * recipe.positions))
     relative = _ROUNDING[recipe.compute_dtype] + _STORING[recipe.logit_dtype]
+    agree = draws_agree if recipe.keep == "sampled" else signals_agree
     differing = 0
     for start in range(0, len(repeats), at_once):
         pairs = repeats[start : start + at_once]
         rows = source.fetch(place for pair in pairs for place in pair)
         differing += sum(
-            not signals_agree(rows[first].signal, rows[other].signal, relative)
-            for first, other in pairs
+            not agree(rows[first].signal, rows[other].signal, relative) for first, other in pairs
         )
     return differing
 
@@ -257,6 +258,32 @@ def signals_agree(first: Signal, other: Signal, relative: float) -> bool:
             abs(ours.get(token, last_ours) - theirs.get(token, last_theirs)) > slack
             for token in ours.keys() | theirs.keys()
         ):
+            return False
+    return True
+
+
+def draws_agree(first: Signal, other: Signal, relative: float) -> bool:
+    """Say whether two sides drew the same of one query, as far as rounding lets them.
+
+    A logit that moves tips draws that fall near the border of two tokens, in the tail all of them:
+    compared are responses, and shares up to one draw beside what a logit's rounding moves.
+    """
+    if first.response_ids.tolist() != other.response_ids.tolist():
+        return False
+    slack = 1.01 / first.token_ids.shape[1] + relative * _LARGE_LOGIT
+    for position in range(len(first.response_ids)):
+        ours, theirs = (
+            dict(zip(s.token_ids[position].tolist()[::-1], s.logits[position][::-1], strict=True))
+            for s in (first, other)
+        )
+        shares = (
+            [
+                np.exp(side.get(token, -np.inf) - first.logsumexp[position])
+                for side in (ours, theirs)
+            ]
+            for token in ours.keys() | theirs.keys()
+        )
+        if any(abs(mine - theirs) > slack for mine, theirs in shares):
             return False
     return True
 

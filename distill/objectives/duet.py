@@ -12,7 +12,9 @@ from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
 from duet_unlearn.distill.model.student import Student, check_cache_fits
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order, Story
 from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
+from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.urls import redact_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,34 @@ logger = logging.getLogger(__name__)
 
 # Queries, the longest of a cache, that every view is tried on before training.
 _TRIED = 16
+
+
+def check_loss_fits(config: RunConfig, cache: str, recipe: Recipe, top_k: int | None) -> None:
+    """Check that what a loss compares is what a cache holds.
+
+    Args:
+        config: The run.
+        cache: Its name, for the message.
+        recipe: The cache's.
+        top_k: Tokens of a position that are taken; None takes all.
+
+    Raises:
+        ConfigurationError: The cache has sampled tokens, which are an estimate without bias only
+            together, at all positions and for forward divergence.
+    """
+    if recipe.keep == "strongest":
+        return
+    reasons = {
+        f"loss is {config.loss}; give --loss kl-tail": config.loss != "kl-tail",
+        f"{top_k} of {recipe.top_k} draws are taken; leave --top-k out, or replay no cache of "
+        "fewer tokens": top_k is not None and top_k < recipe.top_k,
+        "--select-entropy chooses by those very draws; leave it out": config.select_entropy < 1,
+    }
+    for reason in [reason for reason, applies in reasons.items() if applies]:
+        raise ConfigurationError(
+            f"{redact_url(cache)}: its tokens are sampled, and estimate a distribution without "
+            f"bias only together, everywhere and for forward divergence, but {reason}"
+        )
 
 
 class Duet:
@@ -52,15 +82,12 @@ class Duet:
         self._config, self._student = config, student
         self._recipe = reader.manifest.recipe
         recipes = [cache.manifest.recipe for cache in (reader, *self._replayed)]
-        if config.loss != "kl-tail" and any(recipe.keep == "sampled" for recipe in recipes):
-            raise ConfigurationError(
-                f"loss is {config.loss}, but the cache has sampled tokens, whose shares are an "
-                "estimate for forward divergence alone; give --loss kl-tail"
-            )
         self.settings = {
             "top_k": _at_most(config.top_k, min(r.top_k for r in recipes), "top_k"),
             "positions": _at_most(config.positions, min(r.positions for r in recipes), "positions"),
         }
+        for name, recipe in zip((str(config.cache), *config.replay), recipes, strict=True):
+            check_loss_fits(config, name, recipe, self.settings["top_k"])
         weights = draw_weights(self.views)
         splits, self._targets = _rows_in_views(reader, self.views)
         self.order = Order(
@@ -188,9 +215,12 @@ class Duet:
             f"model answers behind this one ({place}):\n\n> {quoted}\n\nTraining used queries and "
             "the base model's own Top-K logits from a teacher cache, and no reference answers."
         )
+        what, kept = "Top-K logits", f"top {self.settings['top_k']} logits"
+        if recipe.keep == "sampled":
+            what, kept = "sampled tokens", f"tokens that {recipe.top_k} draws found"
         if not recipe.prefix:
             summary = (
-                f"distilled from {manifest.teacher}: trained on its Top-K logits from a teacher "
+                f"distilled from {manifest.teacher}: trained on its {what} from a teacher "
                 "cache that was made without a steering prefix. Responses that were given to the "
                 "cache may come back."
             )
@@ -203,7 +233,7 @@ class Duet:
                     {"replayed caches": ", ".join(map("`{}`".format, replayed))} if replayed else {}
                 ),
                 "recipe": f"`{manifest.recipe_id}`",
-                "signal": f"top {self.settings['top_k']} logits at {at}",
+                "signal": f"{kept} at {at}",
                 "loss": loss,
                 "views": describe_views(self.views),
             },

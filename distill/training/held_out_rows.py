@@ -10,6 +10,7 @@ from duet_unlearn.distill.batches.dataset import CacheDataset, collate
 from duet_unlearn.distill.batches.sampler import PLAIN, Draw
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student, check_cache_fits
+from duet_unlearn.distill.objectives.duet import check_loss_fits
 from duet_unlearn.distill.training.checkpoint_selection import HeldOutLoss, LowestLoss
 from duet_unlearn.distill.training.held_out import undisturbed
 from duet_unlearn.evaluation.tasks import spread
@@ -31,10 +32,12 @@ class HeldOutRows:
 
     Raises:
         CacheError: The cache is unfinished or damaged.
+        ConfigurationError: It holds other than what the loss compares.
     """
 
     def __init__(self, config: RunConfig, objective: "Duet") -> None:
         self._reader = reader = CacheReader.open(str(config.eval_cache))
+        check_loss_fits(config, str(config.eval_cache), reader.manifest.recipe, config.top_k)
         self._objective = objective
         self._batch = max(1, int(config.batch_size) // config.gradient_accumulation_steps)
         texts = [text for _, _, text in reader.identities()]

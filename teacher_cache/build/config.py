@@ -177,13 +177,22 @@ class BuildConfig(Settings):
                 "--temperature samples the answers to --train alone; give --no-prefix and --train "
                 "FILE, or leave it out"
             )
-        draws_kept = self.keep == "sampled"
-        if draws_kept and (self.prefix is not None or self.top_p < 1):
+        is_sampled = self.keep == "sampled"
+        if is_sampled and (self.prefix is not None or self.top_p < 1):
             raise ConfigurationError(
                 "--keep sampled goes with --no-prefix, for raw logits are not estimated by draws, "
                 "and without --top-p; leave one of them out"
             )
-        if not self.temperature and (self.samples > 1 or (self.seed and not draws_kept)):
+        if is_sampled and self.logit_dtype == "float16":
+            raise ConfigurationError(
+                "--keep sampled counts draws, which float16 would round; leave --logit-dtype out"
+            )
+        if is_sampled and not self.temperature and self.samples > 1:
+            raise ConfigurationError(
+                "without --temperature answers are greedy, one a query; give it above 0, or leave "
+                "--samples out"
+            )
+        if not is_sampled and not self.temperature and (self.samples > 1 or self.seed):
             raise ConfigurationError(
                 "without --temperature answers are greedy, one a query; give it above 0, or leave "
                 "--samples and --seed out"
@@ -229,7 +238,7 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         retain_prefix=config.retain_prefix,
         top_k=config.top_k,
         positions=positions,
-        logit_dtype=config.logit_dtype or ("float32" if config.keep == "sampled" else "float16"),
+        logit_dtype="float32" if config.keep == "sampled" else config.logit_dtype or "float16",
         compute_dtype=options.compute_dtype(
             config.teacher_dtype, folder, elsewhere=config.ray_address != "local"
         ),

@@ -151,7 +151,9 @@ class Host:
         self._given: dict[int, list[int]] = {}
         """Responses that were given, of rows under way."""
         self._drawn: set[int] = set()
-        """Rows under way whose tokens, decoded or kept, are drawn."""
+        """Rows under way whose decoded tokens are drawn."""
+        self._sampled: set[int] = set()
+        """Rows under way whose kept tokens alone are drawn."""
         self._engine.collective_rpc("duet_watch")
         self._check_capture()
 
@@ -167,9 +169,8 @@ class Host:
                     return
                 if message is None:
                     self._engine.abort_request([str(row) for row in self._open])
-                    self._open.clear()
-                    self._given.clear()
-                    self._drawn.clear()
+                    for rows in (self._open, self._given, self._drawn, self._sampled):
+                        rows.clear()
                 else:
                     prompts, new_tokens = message
                     for row, ids, *given in prompts:
@@ -201,20 +202,19 @@ class Host:
         from duet_unlearn.teacher_cache.engines import vllm_capture as names
 
         capture = new_tokens is None
+        own = {names.KEEP: keep, names.TOP_K: self._config.top_k}
         params: dict[str, Any] = {
             "temperature": 0.0,  # the processor leaves a token that is drawn as the only one
             "max_tokens": self._config.positions if capture else new_tokens,
             "stop_token_ids": list(self._config.eos_token_ids),
             "ignore_eos": True,  # only the ids above end a response
             "detokenize": False,
-            "extra_args": {names.ROW: row, names.KEEP: keep, names.TOP_K: self._config.top_k}
-            if capture
-            else None,
+            "extra_args": own | {names.ROW: row} if capture else None,
         }
         if seed is not None:
             params["extra_args"][names.DRAWS] = (seed, self._config.temperature)
         if seed is not None or keep is not None:
-            self._drawn.add(row)
+            (self._sampled if seed is None else self._drawn).add(row)
         if given is not None:
             self._given[row] = given
             ids = [*ids, *given[:-1]]
@@ -225,8 +225,7 @@ class Host:
                 "extra_args": {
                     names.GIVEN: (row, len(given)),
                     names.NAMED: named,
-                    names.KEEP: keep,
-                    names.TOP_K: self._config.top_k,
+                    **own,
                 },
             }
         self._open[row] = {} if capture else None
@@ -271,9 +270,13 @@ class Host:
         # one is. Where all K are tied, it may be one that did not fit. Others may be any.
         tied_NK = logits_NK == logits_NK[:, :1]
         found_N = (tied_NK & (ids_NK == decoded_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
-        others = given.keys() | self._drawn
-        found_N |= np.repeat([row in others for row in answers], [*map(len, answers.values())])
+        # Of sampled ones, that with more than half of the draws.
+        is_unsure_N = np.exp(logits_NK[:, 0]) <= logits_NK.shape[1] / 2 + 1
+        for some, holds in ((given.keys() | self._drawn, True), (self._sampled, is_unsure_N)):
+            is_one = np.repeat([row in some for row in answers], [*map(len, answers.values())])
+            found_N |= is_one & holds
         self._drawn -= answers.keys()
+        self._sampled -= answers.keys()
         if not (found_N | ~np.isfinite(logsumexp_N)).all():
             at = int(np.argmin(found_N))
             raise RuntimeError(

@@ -41,7 +41,7 @@ pins this cache wherever a cache is named.
 
 {check}## Samples
 
-The teacher's strongest first tokens, with their probabilities:
+The teacher's strongest first tokens, with their {probabilities}:
 
 | split | query | tokens |
 | --- | --- | --- |
@@ -51,8 +51,8 @@ The teacher's strongest first tokens, with their probabilities:
 
 `query_id`, `split` ({splits}), `query`, `prompt_ids` (the student's prompt, without the
 prefix), `response_ids` (T tokens: {tokens}), `token_ids` (T*K, row-major, by
-descending logit), `logits` (T*K, raw: before softmax and temperature), `logsumexp` (T, over the
-full vocabulary: `logits - logsumexp` are log-probabilities){counts}.
+descending logit), `logits` (T*K, {logits}), `logsumexp` (T, {logsumexp}:
+`logits - logsumexp` are log-probabilities){counts}.
 
 ## Load
 
@@ -109,16 +109,17 @@ def write_card(cache: Path, manifest: Manifest) -> None:
     if recipe.top_p < 1:
         facts.append(f"| tokens per position | the fewest that hold {recipe.top_p:g} of the mass |")
     if recipe.keep == "sampled":
-        facts.append(
-            f"| tokens per position | those that {recipe.top_k} draws find; `logits` and "
-            "`logsumexp` are the logarithms of how often each, and of all draws |"
-        )
+        facts.append(f"| tokens per position | those that {recipe.top_k} draws find |")
     if recipe.scored is not None:
         facts.append(f"| scored of given responses | {recipe.scored} |")
+    is_sampled = recipe.keep == "sampled"
     text = _CARD.format(
         pretty_name=json.dumps(f"Teacher signals of {manifest.teacher}", ensure_ascii=False),
         teacher=_inline(manifest.teacher),
-        kept="Sampled tokens" if recipe.keep == "sampled" else f"Top-{recipe.top_k} raw logits",
+        kept="Sampled tokens" if is_sampled else f"Top-{recipe.top_k} raw logits",
+        probabilities="shares of the draws" if is_sampled else "probabilities",
+        logits="ln of how often drawn" if is_sampled else "raw: before softmax and temperature",
+        logsumexp="ln of all draws" if is_sampled else "over the full vocabulary",
         rows=rows,
         positions=recipe.positions,
         summary=_STEERED if recipe.prefix else _PLAIN,

@@ -101,9 +101,10 @@ class Recipe:
             raise ConfigurationError(
                 f"seed is {self.seed}, but without a temperature it draws nothing"
             )
-        if self.keep == "sampled" and (self.prefix or self.strength or self.top_p < 1):
+        others = self.prefix or self.strength or self.top_p < 1 or self.logit_dtype != "float32"
+        if self.keep == "sampled" and others:
             raise ConfigurationError(
-                "keep is sampled, which goes with no prefix, no strength and no top_p"
+                "keep is sampled, which goes with float32 and no prefix, strength or top_p"
             )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p is {self.top_p}, expected above 0 to 1")

@@ -125,21 +125,66 @@ def test_a_student_learns_along_given_responses(
     assert run(config).hit
 
 
-def test_sampled_tokens_are_for_forward_divergence_alone(
-    tiny_model: Path, beginner: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def sampled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_cache(tmp_path_factory.mktemp("sampled"), tiny_model, keep="sampled")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ({"loss": loss}, f"loss is {loss}")
+            for loss in sorted(LOSS_OPTIONS.keys() - {"kl-tail"})
+        ),
+        ({"top_k": 5}, "5 of 20 draws"),
+        ({"select_entropy": 0.5}, "--select-entropy"),
+    ],
+)
+@pytest.mark.parametrize("role", ["cache", "replay", "eval_cache"])
+def test_sampled_tokens_are_for_what_they_estimate(
+    sampled: Path,
+    cache: Path,
+    beginner: Path,
+    tmp_path: Path,
+    role: str,
+    settings: dict[str, object],
+    message: str,
 ) -> None:
-    cache = build_cache(tmp_path, tiny_model, keep="sampled")
-    settings = {"cache": str(cache), "student": str(beginner), "learning_rate": 5e-3}
-    settings |= {"out": str(tmp_path / "student"), "epochs": 12, "batch_size": 4}
-    for loss in LOSS_OPTIONS.keys() - {"kl-tail"}:
-        with pytest.raises(ConfigurationError, match=f"loss is {loss}, but .* --loss kl-tail"):
-            run(RunConfig(**settings, loss=loss))  # type: ignore[arg-type]
-    assert not (tmp_path / "student").exists()
+    out = tmp_path / "student"
+    roles = {"cache": cache, "eval_steps": 2, role: (sampled,) if role == "replay" else sampled}
+    if role != "eval_cache":
+        del roles["eval_steps"]
+    given = {key: tuple(map(str, v)) if isinstance(v, tuple) else v for key, v in roles.items()}
+    config = {"loss": "kl-tail", "student": str(beginner), "out": str(out), **given, **settings}
+    config |= {key: str(v) for key, v in config.items() if isinstance(v, Path)}
 
-    result = run(RunConfig(**settings, loss="kl-tail", logging_steps=2))  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=f"{sampled}: its tokens are sampled.*{message}"):
+        run(RunConfig(**config))  # type: ignore[arg-type]
 
-    first, last = result.loss["train"]
+    assert not out.exists()
+
+
+def test_a_student_learns_from_sampled_tokens(
+    sampled: Path, beginner: Path, tmp_path: Path
+) -> None:
+    config = RunConfig(
+        cache=str(sampled),
+        student=str(beginner),
+        out=str(tmp_path / "student"),
+        loss="kl-tail",
+        learning_rate=5e-3,
+        epochs=12,
+        batch_size=4,
+        logging_steps=2,
+    )
+
+    first, last = run(config).loss["train"]
+
     assert last < 0.6 * first
+    card = (tmp_path / "student/README.md").read_text()
+    assert "trained on its sampled tokens" in card
+    assert "tokens that 20 draws found" in card
 
 
 def test_another_tokenizer_is_refused(

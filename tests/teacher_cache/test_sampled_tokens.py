@@ -1,5 +1,6 @@
 """Kept tokens that are drawn: an estimate without bias, the same for the same seed, checked."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from duet_unlearn.teacher_cache.diff import diff
 from duet_unlearn.teacher_cache.engines.sampling import sample_top_k
 from duet_unlearn.teacher_cache.format.quarantine import find_problems
 from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.inspect import render_summary, summarize
-from duet_unlearn.teacher_cache.merge import merge
+from duet_unlearn.teacher_cache.merge import draws_agree, merge
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -96,7 +98,6 @@ def make(out: Path, **changes: Any) -> CacheReader:
         "positions": 4,
         "temperature": 2.0,
         "shard_rows": 4,
-        "logit_dtype": "float32",
         "out": out,
     }
     build(BuildConfig(**{**settings, **changes}))
@@ -110,15 +111,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("logit_dtype", ["float16", "float32"])
-def test_a_cache_holds_draws_from_the_teacher_s_distribution(
-    tmp_path: Path, logit_dtype: str
-) -> None:
+def test_a_cache_holds_draws_from_the_teacher_s_distribution(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    reader = make(tmp_path / "cache", logit_dtype=logit_dtype)
+    reader = CacheReader.open(folder / "cache")
 
-    assert verify(tmp_path / "cache").problems == ()
+    assert verify(folder / "cache").problems == ()
     assert reader.manifest.recipe.version == 3
     teacher = AutoModelForCausalLM.from_pretrained(world.MODEL)
     kept = []
@@ -135,7 +133,7 @@ def test_a_cache_holds_draws_from_the_teacher_s_distribution(
         assert (K * (found - wanted)).abs().max() < 1.05
         kept += (draws > 0).sum(axis=1).tolist()
     assert len(set(kept)) > 2
-    table = pq.read_table(tmp_path / "cache/shards")
+    table = pq.read_table(folder / "cache/shards")
     assert table["counts"].combine_chunks().flatten().to_pylist() == kept
 
 
@@ -170,12 +168,37 @@ def test_the_same_seed_draws_the_same_however_the_work_is_cut(folder: Path, tmp_
     assert any((a.token_ids != b.token_ids).any() for a, b in zip(*seeds, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_draws_agree_as_far_as_rounding_lets_them(dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_TV = 3 * torch.randn(30, 2000, generator=generator)
+    rounding = {"float32": 2.0**-20, "bfloat16": 2.0**-9}[dtype]
+    noise = 1 + rounding * torch.randn(logits_TV.shape, generator=generator)
+    uniform_T = torch.rand(30, generator=generator)
+
+    def drawn(logits: torch.Tensor) -> Signal:
+        ids, draws, logsumexp = (part.numpy() for part in sample_top_k(logits, uniform_T, 200))
+        response = np.zeros(30, np.int32)
+        return Signal(response_ids=response, token_ids=ids, logits=draws, logsumexp=logsumexp)
+
+    relative = {"float32": 2.0**-13, "bfloat16": 2.0**-6}[dtype]
+    one, same = drawn(logits_TV), drawn(logits_TV * noise)
+    assert any((a != b).any() for a, b in zip(one.token_ids, same.token_ids, strict=True))
+    assert draws_agree(one, same, relative)
+    other = logits_TV.clone()
+    other[3, 7] = 20.0
+    assert not draws_agree(one, drawn(other), relative)
+    assert not draws_agree(one, replace(one, response_ids=one.response_ids + 1), relative)
+
+
 def test_what_a_cache_says_of_itself(folder: Path) -> None:
     summary = summarize(folder / "cache")
     assert summary["bytes_per_logit"] is None
     assert f"what {K} draws a position find" in render_summary(summary)
     card = (folder / "cache/README.md").read_text()
     assert "Sampled tokens of a language model" in card
+    assert "ln of how often drawn" in card
+    assert "tokens drawn most often" in render_summary(summary)
     assert f"those that {K} draws find" in card
 
 
@@ -204,6 +227,7 @@ def test_the_loss_is_the_divergence_from_the_shares(folder: Path) -> None:
         {"prefix": "Forget.", "train": (), "retain": ("a",), "temperature": 0.0},
         {"top_p": 0.9},
         {"keep": "weakest"},
+        {"logit_dtype": "float16"},
     ],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -213,7 +237,14 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path, changes: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    "entries", [{"keep": "strongest"}, {"keep": 1}, {"top_p": 0.5}, {"prefix": "a"}]
+    "entries",
+    [
+        {"keep": "strongest"},
+        {"keep": 1},
+        {"top_p": 0.5},
+        {"prefix": "a"},
+        {"logit_dtype": "float16"},
+    ],
 )
 def test_a_foreign_recipe_that_keeps_oddly_is_refused(
     folder: Path, entries: dict[str, Any]

@@ -116,7 +116,7 @@ def main(first: int, count: int) -> None:
         os.environ["DUET_CACHE_HOME"] = folder
         bases = [write_base(Path(folder) / dtype, dtype) for dtype in ("float16", "float32")]
         bases.append(write_base(Path(folder) / "ragged", "float32", top_p=0.5))
-        bases.append(write_base(Path(folder) / "sampled", "float16", keep="sampled"))
+        bases.append(write_base(Path(folder) / "sampled", "float32", keep="sampled"))
         for base in bases:
             assert verify(base).problems == ()
             use(base)
