@@ -31,6 +31,8 @@ from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives.base import open_objective
 
 SAMPLES, RATE = 4, 3e-4
+SHARD_ROWS = 40
+"""One row group a shard whatever K is: then an epoch has the same order, and seeds are paired."""
 KEPT: dict[str, dict[str, Any]] = {
     "`--top-k 100`, `kl-tail`": {"top_k": 100},
     "`--top-k 100 --top-p 0.98`, `kl-tail`": {"top_k": 100, "top_p": 0.98},
@@ -107,7 +109,8 @@ def main() -> None:
         caches = {}
         for number, (label, settings) in enumerate(KEPT.items()):
             caches[label] = scratch / str(number)
-            reader = build_cache(caches[label], TRAIN, {**settings, "samples": SAMPLES})
+            settings = {**settings, "samples": SAMPLES, "shard_rows": SHARD_ROWS}
+            reader = build_cache(caches[label], TRAIN, settings)
         rows = {row.query_id: all_logits(teacher, row) for row in reader}
         positions = sum(map(len, rows.values()))
         whole = {name: row.softmax(dim=-1) for name, row in rows.items()}

@@ -59,8 +59,6 @@ def build_cache(out: Path, queries: Iterable[Path], settings: dict[str, Any]) ->
             out=out,
             engine="transformers",
             positions=24,
-            # One row group a shard whatever K is: then an epoch's order is the same, too.
-            shard_rows=40,
             temperature=TEMPERATURE,
             **{"logit_dtype": "float32", **settings},
         )
