@@ -23,14 +23,14 @@ from bench_scale import ROW, TOP_K, write_documents
 
 from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.queries import Query, fingerprint_hashes, fingerprint_rows, hash_row
+from duet_unlearn.data.queries import Query, fingerprint_hashes, hash_row
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.inputs import load_query_set
 from duet_unlearn.teacher_cache.build.plan import MOST_SHARDS
 from duet_unlearn.teacher_cache.build.responses import cut_given
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry, shard_name
+from duet_unlearn.teacher_cache.format.row_group import text_key
 from duet_unlearn.teacher_cache.merge import _Selection
-from duet_unlearn.teacher_cache.verify import _hash_id
 
 COUNTED, CONTEXT = 100_000, 1024
 GIGABIT = 1e9 / 8
@@ -78,12 +78,13 @@ def merged() -> object:
     """Return what `merge` holds before it writes."""
     selection = _Selection()
     source: Any = Scanned()
-    return selection, fingerprint_rows(selection.add_all(source))
+    return selection, fingerprint_hashes(map(hash_row, selection.add_all(source)))
 
 
 def verified() -> object:
     """Return what `verify` holds at its end."""
-    hashes, ids = [hash_row(row) for row in identities()], {_hash_id(row) for row in identities()}
+    hashes = [hash_row(row) for row in identities()]
+    ids = {text_key(split, query_id) for query_id, split, _ in identities()}
     return hashes, ids, fingerprint_hashes(hashes)
 
 

@@ -131,25 +131,17 @@ def fingerprint_queries(queries: Iterable[Query]) -> str:
     Returns:
         `sha256:` and 64 hex digits.
     """
-    return fingerprint_rows((query.query_id, query.split, query.text) for query in queries)
-
-
-def fingerprint_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    """The same digest from `(query_id, split, text)` of each query.
-
-    The hash of every row's JSON is taken, the hashes are sorted, and their concatenation is
-    hashed.
-    """
+    rows = ((query.query_id, query.split, query.text) for query in queries)
     return fingerprint_hashes(map(hash_row, rows))
 
 
 def hash_row(row: tuple[str, str, str]) -> bytes:
-    """The 32 bytes that stand for a row in `fingerprint_hashes`."""
+    """The 32 bytes that stand for `(query_id, split, text)` in `fingerprint_hashes`."""
     return hashlib.sha256(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")).digest()
 
 
 def fingerprint_hashes(hashes: Iterable[bytes]) -> str:
-    """What `fingerprint_rows` gives, for callers that keep hashes in place of texts."""
+    """The same digest from `hash_row` of each query: of the sorted hashes, put together."""
     return "sha256:" + hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 

@@ -188,7 +188,8 @@ class Loss:
         tail = tail_logsumexp(teacher, teacher_logsumexp).unsqueeze(-1)
         teacher = torch.cat([teacher, tail], dim=-1)
         no_tail = student[..., -1:].isneginf()
-        sides = (_empty_tail(side, no_tail) for side in (student, teacher))
+        empty = torch.cat([torch.zeros_like(absent), no_tail], dim=-1)
+        sides = (_without(side, empty) for side in (student, teacher))
         return kind.function(*sides, **options)
 
 
@@ -212,13 +213,6 @@ def tail_logsumexp(logits: Tensor, logsumexp: Tensor) -> Tensor:
     whole = single(logsumexp)
     log_mass = (single(logits).logsumexp(dim=-1) - whole).clamp(max=math.log1p(-_TAIL_FLOOR))
     return whole + (-torch.expm1(log_mass)).log()
-
-
-def _empty_tail(buckets: Tensor, where: Tensor) -> Tensor:
-    """Put the tail so far below the K logits that it holds no mass."""
-    logits, tail = buckets[..., :-1], buckets[..., -1:]
-    nothing = logits.detach().amax(dim=-1, keepdim=True) - _NOTHING
-    return torch.cat([logits, torch.where(where, nothing, tail)], dim=-1)
 
 
 def scores_of(logits: Tensor, token_ids: Tensor, *, tail: bool) -> Tensor:

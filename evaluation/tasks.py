@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from duet_unlearn.data.messages import Message
 from duet_unlearn.data.queries import Query, load_queries
-from duet_unlearn.data.query_files import open_rows
+from duet_unlearn.data.query_files import SUFFIXES, open_rows
 from duet_unlearn.data.shapes import EXAMPLES, OWN_FAMILY, Shape, Shown, load_shapes
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.words import split_words
@@ -23,7 +23,6 @@ T = TypeVar("T")
 ATTACKED_SPLITS = ("forget", "retain")
 _SHOWN_PAIRS = 3
 _WRONG_CHOICES = 3
-_REWRITTEN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +111,7 @@ def unused_name(name: str, known: Collection[str]) -> str:
 
 
 def _load(source: str) -> list[Attack]:
-    if not source.startswith("@") and Path(source).suffix.lower() in _REWRITTEN_SUFFIXES:
+    if not source.startswith("@") and Path(source).suffix.lower() in SUFFIXES:
         name = Path(source).stem
         return [Attack(name=name, text=source, family=name, wordings=_load_wordings(source))]
     return [

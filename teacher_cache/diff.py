@@ -1,11 +1,10 @@
 """Compare two caches: what differs between their recipes, and which queries only one has."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from duet_unlearn.teacher_cache.format.row_group import Identity
+from duet_unlearn.teacher_cache.format.row_group import Identity, text_key
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.urls import redact_url, visible
 
@@ -61,9 +60,11 @@ def diff(a: str, b: str) -> CacheDifference:
     """
     first, second = CacheReader.open(a), CacheReader.open(b)
     # Hashes, not texts: of rows that both have, nothing is kept.
-    ours, theirs = ({_key(row) for row in reader.identities()} for reader in (first, second))
-    only_a = tuple(row for row in first.identities() if _key(row) not in theirs)
-    only_b = tuple(row for row in second.identities() if _key(row) not in ours)
+    ours, theirs = (
+        {text_key(*row[1:]) for row in reader.identities()} for reader in (first, second)
+    )
+    only_a = tuple(row for row in first.identities() if text_key(*row[1:]) not in theirs)
+    only_b = tuple(row for row in second.identities() if text_key(*row[1:]) not in ours)
     return CacheDifference(
         names=(redact_url(a), redact_url(b)),
         digests=(first.manifest.digest, second.manifest.digest),
@@ -91,8 +92,3 @@ def _lines(difference: CacheDifference) -> Iterator[str]:
         yield from (f"  {split:<7} {name}  {text[:60]}" for name, split, text in only[:_SHOWN])
         if len(only) > _SHOWN:
             yield f"  and {len(only) - _SHOWN} more; --json lists all"
-
-
-def _key(identity: Identity) -> bytes:
-    _, split, text = identity
-    return hashlib.blake2b(f"{split}\0{text}".encode(), digest_size=16).digest()

@@ -4,7 +4,6 @@ A query is known by split and text; where several caches hold it, the first one'
 Memory holds a few hundred bytes a row, never the signals. Like a build, a stopped merge resumes.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from duet_unlearn.data.queries import fingerprint_rows, hashed_id
+from duet_unlearn.data.queries import fingerprint_hashes, hash_row, hashed_id
 from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.files import claimed_folder, make_folder
 from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache, Samples, find_finished
@@ -22,7 +21,7 @@ from duet_unlearn.teacher_cache.build.plan import check_shard_rows, plan_shards
 from duet_unlearn.teacher_cache.build.row_source import Place, PlannedRows, RowSource, open_caches
 from duet_unlearn.teacher_cache.format.manifest import Manifest, is_cache_folder
 from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.format.row_group import Identity
+from duet_unlearn.teacher_cache.format.row_group import Identity, text_key
 from duet_unlearn.teacher_cache.format.samples import QUERIES_PER_SPLIT
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.signal import Signal
@@ -74,19 +73,19 @@ class _Selection:
     def add_all(self, source: RowSource) -> Iterator[Identity]:
         """Select among all rows of a source; yield the identity of each that is kept."""
         for place, (query_id, split, text) in source.scan():
-            first = self._queries.setdefault(_key(split, text), place)
+            first = self._queries.setdefault(text_key(split, text), place)
             if first != place:
                 self.repeats.append((first, place))
                 continue
-            if _key(split, query_id) in self._ids:
+            if text_key(split, query_id) in self._ids:
                 query_id = hashed_id(split, text)
                 self.renamed += 1
-                if _key(split, query_id) in self._ids:
+                if text_key(split, query_id) in self._ids:
                     raise MismatchError(
                         f"{split} query {query_id}: this id follows from its text, but another "
                         "query has it; build again with other ids and --reuse these caches"
                     )
-            self._ids.add(_key(split, query_id))
+            self._ids.add(text_key(split, query_id))
             self.rows.append(_MergedRow(query_id, split, place))
             yield query_id, split, text
         # While rows are written only their places are needed.
@@ -111,7 +110,7 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
     check_shard_rows(shard_rows, recipe.top_k, recipe.positions)
     source, selection = RowSource(readers), _Selection()
     whole = _check_parts(caches, readers)
-    queries = fingerprint_rows(selection.add_all(source))
+    queries = fingerprint_hashes(map(hash_row, selection.add_all(source)))
     if whole not in (None, queries):
         raise MismatchError(
             f"{caches[0]} and its fellows: their rows together are not the set of queries that the "
@@ -212,12 +211,6 @@ def _samples(readers: Sequence[CacheReader], kept: Iterable[tuple[str, str]]) ->
         for split in SPLITS
         for key in sorted(key for key in there if key[0] == split)[:QUERIES_PER_SPLIT]
     )
-
-
-def _key(*parts: str) -> bytes:
-    """Return 16 bytes that stand for some texts."""
-    text = "\0".join((str(len(parts[0])), *parts))
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _count_differing(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from duet_unlearn.teacher_cache.format.manifest import (
     split_pin,
 )
 from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
-from duet_unlearn.teacher_cache.format.row_group import Identity
+from duet_unlearn.teacher_cache.format.row_group import Identity, text_key
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
@@ -85,7 +84,7 @@ def _verify(
             problems.append(str(error))
             continue
         hashes.extend(map(hash_row, rows))
-        ids.update(map(_hash_id, rows))
+        ids.update(text_key(split, query_id) for query_id, split, _ in rows)
         for split in manifest.splits:
             totals[split] += statistics[split]
     if len(hashes) == manifest.num_rows:
@@ -95,11 +94,6 @@ def _verify(
             problems.append(f"{folder}: a query stands in it twice")
         problems.extend(_check_totals(folder, manifest, totals))
     return VerifyReport(manifest=manifest, problems=tuple(problems), rows=len(hashes))
-
-
-def _hash_id(identity: Identity) -> bytes:
-    query_id, split, _ = identity
-    return hashlib.blake2b(f"{split}\0{query_id}".encode(), digest_size=16).digest()
 
 
 def _check_shard(

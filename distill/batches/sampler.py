@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order
+from duet_unlearn.teacher_cache.build.plan import merge_in_proportion
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 FORGET, RETAIN, TRAIN = range(len(SPLITS))
@@ -76,18 +77,6 @@ def _shuffle_windows(groups: Sequence[RowIndices], generator: np.random.Generato
         for start in range(0, len(order), WINDOW_GROUPS)
     ]
     return np.concatenate(windows) if windows else np.empty(0, np.int64)
-
-
-def merge_in_proportion(forget: RowIndices, retain: RowIndices) -> RowIndices:
-    """Spread two sequences evenly over one, each in its own order (Bresenham's line)."""
-    # Arrays, unlike a build's `merge_evenly`: a run does this for every row in every epoch.
-    total = len(forget) + len(retain)
-    steps = np.arange(total + 1, dtype=np.int64) * len(forget) // max(total, 1)
-    is_forget = np.diff(steps) == 1
-    merged = np.empty(total, np.int64)
-    merged[is_forget] = forget
-    merged[~is_forget] = retain
-    return merged
 
 
 def sampler_of(

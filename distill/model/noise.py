@@ -7,10 +7,9 @@ takes. docs/method.md has the curve.
 """
 
 import hashlib
-import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def perturb(model: nn.Module, *, alpha: float, beta: float, seed: int) -> None:
@@ -34,17 +33,5 @@ def perturb(model: nn.Module, *, alpha: float, beta: float, seed: int) -> None:
             if parameter.ndim > 1:
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 drawn = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                noise = xavier_uniform(parameter.shape, drawn)
+                noise = nn.init.xavier_uniform_(torch.empty(parameter.shape), generator=drawn)
                 parameter.add_(noise.to(parameter), alpha=alpha * beta)
-
-
-def xavier_uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return float32 noise, uniform within `sqrt(6 / (fan_in + fan_out))` of zero.
-
-    Args:
-        shape: Two or more sizes; the fans are those of `torch.nn.init.xavier_uniform_`.
-        generator: On the CPU.
-    """
-    field = math.prod(shape[2:])
-    bound = math.sqrt(6.0 / ((shape[0] + shape[1]) * field))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

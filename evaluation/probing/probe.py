@@ -7,6 +7,7 @@ the model knows and does not say. The *linear probe* finds what the head does no
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from duet_unlearn.evaluation.probing.linear_probe import (
     shuffled_control,
     tells_apart,
 )
-from duet_unlearn.evaluation.probing.results import LayerLook, ProbeReport, Read
+from duet_unlearn.evaluation.probing.results import LayerLook, ProbeReport
 from duet_unlearn.evaluation.statistics import Number, summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Task, load_answered, spread
@@ -61,7 +62,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     ]
     pairs: dict[str, Pairs] = {}
     looks: list[LayerLook] = []
-    reads: dict[str, list[Read]] = {}
+    reads: dict[str, list[dict[str, Any]]] = {}
     for subject, firsts, by_row in zip(subjects, tokens, prompts, strict=True):
         model = subject.load()
         vectors = output_vectors(model, firsts)
@@ -80,7 +81,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
                 "retain": _pair(vectors[at:], firsts[at:], "retain"),
             }
             looks += _look(label, found, states, vectors, pairs, at)
-            reads[label] = [Read(ranks=p.ranks, probabilities=p.probabilities) for p in found]
+            reads[label] = [{"ranks": p.ranks, "probabilities": p.probabilities} for p in found]
         del model
         free_memory()
     return ProbeReport(

@@ -37,14 +37,6 @@ class LayerLook:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
-    """What the logit lens finds for one query, a number a layer."""
-
-    ranks: tuple[int, ...]
-    probabilities: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
     """What every layer of every model holds."""
 
@@ -55,8 +47,8 @@ class ProbeReport:
     pairs: Mapping[str, int]
     """How many pairs of each split the linear probe tells apart or not."""
     looks: tuple[LayerLook, ...]
-    reads: Mapping[str, list[Read]]
-    """Of each model, one a query."""
+    reads: Mapping[str, list[dict[str, Any]]]
+    """Of each model, one a query: the logit lens's `ranks` and `probabilities`, by layer."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -73,10 +65,7 @@ class ProbeReport:
                     "id": query.query_id,
                     "query": query.text,
                     "answer": query.answer,
-                    "lens": {
-                        label: dataclasses.asdict(found[index])
-                        for label, found in self.reads.items()
-                    },
+                    "lens": {label: found[index] for label, found in self.reads.items()},
                 }
                 for index, query in enumerate(self.queries)
             ],

@@ -108,11 +108,11 @@ def _probing(name: str, value: Document) -> Document:
     """Return curves over the layers, and all numbers."""
     rows = value["probing"]
 
-    def curves(of: str, suffix: str = "") -> dict[str, list[Any]]:
+    def curves(of: str) -> dict[str, list[Any]]:
         series: dict[str, list[Any]] = {}
         for row in rows:
             y = row[of]["mean"] if isinstance(row[of], dict) else row[of]
-            series.setdefault(row["model"] + suffix, []).append([row["layer"], y])
+            series.setdefault(row["model"], []).append([row["layer"], y])
         return series
 
     return {

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.format.manifest import MAX_MANIFEST_BYTES
@@ -59,21 +62,23 @@ def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
 def order_queries(queries: Iterable[Row]) -> list[Row]:
     """Return the queries in an order of their own ids, any stretch of it holding both splits."""
     ordered = sorted(queries, key=lambda query: query.query_id)
-    merged: list[Row] = []
+    merged = np.empty(0, np.int64)
     for split in SPLITS:
-        merged = merge_evenly(merged, [query for query in ordered if query.split == split])
-    return merged
+        rows = [row for row, query in enumerate(ordered) if query.split == split]
+        merged = merge_in_proportion(merged, np.array(rows, np.int64))
+    return [ordered[row] for row in merged]
 
 
-def merge_evenly(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
-    """Merge two sequences so that every stretch holds them in proportion, to within one."""
+def merge_in_proportion(
+    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Spread two sequences evenly over one, each in its own order (Bresenham's line)."""
     total = len(first) + len(second)
-    merged: list[Row] = []
-    taken = 0
-    for position in range(total):
-        due = (position + 1) * len(first) // total
-        merged.append(first[taken] if due > taken else second[position - taken])
-        taken = due
+    steps = np.arange(total + 1, dtype=np.int64) * len(first) // max(total, 1)
+    is_first = np.diff(steps) == 1
+    merged = np.empty(total, np.int64)
+    merged[is_first] = first
+    merged[~is_first] = second
     return merged
 
 

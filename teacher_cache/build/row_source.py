@@ -90,12 +90,7 @@ class RowSource:
                 split=cached.split,
                 query=cached.query,
                 prompt_ids=cached.prompt_ids.copy(),
-                signal=Signal(
-                    response_ids=cached.response_ids.copy(),
-                    token_ids=cached.token_ids.copy(),
-                    logits=cached.logits.copy(),
-                    logsumexp=cached.logsumexp.copy(),
-                ),
+                signal=Signal(**{name: getattr(cached, name).copy() for name in Signal.__slots__}),
             )
         return rows
 

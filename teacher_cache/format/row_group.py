@@ -4,6 +4,7 @@
 and `row_group_problems` at the values.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,12 @@ _BYTES_A_VALUE = 16
 
 Identity = tuple[str, str, str]
 """Query id, split and text of a row."""
+
+
+def text_key(*parts: str) -> bytes:
+    """Return 16 bytes that stand for some texts in memory."""
+    text = "\0".join((str(len(parts[0])), *parts))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def check_claims(group: pq.RowGroupMetaData, recipe: Recipe) -> None:

@@ -75,11 +75,6 @@ class CacheRow:
     """What the teacher said, T positions of K tokens."""
 
 
-def logit_type(logit_dtype: str) -> pa.DataType:
-    """Return the Arrow type of the logits column."""
-    return pa.float16() if logit_dtype == "float16" else pa.float32()
-
-
 def shard_schema(logit_dtype: str, columns: Sequence[str]) -> pa.Schema:
     """Return the columns of a shard, those of its recipe in order.
 
@@ -92,7 +87,7 @@ def shard_schema(logit_dtype: str, columns: Sequence[str]) -> pa.Schema:
         "prompt_ids": _list_type(pa.int32()),
         "response_ids": _list_type(pa.int32()),
         "token_ids": _list_type(pa.int32()),
-        "logits": _list_type(logit_type(logit_dtype)),
+        "logits": _list_type(pa.type_for_alias(logit_dtype)),
         "logsumexp": _list_type(pa.float32()),
         COUNTS: _list_type(pa.int32()),
     }

@@ -34,7 +34,6 @@ from duet_unlearn.teacher_cache.format.schema import (
     META_VERSION,
     SHARD_FOLDER,
     CacheRow,
-    logit_type,
     row_group_rows,
     rows_to_table,
 )
@@ -328,7 +327,10 @@ class ShardFile:
 
 def _as_stored(table: pa.Table, logit_dtype: str) -> pa.Table:
     """Undo the wider types that other writers ask for, as `large_list`."""
-    texts, items = pa.dictionary(pa.int32(), pa.string()), {"logits": logit_type(logit_dtype)}
+    texts, items = (
+        pa.dictionary(pa.int32(), pa.string()),
+        {"logits": pa.type_for_alias(logit_dtype)},
+    )
     items["logsumexp"] = pa.float32()
     for place, name in enumerate(table.column_names):
         is_text = name in IDENTITY_COLUMNS

@@ -11,10 +11,10 @@ from duet_unlearn.distill.batches.sampler import (
     Draw,
     StepSampler,
     epoch_order,
-    merge_in_proportion,
     split_evenly,
 )
 from duet_unlearn.distill.objectives.base import Order
+from duet_unlearn.teacher_cache.build.plan import merge_in_proportion
 
 
 def groups_of(size: int, rows: int) -> tuple[range, ...]:

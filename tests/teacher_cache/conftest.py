@@ -28,7 +28,7 @@ MakeCache = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_cache() -> MakeCache:
     """Write a sound cache of random signals, about 25 kB a shard; the seed decides its queries."""
-    from duet_unlearn.data.queries import fingerprint_rows
+    from duet_unlearn.data.queries import fingerprint_hashes, hash_row
     from duet_unlearn.teacher_cache.format.card import write_card
     from duet_unlearn.teacher_cache.format.manifest import Manifest
     from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -75,7 +75,7 @@ def make_cache() -> MakeCache:
         )
         (folder / "shards").mkdir(parents=True)
         rows = [row(number, seed) for number in range(40 * shards)]
-        queries = fingerprint_rows((r.query_id, r.split, r.query) for r in rows)
+        queries = fingerprint_hashes(hash_row((r.query_id, r.split, r.query)) for r in rows)
         entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
         for index in range(shards):
             part = rows[index * 40 : index * 40 + 40]

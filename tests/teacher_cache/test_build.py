@@ -35,7 +35,7 @@ from duet_unlearn.files import claim_folder
 from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
 from duet_unlearn.teacher_cache.build.lock import build_lock
-from duet_unlearn.teacher_cache.build.plan import MOST_SHARDS, merge_evenly, plan_shards
+from duet_unlearn.teacher_cache.build.plan import MOST_SHARDS, order_queries, plan_shards
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.options import published_options
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
@@ -418,13 +418,15 @@ def test_more_shards_than_a_manifest_lists_are_refused_before_the_work() -> None
         plan_shards(rows, 1)
 
 
-def test_merging_keeps_proportions() -> None:
-    first = [Query.from_text(str(i), split="forget") for i in range(3)]
-    second = [Query.from_text(str(i), split="retain") for i in range(9)]
-    merged = [query.split[0] for query in merge_evenly(first, second)]
-    assert "".join(merged) == "rrrfrrrfrrrf"
-    assert merge_evenly([], second) == second
-    assert merge_evenly(first, []) == first
+def test_an_order_keeps_splits_in_proportion() -> None:
+    queries = [
+        Query.from_text(str(i), split="forget" if i < 3 else "retain", query_id=f"q{i:02}")
+        for i in range(12)
+    ]
+    assert "".join(query.split[0] for query in order_queries(queries)) == "rrrfrrrfrrrf"
+    for split in ("forget", "retain"):
+        alone = [query for query in queries if query.split == split]
+        assert order_queries(alone[::-1]) == alone
 
 
 def test_special_tokens_that_the_template_prints_are_in_the_recipe(

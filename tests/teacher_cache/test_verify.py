@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
-from duet_unlearn.data.queries import fingerprint_rows
+from duet_unlearn.data.queries import fingerprint_hashes, hash_row
 from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache import verify as verify_module
 from duet_unlearn.teacher_cache.format.card import write_card
@@ -75,7 +75,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound") / "cache"
     (folder / "shards").mkdir(parents=True)
     rows = [_row(number) for number in range(10)]
-    queries = fingerprint_rows((r.query_id, r.split, r.query) for r in rows)
+    queries = fingerprint_hashes(hash_row((r.query_id, r.split, r.query)) for r in rows)
     entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
     for index in range(2):
         part = rows[index * 5 : index * 5 + 5]
