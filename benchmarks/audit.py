@@ -37,13 +37,13 @@ FULL = {
     "--measure sampled_recall",
     "quantized": "--quantize int8 --quantize int4",
 }
-# Meant to stay below 40 minutes for a base and a LoRA student of 1.5 billion parameters on two
+# For a base and a LoRA student of 1.5 billion parameters on two cores: about an hour where those
 # cores: answering through an adapter is what costs most.
 SHORT = {
     "eval": "--attacks @families --limit 20 --max-new-tokens 24 "
     "--measure sampled_recall --samples 4",
     "quantized": "--quantize int4 --limit 20 --max-new-tokens 24",
-    "relearn": "--lora-rank 16 --rates 3e-4 --steps 0,5,15 --batch-size 16 --limit 10 "
+    "relearn": "--lora-rank 16 --rates 3e-4 --steps 0,5,10 --batch-size 8 --limit 10 "
     "--max-new-tokens 16 --dtype auto",
     "attack": "--suffix-steps 5 --candidates 16 --suffix-queries 2 --soft-steps 10 --batch-size 8 "
     "--limit 12 --max-new-tokens 16",
