@@ -241,6 +241,7 @@ class Duet:
                 "cache": {"digest": manifest.digest, "recipe_id": manifest.recipe_id},
                 **({"replay": replayed} if replayed else {}),
                 "views": describe_views(self.views),
+                "view_families": sorted({view.family for view in self.views}),
             },
         )
 

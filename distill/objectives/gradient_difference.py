@@ -105,7 +105,7 @@ class GradientDifference:
                 "of forget queries less likely and those of retain queries more likely."
             ),
             facts={"loss": "NLL of retain answers less NLL of forget answers"},
-            record=self.identity,
+            record={**self.identity, "view_families": []},
         )
 
 

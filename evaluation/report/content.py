@@ -6,8 +6,6 @@ from typing import Any
 
 from duet_unlearn import __version__
 from duet_unlearn.data.models.folder import model_name
-from duet_unlearn.data.shapes import load_shapes
-from duet_unlearn.errors import DuetError
 from duet_unlearn.evaluation.measures import RECALL
 from duet_unlearn.evaluation.report.charts import make_chart
 from duet_unlearn.evaluation.report.overview import (
@@ -191,12 +189,8 @@ def _model(row: Document, sources: Sources) -> Document:
 
 def seen_families(student: StudentRun) -> list[str] | None:
     """Return the families of shapes that a student was trained in, None where they are unknown."""
-    views = student.run.get("config", {}).get("views", [])
-    try:
-        shapes = [shape for source in views for shape in load_shapes(str(source))]
-    except DuetError:
-        return None
-    return list(dict.fromkeys(shape.family for shape in shapes))
+    families = student.run.get("view_families")
+    return list(map(str, families)) if isinstance(families, list) else None
 
 
 def _families(document: Document, numbers: Numbers, models: Sequence[Document]) -> list[Document]:

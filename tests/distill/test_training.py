@@ -211,7 +211,10 @@ def test_retain_rows_behind_a_view_are_trained_toward_the_base_in_it(
         forget = duet.dataset[Draw(index["forget-3"], number, 1.0)]
         assert forget.prompt_ids.tolist() != rows["forget-3"].prompt_ids.tolist()
         np.testing.assert_array_equal(forget.logits, rows["forget-3"].logits)
-    result = train(cache=str(cache), views=(str(views),))
+    # Without --view it takes those of the cache, and its record says of which families they are.
+    result = train(cache=str(cache))
+    record = json.loads((Path(result.out) / "duet_run.json").read_text())
+    assert record["view_families"] == ["begun-answer", "raw-completion"]
     assert result.loss["retain"][1] < result.loss["retain"][0]
 
 
