@@ -37,8 +37,8 @@ FULL = {
     "--measure sampled_recall",
     "quantized": "--quantize int8 --quantize int4",
 }
-# For a base and a LoRA student of 1.5 billion parameters on two cores: about an hour where those
-# cores: answering through an adapter is what costs most.
+# For a base and a LoRA student of 1.5 billion parameters on two cores. With base + prefix the first
+# five but relearning took 37 minutes there; answering through an adapter costs most.
 SHORT = {
     "eval": "--attacks @families --limit 20 --max-new-tokens 24 "
     "--measure sampled_recall --samples 4",

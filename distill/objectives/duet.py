@@ -46,17 +46,21 @@ def check_loss_fits(config: RunConfig, cache: str, recipe: Recipe, top_k: int | 
     """
     if recipe.keep == "strongest":
         return
-    reasons = {
-        f"loss is {config.loss}; give --loss kl-tail": config.loss != "kl-tail",
-        f"{top_k} of {recipe.top_k} draws are taken; leave --top-k out, or replay no cache of "
-        "fewer tokens": top_k is not None and top_k < recipe.top_k,
-        "--select-entropy chooses by those very draws; leave it out": config.select_entropy < 1,
-    }
-    for reason in [reason for reason, applies in reasons.items() if applies]:
-        raise ConfigurationError(
-            f"{redact_url(cache)}: its tokens are sampled, and estimate a distribution without "
-            f"bias only together, everywhere and for forward divergence, but {reason}"
+    if config.loss != "kl-tail":
+        reason = f"loss is {config.loss}; give --loss kl-tail"
+    elif top_k is not None and top_k < recipe.top_k:
+        reason = (
+            f"{top_k} of {recipe.top_k} draws are taken; leave --top-k out, or replay no cache of "
+            "fewer tokens"
         )
+    elif config.select_entropy < 1:
+        reason = "--select-entropy chooses by those very draws; leave it out"
+    else:
+        return
+    raise ConfigurationError(
+        f"{redact_url(cache)}: its tokens are sampled, and estimate a distribution without bias "
+        f"only together, everywhere and for forward divergence, but {reason}"
+    )
 
 
 class Duet:

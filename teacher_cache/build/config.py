@@ -99,8 +99,8 @@ class BuildConfig(Settings):
     )
     keep: Literal["strongest", "sampled"] = setting(
         default="strongest",
-        help="Keep the strongest tokens of a position, or those that as many draws from the "
-        "teacher's distribution find, with how often: without bias, for --loss kl-tail.",
+        help="Keep the K strongest tokens of a position, or the tokens of K draws from the "
+        "teacher's distribution with their counts: an unbiased estimate, for --loss kl-tail.",
     )
     positions: Count | None = setting(
         default=None,

@@ -212,9 +212,10 @@ class Host:
             "extra_args": own | {names.ROW: row} if capture else None,
         }
         if seed is not None:
+            self._drawn.add(row)
             params["extra_args"][names.DRAWS] = (seed, self._config.temperature)
-        if seed is not None or keep is not None:
-            (self._sampled if seed is None else self._drawn).add(row)
+        elif keep is not None:
+            self._sampled.add(row)
         if given is not None:
             self._given[row] = given
             ids = [*ids, *given[:-1]]
@@ -273,8 +274,9 @@ class Host:
         # Of sampled ones, that with more than half of the draws.
         is_unsure_N = np.exp(logits_NK[:, 0]) <= logits_NK.shape[1] / 2 + 1
         for some, holds in ((given.keys() | self._drawn, True), (self._sampled, is_unsure_N)):
-            is_one = np.repeat([row in some for row in answers], [*map(len, answers.values())])
-            found_N |= is_one & holds
+            found_N |= holds & np.repeat(
+                [n in some for n in answers], [*map(len, answers.values())]
+            )
         self._drawn -= answers.keys()
         self._sampled -= answers.keys()
         if not (found_N | ~np.isfinite(logsumexp_N)).all():

@@ -108,11 +108,11 @@ def write_card(cache: Path, manifest: Manifest) -> None:
         facts.append(f"| answers sampled at temperature | {recipe.temperature:g} |")
     if recipe.top_p < 1:
         facts.append(f"| tokens per position | the fewest that hold {recipe.top_p:g} of the mass |")
-    if recipe.keep == "sampled":
+    is_sampled = recipe.keep == "sampled"
+    if is_sampled:
         facts.append(f"| tokens per position | those that {recipe.top_k} draws find |")
     if recipe.scored is not None:
         facts.append(f"| scored of given responses | {recipe.scored} |")
-    is_sampled = recipe.keep == "sampled"
     text = _CARD.format(
         pretty_name=json.dumps(f"Teacher signals of {manifest.teacher}", ensure_ascii=False),
         teacher=_inline(manifest.teacher),
