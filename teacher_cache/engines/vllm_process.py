@@ -150,10 +150,8 @@ class Host:
         """What was captured of each row under way, by position; None for one that only decodes."""
         self._given: dict[int, list[int]] = {}
         """Responses that were given, of rows under way."""
-        self._drawn: set[int] = set()
-        """Rows under way whose decoded tokens are drawn."""
-        self._sampled: set[int] = set()
-        """Rows under way whose kept tokens alone are drawn."""
+        self._drawn, self._sampled = set[int](), set[int]()
+        """Rows under way whose decoded tokens are drawn, and whose kept tokens alone are."""
         self._engine.collective_rpc("duet_watch")
         self._check_capture()
 
@@ -273,10 +271,9 @@ class Host:
         found_N = (tied_NK & (ids_NK == decoded_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
         # Of sampled ones, that with more than half of the draws.
         is_unsure_N = np.exp(logits_NK[:, 0]) <= logits_NK.shape[1] / 2 + 1
+        lengths = [*map(len, answers.values())]
         for some, holds in ((given.keys() | self._drawn, True), (self._sampled, is_unsure_N)):
-            found_N |= holds & np.repeat(
-                [n in some for n in answers], [*map(len, answers.values())]
-            )
+            found_N |= holds & np.repeat([row in some for row in answers], lengths)
         self._drawn -= answers.keys()
         self._sampled -= answers.keys()
         if not (found_N | ~np.isfinite(logsumexp_N)).all():
