@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from duet_unlearn.data.models.adapters import LOG_FILE
 from duet_unlearn.data.models.loading import is_out_of_memory, load_model, no_bars, too_large
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import Job, RunResult, peak_memory, resolve_job
 from duet_unlearn.distill.model.trainable import select_trained
-from duet_unlearn.distill.output.run_folder import LOG_FILE
 from duet_unlearn.distill.output.student_folder import publish, write_student
 from duet_unlearn.distill.training.checkpoint_selection import evaluations_of
 from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError, first_line

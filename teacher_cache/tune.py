@@ -24,6 +24,7 @@ from duet_unlearn.data.models.folder import (
     read_config,
     resolve_model_folder,
 )
+from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples, load_prefixes
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
@@ -94,7 +95,7 @@ class TuneConfig(Settings):
     seed: Whole = setting(default=0, help="Random seed of the sample.")
     engine: options.EngineName = options.ENGINE()
     engine_args: Mapping[str, Any] = options.ENGINE_ARGS()
-    teacher_dtype: options.TeacherDtype = options.TEACHER_DTYPE()
+    teacher_dtype: Dtype = options.TEACHER_DTYPE()
     trust_remote_code: bool = options.TRUST_REMOTE_CODE()
 
     def __post_init__(self) -> None:

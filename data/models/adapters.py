@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_config.json"
 RUN_FILE = "duet_run.json"
 """Beside a student: what it was trained from."""
+LOG_FILE = "duet_log.jsonl"
+"""Beside it: what its training logged."""
 
 
 def resolve_with_adapter(model: str) -> tuple[Path, Path | None]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from duet_unlearn.data.models.adapters import RUN_FILE
+from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE
 from duet_unlearn.errors import ConfigurationError, OutputError
 from duet_unlearn.files import (
     make_folder,
@@ -29,7 +29,6 @@ from duet_unlearn.files import (
     write_text,
 )
 
-LOG_FILE = "duet_log.jsonl"
 WORK_SUFFIX = ".unfinished"
 _IDENTITY_FILE = "identity.json"
 _STUDENT_FOLDER = "student"

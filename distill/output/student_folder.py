@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from duet_unlearn.data.models.adapters import RUN_FILE, add_adapter
+from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE, add_adapter
 from duet_unlearn.data.models.folder import SLOW_TOKENIZER_FILES, model_name, read_json
 from duet_unlearn.data.models.loading import load_model, no_bars
 from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.output.card import write_card
-from duet_unlearn.distill.output.run_folder import LOG_FILE, files_of
+from duet_unlearn.distill.output.run_folder import files_of
 from duet_unlearn.errors import OutputError
 from duet_unlearn.files import write_error, write_text
 from duet_unlearn.urls import published_value

@@ -134,9 +134,9 @@ def _look(
             LayerLook(
                 model=label,
                 layer=layer + 1,
-                rank=_median([p.ranks[layer] for p in found[:at]]),
+                rank=float(np.median([p.ranks[layer] for p in found[:at]])),
                 probability=_mean([p.probabilities[layer] for p in found[:at]]),
-                retain_rank=_median([p.ranks[layer] for p in found[at:]]),
+                retain_rank=float(np.median([p.ranks[layer] for p in found[at:]])),
                 retain_probability=_mean([p.probabilities[layer] for p in found[at:]]),
                 told_apart=summarize_all(tells_apart(predicted, vectors, pairs["forget"])),
                 shuffled=100 * shuffled_control(kept, train, asked, vectors, pairs["forget"]),
@@ -144,10 +144,6 @@ def _look(
             )
         )
     return looks
-
-
-def _median(ranks: Sequence[int]) -> float:
-    return float(np.median(ranks))
 
 
 def _mean(shares: Sequence[float]) -> Number:

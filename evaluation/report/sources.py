@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duet_unlearn.data.models.adapters import RUN_FILE
+from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.results import REPORT_FORMAT
 from duet_unlearn.files import holds_cache
-
-LOG_FILE = "duet_log.jsonl"
 
 STRESS_TESTS = {
     "relearning": "relearn",

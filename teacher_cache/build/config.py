@@ -17,6 +17,7 @@ from duet_unlearn.data.models.folder import (
     head_width,
     read_config,
 )
+from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.data.prompts import TEMPLATE_DATE
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import Count, NotNegative, Positive, Settings, Whole, setting, settings
@@ -130,7 +131,7 @@ class BuildConfig(Settings):
         "back of the base's answers, and warn of a teacher that does not forget or does not keep.",
     )
     engine_args: Mapping[str, Any] = options.ENGINE_ARGS()
-    teacher_dtype: options.TeacherDtype = options.TEACHER_DTYPE()
+    teacher_dtype: Dtype = options.TEACHER_DTYPE()
     plain_text: bool = setting(
         default=False,
         help="Read control tokens that a query spells, such as <|im_end|>, as text.",

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from duet_unlearn.data.models.folder import read_config, stored_dtype
-from duet_unlearn.data.models.loading import fastest_dtype
+from duet_unlearn.data.models.loading import Dtype, fastest_dtype
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import setting
 
 logger = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "vllm", "transformers"]
-TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Settings of every command that runs a teacher, each where its help page has them.
 _ENGINE = "What runs the teacher; auto takes vLLM where it imports."
 _DTYPE = (
@@ -89,7 +88,7 @@ def check_options(engine: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def compute_dtype(asked: TeacherDtype, folder: Path, *, elsewhere: bool = False) -> str:
+def compute_dtype(asked: Dtype, folder: Path, *, elsewhere: bool = False) -> str:
     """Return what a teacher computes in, with `auto` replaced.
 
     Args:
