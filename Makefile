@@ -54,7 +54,7 @@ lint: setup ## ruff (lint and format) and mypy strict
 	@$(BIN)/mypy tools
 
 bench: setup ## run every measurement of benchmarks/
-	@for script in benchmarks/bench_*.py; do \
+	@for script in benchmarks/*/bench_*.py; do \
 		echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 
