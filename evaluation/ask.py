@@ -10,7 +10,7 @@ from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import AskConfig
 from duet_unlearn.evaluation.subjects import Subject, open_subjects
-from duet_unlearn.evaluation.tasks import Attack, Task, load_attacks
+from duet_unlearn.evaluation.tasks import Attack, Task, load_attacks, without_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,13 +38,19 @@ class Asker:
 
     def __init__(self, config: AskConfig) -> None:
         self._max_new_tokens = config.max_new_tokens
-        self._attacks: tuple[Attack | None, ...] = (None, *load_attacks(config.attacks))
-        for attack in self._attacks:
-            if attack and (attack.shape is None or attack.shape.needs_answers):
+        attacks = load_attacks(config.attacks)
+        for attack in attacks:
+            if attack.shape is None:
                 raise ConfigurationError(
-                    f"attack {attack.name}: it needs reference answers or wordings, which a "
-                    "question has not; use it in `duet-distill eval`"
+                    f"attack {attack.name}: its wordings belong to the queries of a file; use it "
+                    "in `duet-distill eval`"
                 )
+        if attacks and all(a.shape is not None and a.shape.needs_answers for a in attacks):
+            raise ConfigurationError(
+                f"attack {attacks[0].name}: it shows reference answers, which a question has not; "
+                "use it in `duet-distill eval`"
+            )
+        self._attacks: tuple[Attack | None, ...] = (None, *without_answers(attacks))
         prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
         opened = open_subjects(config, prefix)
         self._subjects = [(subject, subject.load()) for subject in opened]

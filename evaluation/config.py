@@ -121,8 +121,9 @@ class SubjectsConfig(Settings):
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         refuse_empty(self, "models")
-        if self.topic is not None and self.prefix is None:
-            raise ConfigurationError("topic is set without a prefix; give --prefix as well")
+        if self.prefix is None and (self.topic is not None or not self.is_default("prefix_place")):
+            name = "prefix_place" if self.topic is None else "topic"
+            raise ConfigurationError(f"{name} is set without a prefix; give --prefix as well")
         several = [line for line, rows in self.lines.items() if len(set(rows)) > 1]
         refuse_same_labels([*self.labels, *several])
 
@@ -165,8 +166,8 @@ class AskConfig(SubjectsConfig):
         default=(),
         metavar="FILE|@NAME",
         help="Also ask in each of these shapes: a text file, one per line with {query} in it, a "
-        "query file with a column `asked`, a built-in name, @family:NAME, @attacks or @families. "
-        "Repeatable.",
+        "built-in name, @family:NAME, @attacks or @families, or for eval a query file with a "
+        "column `asked`. Repeatable.",
     )
     max_new_tokens: Count = setting(default=64, help="Longest generated answer, in tokens.")
     quantize: tuple[str, ...] = setting(

@@ -26,7 +26,13 @@ from duet_unlearn.evaluation.measures.refusal import REFUSAL_PHRASES, load_phras
 from duet_unlearn.evaluation.passes import add_passes
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.subjects import Prompt, Subject, free_memory, open_subjects
-from duet_unlearn.evaluation.tasks import Attack, Task, list_tasks, load_attacks, load_sets
+from duet_unlearn.evaluation.tasks import (
+    Task,
+    list_tasks,
+    load_attacks,
+    load_sets,
+    without_answers,
+)
 from duet_unlearn.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -68,7 +74,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     attacks = load_attacks(config.attacks)
     sets = load_sets(config.sources, limit=config.limit, answered=config.answers == "file")
     if not all(query.answer for s in sets for query in s.queries):
-        attacks = _showing_no_answers(attacks)
+        attacks = without_answers(attacks)
     tasks = list_tasks(sets, attacks)
     subjects = open_subjects(config, prefix)
     prompts = [
@@ -133,16 +139,6 @@ def _answer(
     return {label: [by_prompt[prompt] for prompt in row] for label, row in rows.items()}
 
 
-def _showing_no_answers(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
-    """Leave out the attacks that show reference answers, which a query file lacks."""
-    fitting = tuple(a for a in attacks if a.shape is None or not a.shape.needs_answers)
-    if left := [attack.name for attack in attacks if attack not in fitting]:
-        logger.warning(
-            "left out, as they show reference answers and there are none: %s", ", ".join(left)
-        )
-    return fitting
-
-
 def _answered_by(tasks: Sequence[Task], base: Sequence[Answer]) -> tuple[Task, ...]:
     """Return the tasks with what the base says to the plain query as the right answer."""
     said = {
@@ -170,7 +166,9 @@ def _respond_merged(
         return
     with tempfile.TemporaryDirectory(prefix="duet-merged-") as scratch:
         for path in subject.folder.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
+            # The index of a base in several files says nothing of the one that is saved.
+            weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
+            if path.is_file() and not weights:
                 shutil.copy(path, scratch)
         with no_bars():
             subject.load().save_pretrained(scratch)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from duet_unlearn.evaluation.results import EvalReport
 
 _FORM = re.compile(
-    r"(?:(?P<row>[^:<>]+):)?(?P<what>[\w -]+?)(?:\.(?P<measure>\w+))?\s*"
+    r"(?:(?P<row>[^:<>]+):)?\s*(?P<what>[^:<>=]+?)(?:\.(?P<measure>[a-z_]\w*))?\s*"
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>-?\d+(?:\.\d+)?)"
 )
 _SIGNS: Mapping[str, Callable[[float, float], bool]] = {
@@ -33,7 +33,8 @@ class Requirement:
     row: str | None
     """Row that has to meet it, or name whose seeds all have to; None for all that were trained."""
     what: str
-    """A split, a set, `worst` (forget recall under any attack that counts) or `worst-retain`."""
+    """A split, a set, `worst` (forget recall under any attack) or `worst-retain` (under attacks
+    that break base + prefix)."""
     measure: str
     sign: str
     limit: float
@@ -65,6 +66,11 @@ class Requirement:
             key = "split" if report.sets_of(self.what) else "set_name"
             found = report.number(row, self.measure, **{key: self.what})
             number = None if found is None else found.mean
+        if number is None and self.what in _WORST:
+            raise ConfigurationError(
+                f"--require {self.text}: no attack breaks base + prefix, so retain recall counts "
+                "under none; leave it out, or name attacks that do"
+            )
         if number is None:
             names = dict.fromkeys(n for s in report.sets for n in (s.split, s.name))
             raise ConfigurationError(
@@ -94,6 +100,10 @@ def _parse(part: str) -> Requirement:
     if measure not in MEASURES:
         raise ConfigurationError(
             f"--require {part!r}: no measure {measure!r}; choose from {', '.join(MEASURES)}"
+        )
+    if match["what"] in _WORST and measure != RECALL:
+        raise ConfigurationError(
+            f"--require {part!r}: {match['what']} is {RECALL} alone; leave .{measure} out"
         )
     return Requirement(
         text=part,

@@ -21,6 +21,7 @@ from duet_unlearn.evaluation.statistics import (
     Number,
     Scores,
     compare,
+    kolmogorov_smirnov_p,
     over_seeds,
     summarize,
 )
@@ -103,7 +104,18 @@ class EvalReport:
         self, label: str, against: str, measure: str = RECALL, **where: str | None
     ) -> Difference | None:
         """Return the paired difference of two rows on the same queries, in points."""
-        return compare(self._taken(label, measure, where), self._taken(against, measure, where))
+        found = compare(self._taken(label, measure, where), self._taken(against, measure, where))
+        uncut = next(m.uncut for m in self.measures if m.name == measure)
+        if found is None or uncut is None:
+            return found
+        pairs = [
+            (uncut(reference, first), uncut(reference, second))
+            for i in self.indices(**where)
+            for reference in (self.tasks[i].query.answer or "",)
+            for first, second in ((self.answers[label][i], self.answers[against][i]),)
+        ]
+        known = np.array([pair for pair in pairs if None not in pair], dtype=float)
+        return dataclasses.replace(found, ks_p=kolmogorov_smirnov_p(*known.T))
 
     def _taken(self, label: str, measure: str, where: Mapping[str, str | None]) -> Scores:
         return self.scores[label][measure][self.indices(**where)]

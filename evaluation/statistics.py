@@ -46,8 +46,8 @@ class Difference:
     """Two-sided: McNemar's exact test where every score is 0 or 1, else a paired bootstrap."""
     ks_p: float
     """Of the two-sample Kolmogorov-Smirnov test: do the scores have one distribution? Of the truth
-    ratio on a forget set, against a model that never saw it, this is TOFU's forget quality
-    (arXiv 2401.06121, section 2.2.3)."""
+    ratio (R itself, which the score cuts off at 1) on a forget set, against a model that never saw
+    it, this is TOFU's forget quality (arXiv 2401.06121, section 2.2.3)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def compare(scores: Scores, against: Scores) -> Difference | None:
         low=low,
         high=high,
         p=_mcnemar(changes) if binary else _bootstrap_p(changes),
-        ks_p=_kolmogorov_smirnov_p(first, second),
+        ks_p=kolmogorov_smirnov_p(first, second),
     )
 
 
@@ -179,7 +179,7 @@ def _bootstrap_p(changes: Scores) -> float:
     return float((1 + beyond.sum()) / (RESAMPLES + 1))
 
 
-def _kolmogorov_smirnov_p(first: Scores, second: Scores) -> float:
+def kolmogorov_smirnov_p(first: Scores, second: Scores) -> float:
     """Two-sided, by the asymptotic distribution, of two samples of the same size."""
     at = np.concatenate([first, second])
     shares = [np.searchsorted(np.sort(x), at, side="right") / x.size for x in (first, second)]

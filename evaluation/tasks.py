@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from duet_unlearn.evaluation.measures.words import split_words
 if TYPE_CHECKING:
     from duet_unlearn.data.prompts import PromptRenderer
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTACKED_SPLITS = ("forget", "retain")
@@ -102,6 +104,16 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
             name = unused_name(attack.name, known)
             attacks.setdefault(name, dataclasses.replace(attack, name=name))
     return tuple(attacks.values())
+
+
+def without_answers(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
+    """Leave out, with a warning, the attacks that show reference answers where there are none."""
+    fitting = tuple(a for a in attacks if a.shape is None or not a.shape.needs_answers)
+    if left := [attack.name for attack in attacks if attack not in fitting]:
+        logger.warning(
+            "left out, as they show reference answers and there are none: %s", ", ".join(left)
+        )
+    return fitting
 
 
 def unused_name(name: str, known: Collection[str]) -> str:

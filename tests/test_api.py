@@ -8,6 +8,7 @@ import pytest
 from duet_unlearn import (
     ConfigurationError,
     CorruptCacheError,
+    RequirementError,
     build_cache,
     distill,
     evaluate,
@@ -42,6 +43,12 @@ def test_the_whole_path_from_python(tiny_model: Path, write_queries, tmp_path: P
         max_new_tokens=3,
     )
     assert list(report.answers) == ["base", "student"]
+    with pytest.raises(RequirementError, match="student: forget is"):
+        evaluate(
+            {"base": tiny_model, "student": student.out},
+            **{"forget": forget, "retain": retain, "limit": 2, "max_new_tokens": 3},
+            require="forget>100",
+        )
 
 
 def test_distill_is_the_package_and_the_function() -> None:

@@ -31,6 +31,7 @@ _TABLE = (
         likelihood.truth_score,
         "the answer preferred to wrong ones",
         needs="likelihood",
+        uncut=likelihood.truth_ratio,
     ),
     Measure(
         "extraction_strength",

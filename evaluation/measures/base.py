@@ -49,3 +49,5 @@ class Measure:
     needs: Literal["text", "likelihood", "samples"] = "text"
     """What it looks at beside the greedy answer's text; each is a pass over the model of its own,
     made where a measure on it is named."""
+    uncut: Score | None = field(default=None, repr=False)
+    """What two models' distributions are compared on, where `score` cuts it off."""

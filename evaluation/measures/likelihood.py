@@ -11,17 +11,22 @@ def probability_score(_reference: str, answer: Answer) -> float | None:
     return None if answer.reference is None else _probability(answer.reference)
 
 
-def truth_score(_reference: str, answer: Answer) -> float | None:
-    """Score by max(0, 1 - R) of TOFU's truth ratio R, None without wrong answers.
+def truth_ratio(_reference: str, answer: Answer) -> float | None:
+    """Return TOFU's truth ratio R, 0 to infinity, None without wrong answers.
 
-    R is the mean probability a token of the wrong answers over that of the reference answer: 1 is
-    sure of the truth, 0 is no better than wrong.
+    R is the mean probability a token of the wrong answers over that of the reference answer.
     """
     right = probability_score("", answer)
     if right is None or not answer.wrong:
         return None
     wrong = statistics.fmean(_probability(likelihood) for likelihood in answer.wrong)
-    return max(0.0, 1.0 - wrong / right) if right > 0 else 0.0
+    return wrong / right if right > 0 else math.inf
+
+
+def truth_score(reference: str, answer: Answer) -> float | None:
+    """Score by max(0, 1 - R): 1 is sure of the truth, 0 is no better than wrong."""
+    ratio = truth_ratio(reference, answer)
+    return None if ratio is None else max(0.0, 1.0 - ratio)
 
 
 def extraction_score(_reference: str, answer: Answer) -> float | None:

@@ -250,9 +250,7 @@ def _student(student: StudentRun) -> Document:
         charts.append(make_chart("Held out", "loss" if by_loss else "recall", curves, log=by_loss))
     facts = {
         "base": f"{run['base']['name']}, {run['base']['weights']}",
-        "cache": run["cache"]["digest"],
-        "recipe": run["cache"]["recipe_id"],
-        "views": run["views"],
+        **_source(run),
         "queries": ", ".join(f"{count} {split}" for split, count in result["queries"].items()),
         "trained": f"{result['trained']}, {result['trained_parameters']:,} numbers",
         "steps": f"{result['steps']}, step {result['kept_step']} kept",
@@ -266,6 +264,14 @@ def _student(student: StudentRun) -> Document:
         "config": published_value(run["config"]),
         "versions": run["versions"],
     }
+
+
+def _source(run: Document) -> Document:
+    """Return what a student was trained from: a cache and views, or answers."""
+    if "cache" not in run:
+        return {"answers": run["answers"]}
+    cache = run["cache"]
+    return {"cache": cache["digest"], "recipe": cache["recipe_id"], "views": run["views"]}
 
 
 def _curves(entries: Sequence[Document], keys: Mapping[str, str]) -> dict[str, list[Any]]:

@@ -14,6 +14,7 @@ from duet_unlearn.errors import (
     DataError,
     DuetError,
     MismatchError,
+    RequirementError,
 )
 
 if TYPE_CHECKING:
@@ -34,5 +35,6 @@ __all__ = [
     "DataError",
     "DuetError",
     "MismatchError",
+    "RequirementError",
     "__version__",
 ]

@@ -141,9 +141,11 @@ def evaluate(
     Raises:
         ConfigurationError: A setting is unknown or cannot be used.
         DataError: A query source or a model cannot be used, or a query has no answer.
+        RequirementError: Bounds in `require` do not hold.
     """
     from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
     from duet_unlearn.evaluation.evaluate import evaluate as run_evaluation
+    from duet_unlearn.evaluation.requirements import check_requirements
 
     if isinstance(models, Mapping):
         specs = tuple(ModelSpec(label=n, model=os.fspath(m)) for n, m in models.items())
@@ -151,7 +153,10 @@ def evaluate(
         specs = parse_models(_several(models))
     given = {name: _text(value) for name, value in settings.items()}
     config = EvalConfig(models=specs, forget=_several(forget), retain=_several(retain), **given)
-    return run_evaluation(config)
+    report = run_evaluation(config)
+    if config.require:
+        check_requirements(config.require, report)
+    return report
 
 
 def open_cache(cache: StrPath) -> "CacheReader":

@@ -7,9 +7,14 @@ What is said to refuse a setting raises a `ConfigurationError`, what writes file
 
 from collections.abc import Iterable
 
+from duet_unlearn.urls import redact_url
+
 
 class DuetError(Exception):
-    """Something the user can act on; the message says how."""
+    """Something the user can act on; the message says how, without the secrets of a URL."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact_url(message))
 
 
 class ConfigurationError(DuetError):

@@ -58,7 +58,7 @@ def test_without_a_question_lines_are_asked_one_by_one(tiny_model: Path) -> None
 def test_failures_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
     for arguments, expected in [
         ((tmp_path / "gone", QUESTION), "no such folder"),
-        ((tiny_model, QUESTION, "--attacks", "@multiple-choice"), "needs reference answers"),
+        ((tiny_model, QUESTION, "--attacks", "@multiple-choice"), "shows reference answers"),
         ((tiny_model, "x " * 300), "lower --max-new-tokens"),
     ]:
         result = ask(*arguments)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.shapes import Shape
+from duet_unlearn.distill.config import RunConfig
+from duet_unlearn.distill.run import run
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
@@ -153,6 +157,35 @@ def test_a_model_folder_that_is_missing_is_named(config: EvalConfig, tmp_path: P
     models = (*config.models, ModelSpec(label="gone", model=str(tmp_path / "gone")))
     with pytest.raises(DataError, match="gone: no such folder"):
         evaluate(EvalConfig(models=models, forget=config.forget, retain=config.retain))
+
+
+def test_another_engine_gets_a_student_whose_weights_are_whole(
+    config: EvalConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The base lies in several files; their index is not that of the merged student."""
+    pytest.importorskip("peft")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "model.safetensors").unlink()
+    load_model(tiny_model).save_pretrained(base, max_shard_size="100KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    student = RunConfig(
+        **{"objective": "gradient-difference", "forget": config.forget, "retain": config.retain},
+        **{"student": str(base), "out": str(tmp_path / "student"), "lora_rank": 2, "max_steps": 1},
+    )
+    run(student)
+    seen = []
+
+    def respond(folder: Path, prompts: Sequence[object], _: object) -> Iterator[tuple[int, list]]:
+        seen.append({path.name for path in folder.iterdir()})
+        assert load_model(folder).num_parameters() == load_model(base).num_parameters()
+        yield from ((index, [5]) for index in range(len(prompts)))
+
+    models = (ModelSpec(label="student", model=student.out),)
+    evaluate(dataclasses.replace(config, models=models, prefix=None, attacks=()), respond)
+    (names,) = seen
+    assert "tokenizer.json" in names
+    assert {name for name in names if "safetensors" in name} == {"model.safetensors"}
 
 
 def test_model_names(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A report of a real evaluation of tiny models, read back; in a browser where there is one."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -104,6 +105,16 @@ def test_all_of_an_evaluation_is_in_the_page_and_all_of_it_is_text(
     charts = [tag for tag, _ in parsed.tags if tag == "svg"]
     assert len(charts) == 1  # the student's loss; it was not evaluated while it trained
     assert summarize(tiny_cache)["digest"] in page
+
+
+def test_a_student_that_was_trained_on_answers_has_its_place(sources: Sources) -> None:
+    (student,) = sources.students
+    record = {k: v for k, v in student.run.items() if k not in ("cache", "views")}
+    answers = f"sha256:{'a' * 64}"
+    sources.students[:] = [dataclasses.replace(student, run={**record, "answers": answers})]
+    (found,) = make_content(sources)["students"]
+    assert found["facts"]["answers"] == answers
+    assert "cache" not in found["facts"]
 
 
 def test_families_say_what_the_student_has_seen(sources: Sources) -> None:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError, RequirementError
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
-from duet_unlearn.evaluation.measures import Answer
+from duet_unlearn.evaluation.measures import Answer, select_measures
+from duet_unlearn.evaluation.measures.base import Likelihood
 from duet_unlearn.evaluation.requirements import check_requirements, parse_requirements
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.table import WIDTH, format_report
@@ -338,6 +340,7 @@ def test_foreign_names_cannot_steer_a_terminal() -> None:
         "base:forget>99",
         "base + prefix:forget.refusal>=100",
         "student:retain.exact_match > 49",
+        "student: retain>49",
     ],
 )
 def test_requirements_that_hold(report: EvalReport, text: str) -> None:
@@ -351,6 +354,47 @@ def test_every_failing_number_is_named(report: EvalReport) -> None:
         "required, and does not hold: student: forget is 12.5, required < 5; "
         "student: retain is 50.0, required > 97; student: worst is 100.0, required < 25"
     )
+
+
+def test_names_of_sets_are_taken_as_they_are() -> None:
+    for name in ("forget @harry-potter", "forget v1.2", "forget a (2)"):
+        (found,) = parse_requirements(f"{name}.exact_match<5")
+        assert (found.what, found.measure) == (name, "exact_match")
+        assert parse_requirements(f"{name}<5")[0].what == name
+
+
+def test_retain_under_attacks_that_break_nothing_has_no_worst(report: EvalReport) -> None:
+    tame = dataclasses.replace(report, attacks=(WEAK,))
+    with pytest.raises(ConfigurationError, match="no attack breaks base [+] prefix"):
+        check_requirements("worst-retain>5", tame)
+
+
+def test_forget_quality_compares_the_truth_ratio_itself() -> None:
+    """Two models that both prefer wrong answers, one of them far more, are told apart."""
+
+    def likelihood(p: float) -> Likelihood:
+        return Likelihood(log_probabilities=(math.log(p),), greedy=(True,))
+
+    def answers(wrong: float) -> list[Answer]:
+        return [
+            Answer(text="", reference=likelihood(0.1), wrong=(likelihood(wrong + i / 1000),))
+            for i in range(30)
+        ]
+
+    forget = make_set("forget", ["red fox"] * 30, [None] * 30)
+    said = {label: {"": ["no"] * 34, "strong": [], "weak": []} for label in ("base", "student")}
+    plain = make_report({label: dict(rows) for label, rows in said.items()}, forget=forget)
+    tasks = tuple(task for task in plain.tasks if task.set_name == "forget" and not task.attack)
+    report = dataclasses.replace(
+        plain,
+        tasks=tasks,
+        answers={"base": answers(0.12), "student": answers(0.5)},
+        measures=select_measures(["truth_ratio"]),
+    )
+    found = report.difference("student", "base", "truth_ratio", split="forget")
+    assert found is not None
+    assert (found.mean, found.p) == (0.0, 1.0)  # both scores are cut off at 0
+    assert found.ks_p < 1e-6
 
 
 def test_a_model_alone_is_held_to_it_itself(report: EvalReport) -> None:
@@ -371,6 +415,8 @@ def test_what_is_no_requirement_is_refused(text: str) -> None:
 def test_requirements_about_nothing_are_refused(report: EvalReport) -> None:
     with pytest.raises(ConfigurationError, match="no measure 'nope'"):
         parse_requirements("forget.nope<5")
+    with pytest.raises(ConfigurationError, match=r"worst is rouge_l_recall alone; leave .refusal"):
+        parse_requirements("worst.refusal>90")
     with pytest.raises(ConfigurationError, match="no row 'gone'; there are base"):
         check_requirements("gone:forget<5", report)
     with pytest.raises(ConfigurationError, match="expected one of forget, retain, general, worst"):
