@@ -16,6 +16,7 @@ writes it so that it is not.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ SEPARATOR = "\n\n"
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: tuple[Message, ...] = (Message(role="user", content="Hello"),)
+_PROBED = Message(role="assistant", content="Yes")
 _PLACEHOLDER = "Placeholder7c1d"
 
 
@@ -129,6 +131,20 @@ class PromptRenderer:
         They are the tokens that the answer alone has, as a model that had said it would have.
         """
         return list(self._encode(text if self._has_template else SEPARATOR + text))
+
+    def closing_ids(self, ends: Sequence[int]) -> list[int]:
+        """The token that closes an answer, none where `ends` is empty.
+
+        Of a model's end-of-sequence tokens it is the one that its chat template writes behind an
+        answer, else the tokenizer's own, else the first.
+        """
+        ids: list[int] = []
+        if self._has_template:
+            with suppress(DataError):
+                ids, start, _ = self.answered_ids([*_PROBE, _PROBED], ends)
+                ids = ids[start:]
+        found = [i for i in (*ids, self._tokenizer.eos_token_id) if i in ends]
+        return [*found, *ends][:1]
 
     def answered_ids(
         self, messages: Sequence[Message], ends: Sequence[int] = (), *, every: bool = False

@@ -235,7 +235,7 @@ class RunConfig(Settings):
         default=AUTO,
         aliases=("torch-dtype",),
         help="Dtype of the weights in training; bfloat16 halves memory and loses small updates. "
-        "auto is bfloat16 for LoRA where model and machine have it, else float32.",
+        "auto is bfloat16 for LoRA where model, machine and --precision have it, else float32.",
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         default=AUTO, help="Dtype of the saved student; auto is that of MODEL."
@@ -340,14 +340,14 @@ class RunConfig(Settings):
             wanted, a_pass = lora_steps if lora else AUTO_STEPS, -(-rows // int(batch))
             steps = steps or min(max(wanted, a_pass), AUTO_MOST_EPOCHS * a_pass)
             epochs = -(-steps // a_pass)
-        dtype = "bfloat16" if lora and fast_dtype == "bfloat16" else "float32"
+        halved = lora and fast_dtype == "bfloat16" and self.precision in (AUTO, "bf16")
         return self.replaced(
             learning_rate=rate,
             epochs=epochs,
             max_steps=steps,
             batch_size=batch,
             lora_alpha=2.0 * rank if lora and self.lora_alpha is None else self.lora_alpha,
-            dtype=dtype if self.dtype == AUTO else self.dtype,
+            dtype=("bfloat16" if halved else "float32") if self.dtype == AUTO else self.dtype,
             save_dtype=stored_dtype if self.save_dtype == AUTO else self.save_dtype,
         )
 

@@ -176,14 +176,9 @@ def _look(objective: Objective, sampler: StepSampler, *, in_trees: bool) -> Leng
         tree = merge(batch) if in_trees else None
         shapes.append(tuple((batch["input_ids"] if tree is None else tree.input_ids).shape))
         scored = max(scored, int(batch["position_mask"].sum()))
-        longest = max(
-            longest,
-            *(
-                len(example.prompt_ids)
-                for example, draw in zip(examples, draws, strict=True)
-                if draw.view == PLAIN
-            ),
-        )
+        # A micro-batch may hold views alone.
+        plain = [e for e, draw in zip(examples, draws, strict=True) if draw.view == PLAIN]
+        longest = max([longest, *(len(example.prompt_ids) for example in plain)])
     rows, tokens = max(shapes, key=math.prod)
     return Lengths(rows=rows, tokens=tokens, scored=scored, longest_prompt=longest)
 

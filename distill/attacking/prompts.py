@@ -51,6 +51,7 @@ def open_prompts(
     """
     measured = len(subject.renderer.begun_ids(_SPACER * _MEASURED))
     count = math.ceil(suffix_tokens * _MEASURED / measured)
+    ends = subject.renderer.closing_ids(subject.ends)
     prompts = []
     for query in queries:
         plain = render(subject, label, query)
@@ -62,7 +63,7 @@ def open_prompts(
                 "suffix, so that none can be searched; end it with a full stop, or leave it out"
             )
         at, length = places[-1], len(full) - len(plain)
-        answer = [*subject.renderer.begun_ids(query.answer or ""), *subject.ends[:1]]
+        answer = [*subject.renderer.begun_ids(query.answer or ""), *ends]
         prompts.append(
             Prompt(
                 query=query,

@@ -25,6 +25,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from duet_unlearn.data.kits import find_kit
 from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.batches.dataset import Example, collate
@@ -51,11 +52,18 @@ class GradientDifference:
         student: What is trained.
 
     Raises:
-        DataError: A query file is missing or malformed, or a query has no answer.
+        DataError: A query file is missing or malformed, a query has no answer, or a source is a
+            query kit.
     """
 
     def __init__(self, config: RunConfig, student: Student) -> None:
         self._student = student
+        for source in (*config.forget, *config.retain):
+            if find_kit(source):
+                raise DataError(
+                    f"{source}: a kit's answers are for evaluation, and this objective trains on "
+                    "answers; give a file of your own"
+                )
         self._queries = [
             query
             for split in ("forget", "retain")
@@ -124,7 +132,7 @@ class AnswerDataset(Dataset[Example]):
     def __init__(
         self, queries: Sequence[Query], renderer: "PromptRenderer", student: Student
     ) -> None:
-        ends = eos_token_ids(student.folder)[:1]
+        ends = renderer.closing_ids(eos_token_ids(student.folder))
         self._examples: list[Example] = []
         for query in queries:
             prompt = np.array(renderer.student_ids(query.messages), np.int32)

@@ -60,7 +60,7 @@ model = PeftModel.from_pretrained(base, folder)"""
 _EVALUATION = """
 ## Evaluation
 
-Points of ROUGE-L recall on queries held out from training; the step was chosen on them.
+Points of ROUGE-L recall on queries held out from training{chosen}.
 
 | | forget | forget, worst attack | retain | retain, worst attack |
 | --- | ---: | ---: | ---: | ---: |
@@ -115,7 +115,7 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         summary=story.summary,
         caution=_CAUTION if "unlearning" in story.tags else "",
         usage=f"from peft import PeftModel\n{usage}" if adapter else usage,
-        evaluation=_evaluation(result),
+        evaluation=_evaluation(config, result),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         version=__version__,
         licence=f"The base model's licence ({licence}) applies."
@@ -155,7 +155,7 @@ def _held_out(result: dict[str, Any]) -> str:
     return f"{changes} points of ROUGE-L recall, weights of step {kept['step']}"
 
 
-def _evaluation(result: dict[str, Any]) -> str:
+def _evaluation(config: dict[str, Any], result: dict[str, Any]) -> str:
     if not result["evaluations"] or "loss" in result["evaluations"][0]:
         return ""
     rows = "\n".join(
@@ -163,4 +163,5 @@ def _evaluation(result: dict[str, Any]) -> str:
         f"{e['retain']:.1f} |"
         for label, e in zip(("base", "this model"), _base_and_kept(result), strict=True)
     )
-    return _EVALUATION.format(rows=rows)
+    chosen = "; the step was chosen on them" if config["checkpoint_selection"] == "best" else ""
+    return _EVALUATION.format(rows=rows, chosen=chosen)

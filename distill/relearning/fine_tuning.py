@@ -77,7 +77,7 @@ def fine_tune(
 
 
 def draw_batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Yield batches of indices without end; each index comes once before any comes twice."""
+    """Yield batches of indices without end, in rounds of whole batches: no index twice in one."""
     size = min(size, count)
     order: list[int] = []
     while True:

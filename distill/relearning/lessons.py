@@ -50,7 +50,7 @@ class Lesson:
         Raises:
             DataError: A query with its answer is too long for the model.
         """
-        ends = list(subject.ends[:1])
+        ends = subject.renderer.closing_ids(subject.ends)
         context = context_length(read_config(subject.folder))
         pairs = []
         for query in self.queries:

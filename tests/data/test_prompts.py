@@ -457,6 +457,19 @@ def test_the_rendering_does_not_depend_on_the_day(monkeypatch):
     assert f"Today: {datetime.fromisoformat(TEMPLATE_DATE):%d %b %Y}" in texts[0][0]
 
 
+@pytest.mark.parametrize(
+    ("template", "closing"), [("turns", "<|end|>"), ("merges into last", "</s>"), (None, "</s>")]
+)
+def test_an_answer_is_closed_as_the_template_closes_it(template, closing):
+    tokenizer = tokenizer_with("byte-level", template)
+    renderer = PromptRenderer(tokenizer)
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"])
+    for order in (ends, ends[::-1]):
+        assert renderer.closing_ids(order) == tokenizer.convert_tokens_to_ids([closing])
+    assert renderer.closing_ids([5]) == [5]
+    assert renderer.closing_ids([]) == []
+
+
 def test_special_tokens_stand_once():
     bos = bare_tokenizer("byte-level").bos_token_id
     for template in ("date", "merges into first", None):

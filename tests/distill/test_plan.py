@@ -123,6 +123,12 @@ def test_views_double_the_sequences_and_lengthen_them(planned):
     assert split.memory["activations"] < plain.memory["activations"]
 
 
+def test_a_micro_batch_of_views_alone_can_be_planned(planned):
+    # The last step of an epoch has two queries, so four sequences for its eight micro-batches.
+    found = planned(batch_size=4, gradient_accumulation_steps=4, views=("@remember",))
+    assert found.steps_per_epoch == 8
+
+
 def test_activations_are_those_of_real_tensors(planned, tiny_model):
     found = planned()
     model = load_model(tiny_model, dtype="float32", trainable=True).train()

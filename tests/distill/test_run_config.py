@@ -107,6 +107,10 @@ def test_the_automatic_dtype_is_half_for_an_adapter_on_a_half_model_alone():
     assert resolved(**slow, lora_rank=8).save_dtype == "bfloat16"
     assert resolved(stored_dtype="bfloat16", lora_rank=8, dtype="float32").dtype == "float32"
     assert resolved(stored_dtype="bfloat16").save_dtype == "bfloat16"
+    half = {"stored_dtype": "bfloat16", "lora_rank": 8}
+    assert resolved(**half, precision="bf16").dtype == "bfloat16"
+    assert resolved(**half, precision="float32").dtype == "float32"
+    assert resolved(**half, precision="fp16").dtype == "float32"
 
 
 @pytest.mark.parametrize(

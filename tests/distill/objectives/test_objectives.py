@@ -96,6 +96,8 @@ def test_accumulation_does_not_change_gradient_difference(descend):
 def test_answers_that_are_missing_or_too_long_are_named(descend, write_queries, tmp_path):
     with pytest.raises(DataError, match="answer"):
         descend(forget=(str(write_queries("bare", 2, answers=False)),))
+    with pytest.raises(DataError, match="@star-wars: a kit's answers are for evaluation"):
+        descend(forget=("@star-wars",))
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"id": "x", "query": "Who?", "answer": "a " * 400}) + "\n")
     with pytest.raises(DataError, match=r"query x: \d+ tokens with its answer, but the student"):
