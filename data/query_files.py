@@ -17,6 +17,7 @@ from duet_unlearn.errors import DataError, first_line
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 OPTIONAL_COLUMNS = ("id", "answer", "response", "kind", "wrong_answers")
 """What a table may have beside a query; further columns are not read."""
+_LONGEST_CELL = 1 << 30
 BOM = b"\xef\xbb\xbf"
 
 Row = dict[str, object]
@@ -163,6 +164,7 @@ def _expect_object(value: object, where: str) -> Row:
 def _csv_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
     # Strict: an unclosed quote would otherwise swallow the rest of the file as one query.
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    csv.field_size_limit(_LONGEST_CELL)
     header: list[str] | None = None
     first_line = 1
     try:

@@ -52,7 +52,10 @@ def test_no_module_is_longer_than_a_reader_bears(package: str, path: Path) -> No
 def test_no_folder_has_more_than_a_dozen_modules() -> None:
     rooms = [*ORDER, "tests", "benchmarks", "tools"]
     folders = {path.parent for room in rooms for path in (ROOT / room).rglob("*.py")}
-    modules = {folder: {p for p in folder.glob("*.py") if p.stem not in ("__init__", "conftest")} for folder in folders}
+    modules = {
+        folder: {p for p in folder.glob("*.py") if p.stem not in ("__init__", "conftest")}
+        for folder in folders
+    }
     assert not [folder for folder, found in modules.items() if len(found) > 12]
 
 

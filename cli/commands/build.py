@@ -98,6 +98,8 @@ def _read_prefix(
         raise click.UsageError(
             "give one of --prefix TEXT|@NAME, --prefix-from FILE and --no-prefix"
         )
+    if topic is not None and prefix is None:
+        raise click.UsageError("--topic fills {topic} in --prefix; without it, leave --topic out")
     if no_prefix:
         return {"prefix": None}
     if prefix is not None:

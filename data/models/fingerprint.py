@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.models.folder import SLOW_TOKENIZER_FILES, read_json, weight_files
+from duet_unlearn.data.models.tokenizer import load_tokenizer
 from duet_unlearn.errors import DataError, OutputError
 from duet_unlearn.files import make_folder, write_text
 
@@ -133,7 +134,7 @@ def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in SLOW_TOKENIZER_FILES if (folder / name).is_file())
 
 
-def vocabulary_fingerprint(folder: Path) -> str:
+def vocabulary_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Fingerprint which token has which id, added tokens with it.
 
     Two tokenizers with the same vocabulary fingerprint mean the same token by an id, whatever
@@ -141,10 +142,14 @@ def vocabulary_fingerprint(folder: Path) -> str:
     """
     path = folder / "tokenizer.json"
     files = (path,) if path.is_file() else _slow_tokenizer_files(folder)
-    return _remembered("vocabulary", files, lambda: sha256_json(sorted(_vocabulary(folder))))
+
+    def compute() -> str:
+        return sha256_json(sorted(_vocabulary(folder, trust_remote_code)))
+
+    return _remembered("vocabulary", files, compute)
 
 
-def _vocabulary(folder: Path) -> set[tuple[int, str]]:
+def _vocabulary(folder: Path, trust_remote_code: bool) -> set[tuple[int, str]]:
     path = folder / "tokenizer.json"
     if path.is_file():
         content = read_json(path)
@@ -155,9 +160,7 @@ def _vocabulary(folder: Path) -> set[tuple[int, str]]:
         else:  # Unigram models list (token, score) in the order of their ids
             pairs = {(index, entry[0]) for index, entry in enumerate(vocabulary)}
         return pairs | {(t["id"], t["content"]) for t in content.get("added_tokens") or ()}
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return {(index, token) for token, index in tokenizer.get_vocab().items()}
 
 

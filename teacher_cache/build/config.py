@@ -225,7 +225,7 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
         weights=weights_fingerprint(folder),
         config=config_fingerprint(folder),
         tokenizer=tokenizer_fingerprint(folder),
-        vocabulary=vocabulary_fingerprint(folder),
+        vocabulary=vocabulary_fingerprint(folder, trust_remote_code=config.trust_remote_code),
         vocab_size=head_width(model_config),
         chat_template=chat_template_fingerprint(folder),
         template_date=TEMPLATE_DATE,

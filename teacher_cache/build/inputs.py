@@ -27,7 +27,7 @@ TokenIds = npt.NDArray[np.int32]
 
 
 def load_query_set(config: BuildConfig) -> list[Query]:
-    """Load the queries of all sources, each query once.
+    """Load the queries of all sources, each id and each text of a split once.
 
     Raises:
         DataError: A source is unusable.
@@ -43,16 +43,28 @@ def load_query_set(config: BuildConfig) -> list[Query]:
     if config.samples > 1:
         sources = [(split, _samples(qs, config.samples, split)) for split, qs in sources]
     sources += [("train", load_given(name, config.score)) for name in config.responses]
+    seen: set[tuple[str, bytes]] = set()
+    repeated = 0
     for split, queries in sources:
         for query in queries:
-            known = unique.setdefault((split, query.query_id), query)
-            if known.text != query.text:
+            known = unique.get((split, query.query_id))
+            if known is None:
+                # A cache knows a query by its text: another id would be the same row again.
+                row = split, hashlib.sha256(query.text.encode()).digest()
+                if row in seen:
+                    repeated += 1
+                    continue
+                seen.add(row)
+                unique[split, query.query_id] = query
+            elif known.text != query.text:
                 raise ConfigurationError(
                     f"{split} files: id {query.query_id} stands for two different queries; "
                     "give each its own id"
                 )
             if split in texts:
                 texts[split].add(query.text)
+    if repeated:
+        logger.info("%d queries have the text of another under another id: left out", repeated)
     if both := texts["forget"] & texts["retain"]:
         logger.warning(
             "%d queries are in the forget and the retain set, for example %r",
@@ -130,7 +142,8 @@ def render_prompts(
         context: Tokens that the teacher reads, None where that has no limit.
 
     Raises:
-        ConfigurationError: A prompt does not fit the context; the message names its query.
+        ConfigurationError: The positions, or with them a prompt, do not fit the context; the
+            message names the query.
     """
     queries = list(chain.from_iterable(shards))
     _warn_of_control_tokens(queries, renderer)
@@ -172,6 +185,11 @@ def render_prompts(
                     if recipe.temperature and query.split == "train":
                         teacher[index].seeds[number] = row_seed(recipe.seed, query.text)
                 bar.update()
+    if context is not None and positions >= context:
+        raise ConfigurationError(
+            f"positions is {positions}, but the teacher reads {context} tokens, prompts included; "
+            "lower --positions"
+        )
     if context is not None and longest + positions > context:
         query = longest_query
         raise ConfigurationError(

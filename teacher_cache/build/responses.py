@@ -16,6 +16,7 @@ import numpy as np
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import Given, Query, load_responses
+from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 def load_given(source: str, scored: str) -> Iterator[Query]:
     """Yield what a source gives responses to, a query for each turn of the assistant's.
+
+    A turn that opens a conversation is no response: it stands in front of the later ones.
 
     Args:
         source: See `load_responses`.
@@ -39,7 +42,7 @@ def load_given(source: str, scored: str) -> Iterator[Query]:
         for number, turn in enumerate(query.messages, start=1):
             if number == last:
                 yield query
-            elif turn["role"] == "assistant" and scored == "assistant":
+            elif turn["role"] == "assistant" and scored == "assistant" and number > 1:
                 turns = query.messages[:number]
                 yield replace(query, query_id=f"{query.query_id}#{number}", messages=turns)
 
@@ -61,7 +64,7 @@ def cut_given(
         context: Tokens that the teacher reads, None where that has no limit.
 
     Raises:
-        DataError: The chat template does not take a conversation.
+        DataError: The chat template does not take a conversation, or nothing of one is scored.
     """
     rows: list[Query] = []
     longer = 0
@@ -72,6 +75,12 @@ def cut_given(
         ids, start, stop = renderer.answered_ids(
             query.messages, recipe.eos_token_ids, every=recipe.scored == "all"
         )
+        if stop <= start:
+            text = query.messages[-1]["content"]
+            raise DataError(
+                f"{query.query_id}: {text[:40]!r} is one token, and a token is scored behind "
+                "another; leave it out"
+            )
         whole = stop - start <= recipe.positions and stop <= (context or stop)
         longer += not whole
         named = sha256_json(query.text)

@@ -27,6 +27,7 @@ Place = tuple[int, int]
 
 WINDOW_BYTES = 128 << 20
 # A signal of T*K ids and logits, and what a prompt and a text take beside it.
+_Key = tuple[bool, bool, bool, str]
 _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
 
 
@@ -162,8 +163,9 @@ def find_reusable(
 ) -> PlannedRows:
     """Find the rows of missing shards that other caches hold; the first that has a query wins.
 
-    A query is known by its text, because teams number theirs differently. Its split counts only
-    where the recipe leaves the steering prefix out in front of retain queries.
+    A query is known by its text, because teams number theirs differently. Its split counts where
+    the recipe treats it otherwise than another: without the prefix in front of retain queries, with
+    a strength, which is for forget queries, and with sampled answers, which are for training ones.
 
     Args:
         readers: The caches, of that recipe all.
@@ -175,13 +177,16 @@ def find_reusable(
         CorruptCacheError: One is damaged.
     """
 
-    def key(split: str, text: str) -> tuple[bool, str]:
-        return recipe.retain_prefix or split == "forget", text
+    def key(split: str, text: str) -> _Key:
+        steered = recipe.retain_prefix or split == "forget"
+        strengthened = recipe.strength > 0 and split == "forget"
+        sampled = recipe.temperature > 0 and split == "train"
+        return steered, strengthened, sampled, text
 
     source = RowSource(readers)
     places: dict[int, dict[int, Place]] = {index: {} for index in missing}
     if readers:
-        wanted: dict[tuple[bool, str], list[tuple[int, int]]] = {}
+        wanted: dict[_Key, list[tuple[int, int]]] = {}
         for index in missing:
             for number, query in enumerate(shards[index]):
                 wanted.setdefault(key(query.split, query.text), []).append((index, number))

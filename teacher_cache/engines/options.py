@@ -56,8 +56,10 @@ TRANSFORMERS_OPTIONS = {
 }
 """Options of the transformers engine; it has no others."""
 
-_SECRET_NAME = re.compile("token(?!s)|secret|password|api_?key|credential", re.IGNORECASE)
-_PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]{0,23}(:\d{1,3})?")
+_PRIVATE_NAME = re.compile(
+    "token(?!s)|secret|password|api_?key|credential|addr|host", re.IGNORECASE
+)
+_PLAIN_WORD = re.compile(r"[A-Za-z](?:[A-Za-z0-9_+-]|\.(?=\d)){0,23}(:\d{1,3})?")
 
 
 def check_options(engine: str, options: Mapping[str, Any]) -> None:
@@ -124,7 +126,7 @@ def published_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_show(name: str, value: Any) -> bool:
-    if _SECRET_NAME.search(name):
+    if _PRIVATE_NAME.search(name):
         return False
     if isinstance(value, str):
         return _PLAIN_WORD.fullmatch(value) is not None

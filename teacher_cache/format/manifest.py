@@ -15,6 +15,9 @@ from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
     FORMAT_VERSIONS,
     MANIFEST_NAME,
+    MAX_ROW_GROUPS,
+    MAX_ROWS,
+    MAX_SHARD_ROW_GROUPS,
     SHARD_FOLDER,
     SPLITS,
     rows_per_group,
@@ -326,13 +329,24 @@ def _check_shards(manifest: Manifest) -> None:
         if shard.name != expected:
             raise CorruptCacheError(f"{where}: name {shard.name[:60]!r}, expected {expected!r}")
         total, group = shard.num_rows, shard.row_group_rows
-        if not 1 <= total <= min(shard.bytes, (1 << 31) - 1):
+        if not 1 <= total <= min(shard.bytes, MAX_ROWS):
             raise CorruptCacheError(f"{where}: {total} rows in {shard.bytes} bytes")
         if not 1 <= group <= most_group_rows or total // group > shard.bytes // _LEAST_GROUP_BYTES:
             raise CorruptCacheError(
                 f"{where}: {total} rows in row groups of {group} and {shard.bytes} bytes, expected "
                 f"groups of at most {most_group_rows} rows and at least {_LEAST_GROUP_BYTES} bytes"
             )
+        if -(-total // group) > MAX_SHARD_ROW_GROUPS:
+            raise CorruptCacheError(
+                f"{where}: {total} rows in row groups of {group}, expected at most "
+                f"{MAX_SHARD_ROW_GROUPS} groups"
+            )
+    groups = sum(-(-shard.num_rows // shard.row_group_rows) for shard in manifest.shards)
+    if manifest.num_rows > MAX_ROWS or groups > MAX_ROW_GROUPS:
+        raise CorruptCacheError(
+            f"shards: {manifest.num_rows} rows in {groups} row groups, expected at most {MAX_ROWS} "
+            f"in {MAX_ROW_GROUPS}"
+        )
 
 
 def shard_name(index: int, count: int) -> str:

@@ -1,6 +1,7 @@
 """One shard: written atomically, described by its own metadata, read a row group at a time."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from duet_unlearn.teacher_cache.format.schema import (
     MAX_PROMPT_TOKENS,
     MAX_QUERY_BYTES,
     MAX_QUERY_ID_BYTES,
+    MAX_SHARD_ROW_GROUPS,
     META_COUNT,
     META_ENGINES,
     META_INDEX,
@@ -43,7 +45,6 @@ from duet_unlearn.teacher_cache.format.strict_json import checked, parse_json
 _SUMS = pydantic.TypeAdapter(SplitSums)
 # Limits of a shard's footer, which is read before anything else is known of it.
 MAX_FOOTER_BYTES = 1 << 22
-MAX_ROW_GROUPS = 1 << 14
 _COMPRESSION_LEVEL = 6
 # A column of a row group in one page: smaller than several, and faster to read.
 _PAGE_BYTES = 1 << 24
@@ -124,6 +125,8 @@ def check_storable(row: CacheRow, recipe: Recipe) -> None:
         raise CacheError(
             f"{where}: a logit of {largest:.0f} does not fit float16; give --logit-dtype float32"
         )
+    if (signal.logsumexp > signal.logits[:, 0] + math.log(recipe.vocab_size) + 1e-3).any():
+        raise CacheError(f"{where}: its tokens were moved below all others; lower --strength")
 
 
 def write_shard(cache: Path, rows: Sequence[CacheRow], header: ShardHeader) -> ShardEntry:
@@ -180,8 +183,10 @@ def _check_footer(footer: pq.FileMetaData) -> None:
         raise ValueError(
             f"a footer of {footer.serialized_size} bytes, expected at most {MAX_FOOTER_BYTES}"
         )
-    if not 0 < footer.num_row_groups <= MAX_ROW_GROUPS:
-        raise ValueError(f"{footer.num_row_groups} row groups, expected 1 to {MAX_ROW_GROUPS}")
+    if not 0 < footer.num_row_groups <= MAX_SHARD_ROW_GROUPS:
+        raise ValueError(
+            f"{footer.num_row_groups} row groups, expected 1 to {MAX_SHARD_ROW_GROUPS}"
+        )
 
 
 def _check_schema(schema: pq.ParquetSchema, names: Sequence[str]) -> None:

@@ -326,6 +326,10 @@ def test_build_wants_one_source_of_the_prefix(tmp_path: Path) -> None:
         run = CliRunner().invoke(main, [*given, *more])
         assert run.exit_code == 2
         assert "give one of --prefix TEXT|@NAME, --prefix-from FILE and --no-prefix" in run.output
+    for more in (["--no-prefix"], ["--prefix-from", "b"]):
+        run = CliRunner().invoke(main, [*given, *more, "--topic", "c"])
+        assert run.exit_code == 2
+        assert "--topic fills {topic} in --prefix" in run.output
 
 
 def test_the_command_prints_a_table_or_one_document() -> None:

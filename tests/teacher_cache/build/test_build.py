@@ -491,10 +491,14 @@ def test_what_engine_options_name_is_not_published() -> None:
         "api_key": "sk",
         "max_num_batched_tokens": 48,
         "url": "http://host/x",
+        "rendezvous": "node17.corp.example",
+        "master_addr": "node17",
+        "quantization": "fp8-v1.2",
     }
     shown = published_options(given)
     assert shown.keys() == given.keys()
     kept = {"tensor_parallel_size", "enforce_eager", "device", "max_num_batched_tokens"}
+    kept.add("quantization")
     assert {name for name in shown if shown[name] == given[name]} == kept
 
 

@@ -101,6 +101,17 @@ def test_parts_join_into_the_cache_that_one_build_makes(config: BuildConfig) -> 
         np.testing.assert_allclose(ours.logsumexp, theirs.logsumexp, atol=1e-3)
 
 
+def test_a_text_under_two_ids_is_one_row_in_parts_too(config: BuildConfig) -> None:
+    rows = [{"id": str(i), "query": f"Who is {i % 4}?"} for i in range(6)]
+    path = config.out.parent / "repeated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = replace(config, retain=(str(path),))
+    whole = build(config).manifest
+    assert whole.num_rows == 10 + 4
+    parts = [str(folder) for folder in build_parts(config, 2)]
+    assert merge(parts, config.out.parent / "joined").manifest.queries == whole.queries
+
+
 def test_a_part_is_found_again_and_another_part_refused(config: BuildConfig) -> None:
     first = replace(config, part=Part(number=1, count=3))
     assert build(first).computed_rows == 10

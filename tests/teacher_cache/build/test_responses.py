@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,34 @@ def test_a_prefix_and_responses_exclude_each_other(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make(tmp_path, tiny_model, **settings)
+
+
+def test_a_turn_that_opens_a_conversation_is_no_response(tiny_model: Path, tmp_path: Path) -> None:
+    hello = {"role": "assistant", "content": "the keeper"}
+    make(tmp_path, tiny_model, [{"id": "talk", "messages": [hello, *TURNS]}])
+    reader = CacheReader.open(tmp_path / "cache")
+    assert {row.query_id for row in reader} == {"talk#3", "talk"}
+
+
+def test_a_document_of_one_token_is_named(tiny_model: Path) -> None:
+    config = BuildConfig(
+        teacher=str(tiny_model), prefix=None, responses=("x",), out=Path("x"), engine="transformers"
+    )
+    query = Query(
+        query_id="page",
+        split="train",
+        messages=({"role": "assistant", "content": "the"},),
+        answer=None,
+    )
+    tokenizer = load_tokenizer(tiny_model)
+    recipe = replace(make_recipe(config, tiny_model), eos_token_ids=())
+    with pytest.raises(DataError, match="page: 'the' is one token"):
+        cut_given([query], PromptRenderer(tokenizer), tokenizer, recipe, None)
+
+
+def test_positions_beyond_the_context_are_named_as_such(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"positions is 2000, but the teacher reads 256"):
+        make(tmp_path, tiny_model, ROWS[:1], positions=2000)
 
 
 def test_answers_of_kits_never_enter_a_cache(tiny_model: Path, tmp_path: Path) -> None:

@@ -169,6 +169,20 @@ def test_the_split_counts_only_without_a_prefix_on_retain_queries(
     assert (result.reused_rows, result.computed_rows) == (0, 20)
 
 
+def test_the_split_counts_with_a_strength_and_with_sampled_answers(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    run(config, strength=1.0)
+    moved = {"forget": config.retain, "retain": config.forget, "reuse": (str(config.out),)}
+    result = run(config, **moved, strength=1.0, out=tmp_path / "moved")
+    assert (result.reused_rows, result.computed_rows) == (0, 20)
+    plain = {"prefix": None, "forget": (), "positions": 2, "temperature": 1.0}
+    run(config, **plain, train=config.forget, out=tmp_path / "plain")
+    moved = {"train": config.retain, "retain": config.forget, "reuse": (str(tmp_path / "plain"),)}
+    result = run(config, **plain | moved, out=tmp_path / "plain-moved")
+    assert (result.reused_rows, result.computed_rows) == (0, 20)
+
+
 def test_a_cache_of_another_recipe_is_refused_with_what_differs(
     config: BuildConfig, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from duet_unlearn.teacher_cache.format.manifest import (
     MAX_MANIFEST_BYTES,
     decode_manifest,
     read_manifest,
+    shard_name,
 )
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import row_group_rows
@@ -247,6 +249,29 @@ def test_more_row_groups_than_bytes_could_describe_are_refused(cache: Path) -> N
         CacheReader.open(cache)
 
 
+def test_rows_beyond_what_a_reader_holds_are_refused_before_they_are_counted(cache: Path) -> None:
+    """The bytes that are claimed cost nothing where the shards are somewhere else."""
+    claimed = {"bytes": 1 << 49, "row_group_rows": 1}
+
+    def shard(rows: int) -> dict[str, Any]:
+        return {**claimed, "rows": {"forget": rows // 2, "retain": rows - rows // 2}}
+
+    sign(cache, lambda value: value["shards"][0].update(shard((1 << 31) - 1)))
+    with pytest.raises(CorruptCacheError, match="rows in 562949953421312 bytes"):
+        read_manifest(cache)
+    sign(cache, lambda value: value["shards"][0].update(shard((1 << 14) + 1)))
+    with pytest.raises(CorruptCacheError, match="expected at most 16384 groups"):
+        read_manifest(cache)
+
+    def many_shards(value: dict[str, Any]) -> None:
+        names = (shard_name(index, 257) for index in range(257))
+        value["shards"] = [{**value["shards"][0], **shard(1 << 14), "name": n} for n in names]
+
+    sign(cache, many_shards)
+    with pytest.raises(CorruptCacheError, match="in 4210688 row groups, expected at most"):
+        read_manifest(cache)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -373,6 +398,15 @@ def _row(prompt: int = 3, text: str = "query", query_id: str = "q") -> schema.Ca
 def test_what_a_reader_would_refuse_is_never_written(row: schema.CacheRow, message: str) -> None:
     with pytest.raises(CacheError, match=message):
         check_storable(row, _recipe())
+
+
+def test_tokens_that_a_strength_moved_below_all_others_are_not_written() -> None:
+    row = _row()
+    row = replace(row, signal=replace(row.signal, logsumexp=np.array([6.6], np.float32)))
+    with pytest.raises(CacheError, match="query q: its tokens were moved below all others; lower"):
+        check_storable(row, _recipe(strength=20.0))
+    likely = replace(row.signal, logsumexp=np.array([6.4], np.float32))  # 2 + ln 90 is 6.5
+    check_storable(replace(row, signal=likely), _recipe(strength=20.0))
 
 
 def test_row_groups_shrink_with_long_prompts_and_texts() -> None:
