@@ -169,7 +169,8 @@ def read_chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    # As the tokenizer does; `chat_template.json` is of processors, for want of anything else.
+    for name in ("tokenizer_config.json", "chat_template.json"):
         template = _read_if_there(folder / name).get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template}
