@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from duet_unlearn.evaluation.results import EvalReport
 
 _FORM = re.compile(
-    r"(?:(?P<row>[^:<>]+):)?\s*(?P<what>[^:<>=]+?)(?:\.(?P<measure>[a-z_]\w*))?\s*"
+    r"(?:(?P<row>[^:<>]+):)?\s*(?P<what>[^:<>=]+?)\s*"
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>-?\d+(?:\.\d+)?)"
 )
 _SIGNS: Mapping[str, Callable[[float, float], bool]] = {
@@ -66,10 +66,10 @@ class Requirement:
             key = "split" if report.sets_of(self.what) else "set_name"
             found = report.number(row, self.measure, **{key: self.what})
             number = None if found is None else found.mean
-        if number is None and self.what in _WORST:
+        if number is None and self.what in _WORST and report.config.attacks:
             raise ConfigurationError(
-                f"--require {self.text}: no attack breaks base + prefix, so retain recall counts "
-                "under none; leave it out, or name attacks that do"
+                f"--require {self.text}: no attack counts for it: of those given, none asks such "
+                "queries, or for retain none breaks base + prefix; leave it out, or name others"
             )
         if number is None:
             names = dict.fromkeys(n for s in report.sets for n in (s.split, s.name))
@@ -96,19 +96,22 @@ def _parse(part: str) -> Requirement:
             f"--require {part!r}: expected NAME<NUMBER or NAME>NUMBER, as in "
             "forget<5,worst<10,retain>97"
         )
-    measure = match["measure"] or RECALL
+    what, dot, measure = match["what"].rpartition(".")
     if measure not in MEASURES:
+        # Of several files of one split a set has the file's name: `forget v1.2`.
+        if dot and " " not in what:
+            raise ConfigurationError(
+                f"--require {part!r}: no measure {measure!r}; choose from {', '.join(MEASURES)}"
+            )
+        what, measure = match["what"], RECALL
+    if what in _WORST and measure != RECALL:
         raise ConfigurationError(
-            f"--require {part!r}: no measure {measure!r}; choose from {', '.join(MEASURES)}"
-        )
-    if match["what"] in _WORST and measure != RECALL:
-        raise ConfigurationError(
-            f"--require {part!r}: {match['what']} is {RECALL} alone; leave .{measure} out"
+            f"--require {part!r}: {what} is {RECALL} alone; leave .{measure} out"
         )
     return Requirement(
         text=part,
         row=match["row"],
-        what=match["what"],
+        what=what.strip(),
         measure=measure,
         sign=match["sign"],
         limit=float(match["limit"]),

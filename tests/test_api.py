@@ -43,12 +43,13 @@ def test_the_whole_path_from_python(tiny_model: Path, write_queries, tmp_path: P
         max_new_tokens=3,
     )
     assert list(report.answers) == ["base", "student"]
-    with pytest.raises(RequirementError, match="student: forget is"):
+    with pytest.raises(RequirementError, match="student: forget is") as caught:
         evaluate(
             {"base": tiny_model, "student": student.out},
             **{"forget": forget, "retain": retain, "limit": 2, "max_new_tokens": 3},
             require="forget>100",
         )
+    assert list(caught.value.report.answers) == ["base", "student"]
 
 
 def test_distill_is_the_package_and_the_function() -> None:

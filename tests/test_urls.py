@@ -2,6 +2,7 @@
 
 import pytest
 
+from duet_unlearn.errors import DataError
 from duet_unlearn.urls import is_url, protocol_of, published_name, redact_url, visible
 
 DIGEST = "sha256:" + "0" * 64
@@ -73,3 +74,11 @@ def test_terminal_escapes_are_written_out() -> None:
         "a\\x1b]0;title\\x07b\\nc  d\\u202ee\\x9b1m\\udcff"
     )
     assert visible("Düsseldorf, 東京, 🦊") == "Düsseldorf, 東京, 🦊"
+
+
+def test_an_error_holds_no_secret_whoever_shows_it() -> None:
+    assert (
+        str(DataError("https://me:s3cr3t@host/a: no such file")) == "https://host/a: no such file"
+    )
+    pinned = f"hf://team/cache@{DIGEST}: another recipe"
+    assert str(DataError(pinned)) == pinned

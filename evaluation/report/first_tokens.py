@@ -56,12 +56,13 @@ def compare_first_tokens(sources: Sources, count: int) -> list[Document]:
 
 def _config(document: Document) -> AskConfig:
     """Return who was evaluated, with the prefix as it stood in the prompts."""
-    known = document["config"]
+    known, prefixed = document["config"], {}
+    if document["prefix"] is not None:
+        prefixed = {"prefix": document["prefix"], "prefix_place": known["prefix_place"]}
     return AskConfig(
         models=tuple(ModelSpec(**spec) for spec in known["models"]),
-        prefix=document["prefix"],
-        prefix_place=known["prefix_place"],
         dtype=known["dtype"],
+        **prefixed,
     )
 
 

@@ -141,8 +141,9 @@ def evaluate(
     Raises:
         ConfigurationError: A setting is unknown or cannot be used.
         DataError: A query source or a model cannot be used, or a query has no answer.
-        RequirementError: Bounds in `require` do not hold.
+        RequirementError: Bounds in `require` do not hold; its `report` is the whole evaluation.
     """
+    from duet_unlearn.errors import RequirementError
     from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
     from duet_unlearn.evaluation.evaluate import evaluate as run_evaluation
     from duet_unlearn.evaluation.requirements import check_requirements
@@ -155,7 +156,11 @@ def evaluate(
     config = EvalConfig(models=specs, forget=_several(forget), retain=_several(retain), **given)
     report = run_evaluation(config)
     if config.require:
-        check_requirements(config.require, report)
+        try:
+            check_requirements(config.require, report)
+        except RequirementError as error:
+            error.report = report
+            raise
     return report
 
 

@@ -56,6 +56,9 @@ class StoppedError(DuetError):
 class RequirementError(DuetError):
     """A measured number is not what the user required of it."""
 
+    report: object = None
+    """The `EvalReport` with the number, where `evaluate` raised it."""
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what somebody else's exception says, else its class."""

@@ -15,7 +15,7 @@ from duet_unlearn.errors import MismatchError, StoppedError
 from duet_unlearn.files import release_claim, remove_temporary_files
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
 from duet_unlearn.teacher_cache.format.card import write_card
-from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry
+from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry, check_shards
 from duet_unlearn.teacher_cache.format.quarantine import find_problems, remember
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, CacheRow
@@ -140,7 +140,7 @@ class Assembly:
             check: See `Manifest.check`.
 
         Raises:
-            CacheError: The folder cannot be written.
+            CacheError: The folder cannot be written, or no reader would take so many row groups.
         """
         plan = self.plan
         totals = {split: SplitStatistics() for split in plan.recipe.splits}
@@ -166,6 +166,7 @@ class Assembly:
             check=check,
             views=tuple(sorted(view for view in views if view is not None)),
         )
+        check_shards(manifest)
         manifest = replace(manifest, digest=manifest.to_json()["digest"])
         write_card(plan.folder, manifest)
         manifest = manifest.write(plan.folder)
@@ -230,5 +231,6 @@ def _rows_a_split(rows: Sequence[PlannedRow], recipe: Recipe) -> dict[str, int]:
 def _mismatch(plan: PlannedCache, differences: Sequence[str]) -> MismatchError:
     return MismatchError(
         f"{plan.folder}: holds a cache of other inputs; differs (there / asked) in "
-        f"{'; '.join(differences)}; choose another --out, or delete that folder"
+        f"{'; '.join(differences)}; choose another --out (with --reuse of "
+        "this one its rows are taken over where the recipe is the same), or delete that folder"
     )

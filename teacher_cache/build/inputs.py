@@ -29,11 +29,15 @@ TokenIds = npt.NDArray[np.int32]
 def load_query_set(config: BuildConfig) -> list[Query]:
     """Load the queries of all sources, each id and each text of a split once.
 
+    A cache knows a query by its text: under another id it would be the same row again. The smallest
+    id stays, so that the order of the sources does not matter.
+
     Raises:
         DataError: A source is unusable.
         ConfigurationError: One id stands for two different queries of a split.
     """
-    unique: dict[tuple[str, str], Query] = {}
+    unique: dict[tuple[str, bytes], Query] = {}
+    known: dict[tuple[str, str], bytes] = {}
     texts: dict[str, set[str]] = {"forget": set(), "retain": set()}
     sources: list[tuple[str, Iterable[Query]]] = [
         (split, load_queries(name, split=split))
@@ -43,27 +47,20 @@ def load_query_set(config: BuildConfig) -> list[Query]:
     if config.samples > 1:
         sources = [(split, _samples(qs, config.samples, split)) for split, qs in sources]
     sources += [("train", load_given(name, config.score)) for name in config.responses]
-    seen: set[tuple[str, bytes]] = set()
-    repeated = 0
     for split, queries in sources:
         for query in queries:
-            known = unique.get((split, query.query_id))
-            if known is None:
-                # A cache knows a query by its text: another id would be the same row again.
-                row = split, hashlib.sha256(query.text.encode()).digest()
-                if row in seen:
-                    repeated += 1
-                    continue
-                seen.add(row)
-                unique[split, query.query_id] = query
-            elif known.text != query.text:
+            digest = hashlib.sha256(query.text.encode()).digest()
+            first = unique.setdefault((split, digest), query)
+            if query.query_id < first.query_id:
+                unique[split, digest] = query
+            if known.setdefault((split, query.query_id), digest) != digest:
                 raise ConfigurationError(
                     f"{split} files: id {query.query_id} stands for two different queries; "
                     "give each its own id"
                 )
             if split in texts:
                 texts[split].add(query.text)
-    if repeated:
+    if repeated := len(known) - len(unique):
         logger.info("%d queries have the text of another under another id: left out", repeated)
     if both := texts["forget"] & texts["retain"]:
         logger.warning(
@@ -185,13 +182,13 @@ def render_prompts(
                     if recipe.temperature and query.split == "train":
                         teacher[index].seeds[number] = row_seed(recipe.seed, query.text)
                 bar.update()
-    if context is not None and positions >= context:
-        raise ConfigurationError(
-            f"positions is {positions}, but the teacher reads {context} tokens, prompts included; "
-            "lower --positions"
-        )
     if context is not None and longest + positions > context:
         query = longest_query
+        if positions >= context:
+            raise ConfigurationError(
+                f"positions is {positions}, but the teacher reads {context} tokens, prompts "
+                "included; lower --positions"
+            )
         raise ConfigurationError(
             f"{query.split} query {query.query_id} ({query.text[:40]!r}...) needs "
             f"{longest + positions} tokens with prefix and {positions} positions, but the teacher "

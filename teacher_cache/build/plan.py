@@ -15,7 +15,7 @@ import numpy.typing as npt
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.format.manifest import MAX_MANIFEST_BYTES
-from duet_unlearn.teacher_cache.format.schema import SPLITS
+from duet_unlearn.teacher_cache.format.schema import MAX_ROWS, SPLITS
 
 _MAX_LIST_ENTRIES = 2**31 - 1
 _MOST_PARTS = 99_999
@@ -45,9 +45,13 @@ def plan_shards(queries: Iterable[Row], shard_rows: int) -> list[list[Row]]:
     from any one shard; within a shard they stand in the order of `SPLITS`.
 
     Raises:
-        ConfigurationError: A manifest of that many shards would be too large to be read.
+        ConfigurationError: No reader would take a cache of so many rows or shards.
     """
     merged = order_queries(queries)
+    if len(merged) > MAX_ROWS:
+        raise ConfigurationError(
+            f"{len(merged)} rows, and a cache holds at most {MAX_ROWS}; make several"
+        )
     if len(merged) > MOST_SHARDS * shard_rows:
         raise ConfigurationError(
             f"shard_rows is {shard_rows}, so that {len(merged)} rows would be more than "

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def load_given(source: str, scored: str) -> Iterator[Query]:
     """Yield what a source gives responses to, a query for each turn of the assistant's.
 
-    A turn that opens a conversation is no response: it stands in front of the later ones.
+    What the assistant says before the user is no response: it stands in front of those.
 
     Args:
         source: See `load_responses`.
@@ -38,11 +38,12 @@ def load_given(source: str, scored: str) -> Iterator[Query]:
         DataError: The source is unusable.
     """
     for query in load_responses(source):
-        last = len(query.messages)
+        last, asked = len(query.messages), False
         for number, turn in enumerate(query.messages, start=1):
+            asked |= turn["role"] == "user"
             if number == last:
                 yield query
-            elif turn["role"] == "assistant" and scored == "assistant" and number > 1:
+            elif turn["role"] == "assistant" and scored == "assistant" and asked:
                 turns = query.messages[:number]
                 yield replace(query, query_id=f"{query.query_id}#{number}", messages=turns)
 

@@ -307,7 +307,7 @@ def parse_manifest(value: object) -> Manifest:
     counts = [list(manifest.splits), *(list(shard.rows) for shard in manifest.shards)]
     if any(found != list(splits) for found in counts):
         raise CorruptCacheError(f"other splits than {', '.join(splits)}; get the cache again")
-    _check_shards(manifest)
+    check_shards(manifest)
     if (part := manifest.part) and not 1 <= part.number <= part.count < 100_000:
         raise CorruptCacheError(f"part: {part.number} of {part.count} is no part")
     for split in splits:
@@ -319,7 +319,12 @@ def parse_manifest(value: object) -> Manifest:
     return manifest
 
 
-def _check_shards(manifest: Manifest) -> None:
+def check_shards(manifest: Manifest) -> None:
+    """Hold what a manifest says of its shards to the limits of the format.
+
+    Raises:
+        CorruptCacheError: An entry or their sum is beyond them.
+    """
     most_group_rows = rows_per_group(manifest.recipe.top_k, manifest.recipe.positions)
     if not manifest.shards:
         raise CorruptCacheError("shards: expected a list of at least one")

@@ -55,6 +55,14 @@ def test_without_a_question_lines_are_asked_one_by_one(tiny_model: Path) -> None
     assert [asked["question"] for asked in json.loads(result.stdout)] == ["Who?", "Where?"]
 
 
+def test_attacks_that_show_answers_are_left_out_beside_others(tiny_model: Path) -> None:
+    flags = ("--attacks", "@multiple-choice", "--attacks", "@role-play", "--json")
+    result = ask(tiny_model, QUESTION, *flags)
+    assert "left out, as they show reference answers" in result.stderr
+    (asked,) = json.loads(result.stdout)
+    assert [reply["attack"] for reply in asked["answers"]] == [None, "role-play"]
+
+
 def test_failures_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
     for arguments, expected in [
         ((tmp_path / "gone", QUESTION), "no such folder"),

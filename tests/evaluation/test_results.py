@@ -357,7 +357,7 @@ def test_every_failing_number_is_named(report: EvalReport) -> None:
 
 
 def test_names_of_sets_are_taken_as_they_are() -> None:
-    for name in ("forget @harry-potter", "forget v1.2", "forget a (2)"):
+    for name in ("forget @harry-potter", "forget v1.2", "forget data.train", "forget a (2)"):
         (found,) = parse_requirements(f"{name}.exact_match<5")
         assert (found.what, found.measure) == (name, "exact_match")
         assert parse_requirements(f"{name}<5")[0].what == name
@@ -365,7 +365,7 @@ def test_names_of_sets_are_taken_as_they_are() -> None:
 
 def test_retain_under_attacks_that_break_nothing_has_no_worst(report: EvalReport) -> None:
     tame = dataclasses.replace(report, attacks=(WEAK,))
-    with pytest.raises(ConfigurationError, match="no attack breaks base [+] prefix"):
+    with pytest.raises(ConfigurationError, match="for retain none breaks base [+] prefix"):
         check_requirements("worst-retain>5", tame)
 
 

@@ -101,15 +101,24 @@ def test_parts_join_into_the_cache_that_one_build_makes(config: BuildConfig) -> 
         np.testing.assert_allclose(ours.logsumexp, theirs.logsumexp, atol=1e-3)
 
 
-def test_a_text_under_two_ids_is_one_row_in_parts_too(config: BuildConfig) -> None:
-    rows = [{"id": str(i), "query": f"Who is {i % 4}?"} for i in range(6)]
-    path = config.out.parent / "repeated.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = replace(config, retain=(str(path),))
+def test_a_text_under_two_ids_is_one_row_in_any_order_of_files_and_in_parts(
+    config: BuildConfig,
+) -> None:
+    paths = [config.out.parent / f"repeated-{name}.jsonl" for name in "ab"]
+    for path, first in zip(paths, (4, 0), strict=True):
+        rows = [{"id": str(first + i), "query": f"Who is {i}?"} for i in range(4)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = replace(config, retain=tuple(map(str, paths)))
     whole = build(config).manifest
     assert whole.num_rows == 10 + 4
+    assert build(replace(config, retain=config.retain[::-1])).hit
     parts = [str(folder) for folder in build_parts(config, 2)]
     assert merge(parts, config.out.parent / "joined").manifest.queries == whole.queries
+    # An id that was dropped still stands for its text.
+    other = config.out.parent / "other.jsonl"
+    other.write_text(json.dumps({"id": "5", "query": "Who else?"}) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="id 5 stands for two different queries"):
+        build(replace(config, retain=(*config.retain, str(other)), out=config.out.parent / "new"))
 
 
 def test_a_part_is_found_again_and_another_part_refused(config: BuildConfig) -> None:

@@ -227,9 +227,11 @@ def test_a_prefix_and_responses_exclude_each_other(
 
 def test_a_turn_that_opens_a_conversation_is_no_response(tiny_model: Path, tmp_path: Path) -> None:
     hello = {"role": "assistant", "content": "the keeper"}
-    make(tmp_path, tiny_model, [{"id": "talk", "messages": [hello, *TURNS]}])
+    system = {"role": "system", "content": "a river"}
+    talks = {"talk": [hello, *TURNS], "led": [system, hello, *TURNS]}
+    make(tmp_path, tiny_model, [{"id": name, "messages": turns} for name, turns in talks.items()])
     reader = CacheReader.open(tmp_path / "cache")
-    assert {row.query_id for row in reader} == {"talk#3", "talk"}
+    assert {row.query_id for row in reader} == {"talk#3", "talk", "led#4", "led"}
 
 
 def test_a_document_of_one_token_is_named(tiny_model: Path) -> None:
@@ -249,8 +251,9 @@ def test_a_document_of_one_token_is_named(tiny_model: Path) -> None:
 
 
 def test_positions_beyond_the_context_are_named_as_such(tiny_model: Path, tmp_path: Path) -> None:
+    make(tmp_path, tiny_model, ROWS[:1], positions=256)
     with pytest.raises(ConfigurationError, match=r"positions is 2000, but the teacher reads 256"):
-        make(tmp_path, tiny_model, ROWS[:1], positions=2000)
+        make(tmp_path, tiny_model, ROWS[:1], positions=2000, out=tmp_path / "longer")
 
 
 def test_answers_of_kits_never_enter_a_cache(tiny_model: Path, tmp_path: Path) -> None:
