@@ -251,7 +251,7 @@ def test_the_teacher_has_one_run_more_and_nothing_else(name, template, place):
             assert bare_tokenizer(name).decode(teacher).count(PREFIX) == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_the_teacher_has_one_run_more_for_any_text(data):
     text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)

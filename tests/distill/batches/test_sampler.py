@@ -48,7 +48,7 @@ def test_merging_keeps_both_orders_and_spreads_them_evenly():
     assert merge_in_proportion(np.array([5, 6]), np.array([], np.int64)).tolist() == [5, 6]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pattern=st.lists(st.integers(0, 1), min_size=1, max_size=80),
     group=st.integers(1, 9),
