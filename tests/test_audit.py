@@ -1,6 +1,9 @@
 """The audit runs commands that exist, on queries that tell what was trained from what was not."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,10 @@ def test_without_kinds_and_holdout_there_is_no_membership(tmp_path: Path) -> Non
     words = [str(tmp_path), "s=s", "--base", "b", "--forget", str(world.FORGET)]
     asked = parse([*words, "--retain", str(world.RETAIN), "--leave-out", "attack"])
     assert not {"membership", "attack"} & set(list_commands(asked, tmp_path))
+
+
+def test_the_demo_worlds_maker_is_found_without_a_search_path(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "benchmarks" / "unlearning"
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import bench_relearning"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)

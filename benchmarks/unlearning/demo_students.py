@@ -1,5 +1,6 @@
 """Train students on the demo world and measure them: what the quality comparisons share."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
+
+# The demo world's maker, for what is imported next: a tool of the repository, not in the package.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
 WIDTH = 192
 """Hidden size of the demo world's model."""
