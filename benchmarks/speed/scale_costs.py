@@ -1,6 +1,6 @@
 """What a cache of many positions takes: arithmetic on what bench_scale.py found.
 
-    python benchmarks/speed/scale_costs.py OUT/100000 TINY/100000 TINY/1000000 [--positions 1e10]
+    python benchmarks/speed/scale_costs.py OUT/100000 TINY/1000000 TINY/10000000 [--positions 1e10]
 
 Bytes on disk are those of the first study's cache, K = 16. Rates are of what a command took more
 for the third study than for the second, so that its start is left out. Bytes of memory are counted
