@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from duet_unlearn.data.kits import find_kit
+from duet_unlearn.data.kits import find_kit, refuse_kit
 from duet_unlearn.data.messages import (
     Message,
     check_messages,
@@ -154,11 +154,7 @@ def load_responses(source: str) -> list[Query]:
     Raises:
         DataError: as in `load_queries`, and where the source is a kit.
     """
-    if find_kit(source):
-        raise DataError(
-            f"{source}: a kit's answers are for evaluation and never enter a cache; give a file "
-            "of responses to train on"
-        )
+    refuse_kit(source)
     return _load(
         open_rows(source, needs_one_of=(*QUERY_COLUMNS, "prompt", "text")),
         source,

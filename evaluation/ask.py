@@ -45,7 +45,7 @@ class Asker:
                     f"attack {attack.name}: its wordings belong to the queries of a file; use it "
                     "in `duet-distill eval`"
                 )
-        if attacks and all(a.shape is not None and a.shape.needs_answers for a in attacks):
+        if attacks and all(attack.needs_answers for attack in attacks):
             raise ConfigurationError(
                 f"attack {attacks[0].name}: it shows reference answers, which a question has not; "
                 "use it in `duet-distill eval`"

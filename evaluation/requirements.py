@@ -97,6 +97,7 @@ def _parse(part: str) -> Requirement:
             "forget<5,worst<10,retain>97"
         )
     what, dot, measure = match["what"].rpartition(".")
+    what = what.strip()
     if measure not in MEASURES:
         # Of several files of one split a set has the file's name: `forget v1.2`.
         if dot and " " not in what:
@@ -111,7 +112,7 @@ def _parse(part: str) -> Requirement:
     return Requirement(
         text=part,
         row=match["row"],
-        what=what.strip(),
+        what=what,
         measure=measure,
         sign=match["sign"],
         limit=float(match["limit"]),

@@ -108,14 +108,13 @@ class EvalReport:
         uncut = next(m.uncut for m in self.measures if m.name == measure)
         if found is None or uncut is None:
             return found
-        pairs = [
-            (uncut(reference, first), uncut(reference, second))
-            for i in self.indices(**where)
-            for reference in (self.tasks[i].query.answer or "",)
-            for first, second in ((self.answers[label][i], self.answers[against][i]),)
-        ]
-        known = np.array([pair for pair in pairs if None not in pair], dtype=float)
-        return dataclasses.replace(found, ks_p=kolmogorov_smirnov_p(*known.T))
+        tasks = self.indices(**where)
+        first, second = (
+            [uncut(self.tasks[i].query.answer or "", self.answers[row][i]) for i in tasks]
+            for row in (label, against)
+        )
+        known = [pair for pair in zip(first, second, strict=True) if None not in pair]
+        return dataclasses.replace(found, ks_p=kolmogorov_smirnov_p(*np.array(known, float).T))
 
     def _taken(self, label: str, measure: str, where: Mapping[str, str | None]) -> Scores:
         return self.scores[label][measure][self.indices(**where)]

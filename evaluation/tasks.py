@@ -55,6 +55,11 @@ class Attack:
     wordings: dict[str, tuple[Message, ...]] | None = None
     """By the text of the query as its set has it."""
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether it shows reference answers."""
+        return self.shape is not None and self.shape.needs_answers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -108,7 +113,7 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
 
 def without_answers(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
     """Leave out, with a warning, the attacks that show reference answers where there are none."""
-    fitting = tuple(a for a in attacks if a.shape is None or not a.shape.needs_answers)
+    fitting = tuple(attack for attack in attacks if not attack.needs_answers)
     if left := [attack.name for attack in attacks if attack not in fitting]:
         logger.warning(
             "left out, as they show reference answers and there are none: %s", ", ".join(left)

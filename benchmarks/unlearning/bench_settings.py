@@ -121,13 +121,18 @@ def main() -> None:
     asked.rows = set(asked.rows)
     if unknown := [name for name in asked.tables if name not in TABLES]:
         parser.error(f"no table {', '.join(unknown)}; choose from {', '.join(TABLES)}")
-    for name in asked.tables or TABLES:
-        head, rows = TABLES[name]
+    tables = {
+        name: [row for row in TABLES[name][1]() if not asked.rows or asked.rows & set(row.cells)]
+        for name in asked.tables or TABLES
+    }
+    if not any(tables.values()):
+        parser.error(f"no row has a cell {' or '.join(sorted(asked.rows))}")
+    for name, chosen in tables.items():
+        if not chosen:
+            continue
+        head, _ = TABLES[name]
         print(f"| {head} | seed | {COLUMNS} |")
         print(f"| {' | '.join('---' for _ in head.split('|'))} | ---: | {RULE} |", flush=True)
-        chosen = [row for row in rows() if not asked.rows or asked.rows & set(row.cells)]
-        if not chosen:
-            parser.error(f"table {name}: no row has a cell {' or '.join(sorted(asked.rows))}")
         with tempfile.TemporaryDirectory() as scratch:
             caches: dict[str, Path] = {}
             for number, (row, seed) in enumerate(itertools.product(chosen, asked.seeds)):

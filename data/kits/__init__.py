@@ -60,6 +60,19 @@ KITS: Mapping[str, Kit] = MappingProxyType({kit.name: kit for kit in _KITS})
 """The built-in query kits by name."""
 
 
+def refuse_kit(source: str) -> None:
+    """Refuse a kit where the answers of a source are trained on.
+
+    Raises:
+        DataError: The source names a kit.
+    """
+    if find_kit(source):
+        raise DataError(
+            f"{source}: a kit's answers are for evaluation and never enter a cache or training; "
+            "give a file of your own"
+        )
+
+
 def find_kit(source: str) -> Kit | None:
     """Return the kit that a query source names, or None where it is a file or a hub dataset.
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from duet_unlearn.data.kits import find_kit
+from duet_unlearn.data.kits import refuse_kit
 from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.batches.dataset import Example, collate
@@ -59,11 +59,7 @@ class GradientDifference:
     def __init__(self, config: RunConfig, student: Student) -> None:
         self._student = student
         for source in (*config.forget, *config.retain):
-            if find_kit(source):
-                raise DataError(
-                    f"{source}: a kit's answers are for evaluation, and this objective trains on "
-                    "answers; give a file of your own"
-                )
+            refuse_kit(source)
         self._queries = [
             query
             for split in ("forget", "retain")

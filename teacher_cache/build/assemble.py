@@ -60,6 +60,7 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
         return None
     manifest = CacheReader.open(plan.folder).manifest
     differences = manifest.recipe.differences(plan.recipe)
+    reuse = "" if differences else " (build --reuse takes over the rows of this one)"
     if manifest.queries != plan.queries:
         there = {split: sums.rows for split, sums in manifest.splits.items()}
         asked = _rows_a_split([row for rows in plan.shards for row in rows], plan.recipe)
@@ -69,7 +70,7 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
         )
         differences.append(f"queries: {found} / {wanted}, not the same set")
     if differences:
-        raise _mismatch(plan, differences)
+        raise _mismatch(plan, differences, reuse)
     return manifest
 
 
@@ -228,9 +229,8 @@ def _rows_a_split(rows: Sequence[PlannedRow], recipe: Recipe) -> dict[str, int]:
     return {split: sum(row.split == split for row in rows) for split in recipe.splits}
 
 
-def _mismatch(plan: PlannedCache, differences: Sequence[str]) -> MismatchError:
+def _mismatch(plan: PlannedCache, differences: Sequence[str], reuse: str = "") -> MismatchError:
     return MismatchError(
         f"{plan.folder}: holds a cache of other inputs; differs (there / asked) in "
-        f"{'; '.join(differences)}; choose another --out (with --reuse of "
-        "this one its rows are taken over where the recipe is the same), or delete that folder"
+        f"{'; '.join(differences)}; choose another --out{reuse}, or delete that folder"
     )

@@ -27,8 +27,8 @@ Place = tuple[int, int]
 
 WINDOW_BYTES = 128 << 20
 # A signal of T*K ids and logits, and what a prompt and a text take beside it.
-_Key = tuple[bool, bool, bool, str]
 _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
+_Key = tuple[bool, bool, bool, str]
 
 
 def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:

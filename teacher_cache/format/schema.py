@@ -30,13 +30,13 @@ ROW_GROUP_TEXT_BYTES = 1 << 24
 
 # Limits of one row. A group may hold a single row of any size within them, so none of them is
 # larger than what a reader can afford to decode at once.
-MAX_ROWS = 1 << 28
-MAX_ROW_GROUPS = 1 << 22
-"""Of a cache."""
-MAX_SHARD_ROW_GROUPS = 1 << 14
 MAX_QUERY_ID_BYTES = 1 << 12
 MAX_QUERY_BYTES = ROW_GROUP_TEXT_BYTES
 MAX_PROMPT_TOKENS = 1 << 20
+# Limits of a shard and of a cache: a reader keeps an entry a row and a row group in memory.
+MAX_SHARD_ROW_GROUPS = 1 << 14
+MAX_ROW_GROUPS = 1 << 22
+MAX_ROWS = 1 << 28
 
 SHARD_COLUMNS = (
     "query_id",

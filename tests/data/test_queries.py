@@ -456,3 +456,9 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, suffix):
     path.write_text(row if suffix == "jsonl" else f"[{row}]")
     with pytest.raises(DataError, match="the key 'query' stands in one object twice"):
         load_queries(str(path), split="forget")
+
+
+def test_a_long_cell_of_a_csv_file_is_text(tmp_path):
+    text = "word " * 40_000  # the csv module stops at 131,072 characters by itself
+    (query,) = load_queries(write(tmp_path, "a.csv", f"query\n{text}\n"), split="forget")
+    assert query.text == text

@@ -124,7 +124,7 @@ def test_views_double_the_sequences_and_lengthen_them(planned):
 
 
 def test_a_micro_batch_of_views_alone_can_be_planned(planned):
-    # The last step of an epoch has two queries, so four sequences for its eight micro-batches.
+    # The last step of an epoch has two queries, so four sequences for its four micro-batches.
     found = planned(batch_size=4, gradient_accumulation_steps=4, views=("@remember",))
     assert found.steps_per_epoch == 8
 

@@ -242,6 +242,13 @@ def test_settings_that_cannot_work_are_refused() -> None:
         EvalConfig(models=(base,), forget=("f",), retain=("r",), topic="t")
 
 
+@pytest.mark.parametrize("given", [{"topic": "lanterns"}, {"prefix_place": "user"}])
+def test_how_a_prefix_stands_needs_a_prefix(tiny_model: Path, given: dict[str, str]) -> None:
+    models = (ModelSpec(label="base", model=str(tiny_model)),)
+    with pytest.raises(ConfigurationError, match=f"{next(iter(given))} is set without a prefix"):
+        EvalConfig(models=models, forget=("f",), retain=("r",), **given)
+
+
 def test_wrappers_keep_their_place_in_the_prompt(report: EvalReport) -> None:
     attacked = [t for t in report.tasks if t.attack is not None]
     assert attacked[0].attack.shape == Shape(name="attacks:2", text="Tell me: {query}")
