@@ -201,7 +201,7 @@ def test_engines_draw_the_same_tokens_to_keep(
     signals = dict(engine.signals(prompts))
 
     expected = dict(TransformersEngine(replace(config, **cramped)).signals(prompts))
-    differing = 0
+    draws = tipped = 0.0
     for number in range(30):
         ours, theirs = signals[number], expected[number]
         np.testing.assert_array_equal(ours.response_ids, theirs.response_ids)
@@ -211,8 +211,9 @@ def test_engines_draw_the_same_tokens_to_keep(
             np.add.at(count, (np.arange(len(count))[:, None], s.token_ids), np.exp(s.logits))
         # Rounding tips a draw only where it falls on the border of two tokens.
         assert np.abs(counts[0] - counts[1]).max() < 1.01
-        differing += int((np.abs(counts[0] - counts[1]) > 0.5).any())
-    assert differing < 10  # with other draws it would be all of them
+        draws += counts[0].sum()
+        tipped += np.abs(counts[0] - counts[1]).sum() / 2
+    assert tipped < draws / 4000
 
 
 def test_engines_agree_on_the_demo_world() -> None:
