@@ -121,9 +121,11 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
     def compute() -> str:
         content = read_json(path)
-        return sha256_json({k: v for k, v in content.items() if k not in ("padding", "truncation")})
+        kept = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
+        added = sorted(_tokens_of_configuration(folder, content))
+        return sha256_json(kept | {"tokenizer_config.json": added} if added else kept)
 
-    return _remembered("tokenizer", (path,), compute)
+    return _remembered("tokenizer", _tokenizer_files(folder), compute)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
@@ -134,14 +136,19 @@ def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in SLOW_TOKENIZER_FILES if (folder / name).is_file())
 
 
+def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    return tuple(folder / name for name in names if (folder / name).is_file())
+
+
 def vocabulary_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Fingerprint which token has which id, added tokens with it.
 
     Two tokenizers with the same vocabulary fingerprint mean the same token by an id, whatever
     else differs between them.
     """
-    path = folder / "tokenizer.json"
-    files = (path,) if path.is_file() else _slow_tokenizer_files(folder)
+    fast = (folder / "tokenizer.json").is_file()
+    files = _tokenizer_files(folder) if fast else _slow_tokenizer_files(folder)
 
     def compute() -> str:
         return sha256_json(sorted(_vocabulary(folder, trust_remote_code)))
@@ -153,15 +160,42 @@ def _vocabulary(folder: Path, trust_remote_code: bool) -> set[tuple[int, str]]:
     path = folder / "tokenizer.json"
     if path.is_file():
         content = read_json(path)
-        vocabulary = content.get("model", {}).get("vocab", {})
-        pairs: set[tuple[int, str]]
-        if isinstance(vocabulary, dict):
-            pairs = {(index, token) for token, index in vocabulary.items()}
-        else:  # Unigram models list (token, score) in the order of their ids
-            pairs = {(index, entry[0]) for index, entry in enumerate(vocabulary)}
-        return pairs | {(t["id"], t["content"]) for t in content.get("added_tokens") or ()}
+        return _pairs(content) | _tokens_of_configuration(folder, content)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return {(index, token) for token, index in tokenizer.get_vocab().items()}
+
+
+def _pairs(content: dict[str, Any]) -> set[tuple[int, str]]:
+    """Return id and text of every token of a `tokenizer.json`, added ones with them."""
+    vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        pairs = {(index, token) for token, index in vocabulary.items()}
+    else:  # Unigram models list (token, score) in the order of their ids
+        pairs = {(index, entry[0]) for index, entry in enumerate(vocabulary)}
+    return pairs | {(t["id"], t["content"]) for t in content.get("added_tokens") or ()}
+
+
+def _tokens_of_configuration(folder: Path, content: dict[str, Any]) -> set[tuple[int, str]]:
+    """Return the tokens that only the tokenizer's configuration adds to its `tokenizer.json`.
+
+    Those that it names without an id get one when they are loaded, in the order in which it names
+    them: they stand under -1, -2, ... here.
+    """
+    settings = _read_if_there(folder / "tokenizer_config.json")
+    listed = (settings.get("added_tokens_decoder") or {}).items()
+    known = _pairs(content)
+    with_id = {(int(index), _text(token)) for index, token in listed} - known
+    named = [*_special_tokens(folder).values()]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key)
+        named += more if isinstance(more, list) else []
+    texts = {text for _, text in known | with_id}
+    new = dict.fromkeys(text for text in map(_text, named) if text not in texts)
+    return with_id | {(-1 - number, text) for number, text in enumerate(new)}
+
+
+def _text(token: object) -> str:
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -195,7 +229,7 @@ def _special_tokens(folder: Path) -> dict[str, object]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in _read_if_there(folder / name).items():
             if key.endswith("_token") and not isinstance(value, bool | None):
-                found[key] = value.get("content") if isinstance(value, dict) else value
+                found[key] = _text(value)
             elif key == "extra_special_tokens" and isinstance(value, dict):
                 found |= value
     return found

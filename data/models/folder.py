@@ -88,7 +88,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     weights a second time in a consolidated file.
 
     Raises:
-        DataError: The index is unreadable or names a file that is not there.
+        DataError: The index is unreadable, names a file that is not there, or lies beside a
+            whole model in one file that it does not name.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -96,6 +97,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         )
     names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    whole = folder / "model.safetensors"
+    if whole.is_file() and whole.name not in names:
+        raise DataError(
+            f"model {folder}: both {whole.name} and {index.name} with other files, of which "
+            "libraries take one or the other; remove the one that is not meant"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise DataError(
