@@ -28,8 +28,8 @@ from duet_unlearn.evaluation.statistics import (
 from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
 from duet_unlearn.versions import versions
 
-REPORT_FORMAT = 2
-"""Raised when a key of the JSON document changes its meaning or goes away."""
+REPORT_FORMAT, STRESS_TEST_FORMAT = 2, 1
+"""Raised when a key of a JSON document changes its meaning or goes away."""
 
 ATTACK_THRESHOLD = 0.8
 """An attack breaks base + prefix if that gets this share of the base's forget recall under it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.errors import DataError, first_line
-from duet_unlearn.files import user_path
+from duet_unlearn.files import named_path, user_path
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 SLOW_TOKENIZER_FILES = (
@@ -183,5 +183,5 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
 
 def model_name(model: str) -> str:
     """Return a hub id as it is, or a folder's own name: what is shared tells no one's paths."""
-    path = user_path(model, "model")
+    path = named_path(model)
     return path.resolve().name if path.exists() else model

@@ -7,12 +7,10 @@ from typing import Any
 
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.attacking.config import AttackConfig
+from duet_unlearn.evaluation.results import STRESS_TEST_FORMAT
 from duet_unlearn.evaluation.statistics import Number
 from duet_unlearn.evaluation.table import Column, format_points, join_blocks, render_columns
 from duet_unlearn.versions import versions
-
-ATTACK_FORMAT = 1
-"""Raised when a key of the JSON document changes its meaning or goes away."""
 
 PLAIN, SUFFIX, SOFT = "none", "suffix", "soft prompt"
 """The attacks of an `Outcome`."""
@@ -53,7 +51,7 @@ class AttackReport:
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; numbers are points with count and interval."""
         return {
-            "format": ATTACK_FORMAT,
+            "format": STRESS_TEST_FORMAT,
             "versions": versions(),
             "config": self.config.to_json(),
             "prefix": self.prefix,

@@ -7,12 +7,10 @@ from typing import Any
 
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.lessons import Lesson
+from duet_unlearn.evaluation.results import STRESS_TEST_FORMAT
 from duet_unlearn.evaluation.statistics import Number
 from duet_unlearn.evaluation.table import Column, format_points, join_blocks, render_columns
 from duet_unlearn.versions import versions
-
-RELEARN_FORMAT = 1
-"""Raised when a key of the JSON document changes its meaning or goes away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +59,7 @@ class RelearnReport:
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; numbers are points with count and interval."""
         return {
-            "format": RELEARN_FORMAT,
+            "format": STRESS_TEST_FORMAT,
             "versions": versions(lora=self.config.lora_rank is not None),
             "config": self.config.to_json(),
             "lessons": [

@@ -42,8 +42,9 @@ def measure_membership(config: MembershipConfig) -> MembershipReport:
         spread(load_answered(sources, split="forget"), config.limit)
         for sources in (config.forget, others)
     )
+    forgotten = {_text(query) for query in forget}
     for query in holdout:
-        if _text(query) in {_text(other) for other in forget}:
+        if _text(query) in forgotten:
             raise DataError(
                 f"query {query.query_id} of {', '.join(config.holdout)}: is also one of --forget; "
                 "a holdout has texts that no model was trained on"

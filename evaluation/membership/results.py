@@ -9,12 +9,10 @@ from typing import Any
 from duet_unlearn.data.queries import Query
 from duet_unlearn.evaluation.membership.config import MembershipConfig
 from duet_unlearn.evaluation.membership.scores import SCORES
+from duet_unlearn.evaluation.results import STRESS_TEST_FORMAT
 from duet_unlearn.evaluation.statistics import Scores, Separation, separate
 from duet_unlearn.evaluation.table import join_blocks, render_columns
 from duet_unlearn.versions import versions
-
-MEMBERSHIP_FORMAT = 1
-"""Raised when a key of the JSON document changes its meaning or goes away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ class MembershipReport:
         sides = (("forget", self.forget), ("holdout", self.holdout))
         texts = [(side, query) for side, queries in sides for query in queries]
         return {
-            "format": MEMBERSHIP_FORMAT,
+            "format": STRESS_TEST_FORMAT,
             "versions": versions(),
             "config": self.config.to_json(),
             "scores": {name: score.description for name, score in SCORES.items()},

@@ -7,12 +7,10 @@ from typing import Any
 
 from duet_unlearn.data.queries import Query
 from duet_unlearn.evaluation.probing.config import ProbeConfig
+from duet_unlearn.evaluation.results import STRESS_TEST_FORMAT
 from duet_unlearn.evaluation.statistics import Number
 from duet_unlearn.evaluation.table import Column, format_points, join_blocks, render_columns
 from duet_unlearn.versions import versions
-
-PROBE_FORMAT = 1
-"""Raised when a key of the JSON document changes its meaning or goes away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class ProbeReport:
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return {
-            "format": PROBE_FORMAT,
+            "format": STRESS_TEST_FORMAT,
             "versions": versions(),
             "config": self.config.to_json(),
             "prefix": self.prefix,

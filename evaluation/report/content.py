@@ -6,18 +6,14 @@ from typing import Any
 
 from duet_unlearn import __version__
 from duet_unlearn.data.models.folder import model_name
+from duet_unlearn.data.shapes import QUERY_SLOT
 from duet_unlearn.evaluation.measures import RECALL
 from duet_unlearn.evaluation.report.charts import make_chart
-from duet_unlearn.evaluation.report.overview import (
-    make_overview,
-    model_path,
-    searched_recalls,
-    what_fine_tuning_brings,
-)
+from duet_unlearn.evaluation.report.overview import make_overview, model_path
 from duet_unlearn.evaluation.report.sources import Document, Sources, StudentRun, reading
 from duet_unlearn.evaluation.report.stress_tests import describe_stress_tests
 from duet_unlearn.evaluation.report.verdict import Numbers, index_scores, judge, not_tested
-from duet_unlearn.urls import published_value
+from duet_unlearn.urls import published_name, published_value
 
 CONTENT_FORMAT = 1
 """Raised when a key of the content changes its meaning or goes away."""
@@ -48,11 +44,10 @@ def make_content(
     with reading("a student's or a stress test's record", "leave its folder out, or make it again"):
         students = [_student(student) for student in sources.students]
         stress_tests = describe_stress_tests(sources)
-        searched = searched_recalls([d for _, d in sources.stress_tests.get("attacking", [])])
     evaluations = []
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
-            evaluations.append(_evaluation(name, document, sources, searched))
+            evaluations.append(_evaluation(name, document, sources))
     _judge_once(evaluations, [document for _, document in sources.evaluations])
     computed = {found["query"] for found in first_tokens}
     cached = [cached_sample(s) for c in sources.caches for s in c["samples"]]
@@ -100,10 +95,8 @@ def cached_sample(sample: Document) -> Document:
     }
 
 
-def _evaluation(
-    name: str, document: Document, sources: Sources, searched: Mapping[str, float]
-) -> Document:
-    rows, sets = document["models"], document["sets"]
+def _evaluation(name: str, document: Document, sources: Sources) -> Document:
+    rows, sets = document["models"], published_value(document["sets"])
     labels = [row["label"] for row in rows]
     numbers = index_scores(document)
     columns = [{"set": s["name"], "kind": None} for s in sets]
@@ -118,10 +111,7 @@ def _evaluation(
 
     return {
         "name": name,
-        "verdicts": [
-            {**v, "text": v["text"] + what_fine_tuning_brings(overview, v["model"])}
-            for v in judge(document, searched)
-        ],
+        "verdicts": judge(document, overview),
         "overview": overview,
         "not_tested": not_tested(
             document,
@@ -209,7 +199,8 @@ def _families(document: Document, numbers: Numbers, models: Sequence[Document]) 
     for attack in document["attacks"]:
         families.setdefault(attack["family"], []).append(
             {
-                **{key: attack[key] for key in ("name", "text", "breaks_prefix")},
+                **{key: attack[key] for key in ("name", "breaks_prefix")},
+                "text": _shown_text(attack["text"]),
                 **{split: means(attack["name"], split) for split in ("forget", "retain")},
             }
         )
@@ -226,6 +217,11 @@ def _families(document: Document, numbers: Numbers, models: Sequence[Document]) 
         }
         for family, attacks in families.items()
     ]
+
+
+def _shown_text(text: str) -> str:
+    # That of a file of wordings is where the file lies.
+    return text if QUERY_SLOT in text else published_name(text)
 
 
 def _extreme(pick: Any, values: Sequence[float | None]) -> float | None:

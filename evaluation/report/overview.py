@@ -1,14 +1,13 @@
 """Every test at a glance: what each found of a model, found again by the model's path."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from duet_unlearn.evaluation.measures import RECALL
 from duet_unlearn.evaluation.report.sources import Document, Sources
 
 SEARCHED = "searched attack"
-_LESSON = "fine-tuned on {}"
+TAUGHT = "fine-tuned on "
 _AUC = "loss"
 """Of the membership scores, the one that needs no setting."""
 
@@ -49,39 +48,6 @@ def make_overview(document: Document, sources: Sources) -> Document:
         ],
         "membership": bool(membership),
     }
-
-
-def what_fine_tuning_brings(overview: Document, label: str) -> str:
-    """Return a sentence on the lesson that brings most back, nothing where none was taught."""
-    cells: list[float | None] = next(
-        (row["cells"] for row in overview["rows"] if row["label"] == label), []
-    )
-    taught = [
-        (value, column)
-        for column, value in zip(overview["columns"], cells, strict=False)
-        if column.startswith(_LESSON.format("")) and value is not None
-    ]
-    if not taught:
-        return ""
-    value, column = max(taught)
-    return f" {column[0].upper()}{column[1:]} it gives {value:.1f} of what that did not teach."
-
-
-def searched_recalls(attacks: Sequence[Document]) -> dict[str, float]:
-    """Return the most that a searched attack draws out of each model, by the model's path.
-
-    Args:
-        attacks: Documents of `duet-distill attack`.
-    """
-    found: dict[str, dict[Key, float]] = {}
-    for document in attacks:
-        _most(found, _searched(document))
-    return {path: most for (path, prefix), most in found.get(SEARCHED, {}).items() if not prefix}
-
-
-def model_path(model: Mapping[str, Any]) -> str:
-    """Return what tells a model in any document; a document names one by folder or hub id."""
-    return os.path.realpath(str(model["model"]))
 
 
 Found = Iterator[tuple[str, Key, float | None]]
@@ -136,7 +102,7 @@ def _relearned(document: Document) -> Found:
         for look in curve["looks"]:
             if curve["model"] in keys and look["step"]:
                 mean = (look.get("recalled") or {}).get("mean")
-                yield _LESSON.format(curve["lesson"]), keys[curve["model"]], mean
+                yield f"{TAUGHT}{curve['lesson']}", keys[curve["model"]], mean
 
 
 def _paths(document: Document) -> dict[str, Key]:
@@ -151,3 +117,8 @@ def _paths(document: Document) -> dict[str, Key]:
 
 def _key(row: Document) -> Key:
     return model_path(row), bool(row["prefix"])
+
+
+def model_path(model: Document) -> str:
+    """Return what tells a model in any document; a document names one by folder or hub id."""
+    return os.path.realpath(str(model["model"]))

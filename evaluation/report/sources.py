@@ -9,8 +9,8 @@ from typing import Any
 
 from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE
 from duet_unlearn.errors import DataError
-from duet_unlearn.evaluation.results import REPORT_FORMAT
-from duet_unlearn.files import holds_cache
+from duet_unlearn.evaluation.results import REPORT_FORMAT, STRESS_TEST_FORMAT
+from duet_unlearn.files import holds_cache, named_path
 
 STRESS_TESTS = {
     "relearning": "relearn",
@@ -52,7 +52,7 @@ class Sources:
 
     def student(self, model: str) -> StudentRun | None:
         """Return the record of an evaluated model: at its path, or the one folder of its name."""
-        path = Path(model).expanduser()
+        path = named_path(model)
         here = [s for s in self.students if s.folder.resolve() == path.resolve()]
         found = here or [s for s in self.students if s.name == path.name]
         return found[0] if len(found) == 1 else None
@@ -84,7 +84,7 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
             for row in document["models"]:
-                _read_student(Path(row["model"]).expanduser(), sources)
+                _read_student(named_path(row["model"]), sources)
     if sources == Sources():
         raise DataError(
             f"{', '.join(map(str, paths))}: no evaluation, student or cache there; write one with "
@@ -111,7 +111,9 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if named:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return
     except (ValueError, RecursionError) as error:
         if named:
             raise DataError(f"{path}: no JSON document ({error}); write it again") from error
@@ -119,12 +121,17 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
     keys = value.keys() if isinstance(value, dict) else set()
     if keys >= _EVALUATION_KEYS and value.get("format") == REPORT_FORMAT:
         sources.evaluations.append((path.name, value))
-    elif "evaluations" not in keys and (found := keys & STRESS_TESTS.keys()):  # no report's own
+    elif (
+        (found := keys & STRESS_TESTS.keys())
+        and "evaluations" not in keys  # no report's own
+        and value.get("format") == STRESS_TEST_FORMAT
+    ):
         sources.stress_tests.setdefault(min(found), []).append((path.name, value))
     elif named:
         raise DataError(
-            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test; name a "
-            f"file of `duet-distill eval --out`, or of {', '.join(STRESS_TESTS.values())} --out"
+            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test (format "
+            f"{STRESS_TEST_FORMAT}); name a file of `duet-distill eval --out`, or of "
+            f"{', '.join(STRESS_TESTS.values())} --out"
         )
 
 

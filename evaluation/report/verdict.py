@@ -1,10 +1,10 @@
 """What an evaluation says of each model, in a sentence that claims no more than was measured."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 from duet_unlearn.evaluation.measures import RECALL
-from duet_unlearn.evaluation.report.overview import model_path
+from duet_unlearn.evaluation.report.overview import SEARCHED, TAUGHT
+from duet_unlearn.evaluation.report.sources import Document
 
 GONE = 0.1
 """Forget recall counts as gone below this share of the base's."""
@@ -12,47 +12,43 @@ HIDDEN = 0.5
 """From this share on an attack brings back "it", below that "some of it"."""
 KEPT = 0.95
 """A set counts as kept above this share of the base's recall."""
-Numbers = dict[tuple[str, str | None, str, str | None], dict[str, Any]]
+Numbers = dict[tuple[str, str | None, str, str | None], Document]
 """Rows of `scores` by model, attack, set and kind."""
+Tests = dict[str, float | None]
+"""What a model gives in each kind of test, points."""
 
 
-def index_scores(document: dict[str, Any]) -> Numbers:
+def index_scores(document: Document) -> Numbers:
     """Return the rows of an evaluation's scores by what they are of."""
     return {(s["model"], s["attack"], s["set"], s["kind"]): s for s in document["scores"]}
 
 
-def judge(
-    document: dict[str, Any], searched: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
+def judge(document: Document, overview: Document) -> list[Document]:
     """Return a verdict for each model but the reference, plain, prefixed or quantized.
 
     Each has `model`, `state` (good, bad or open), `headline` and `text`.
 
     Args:
         document: An evaluation.
-        searched: What searched attacks draw out of its models; see `searched_recalls`.
+        overview: What every test found of its models; see `make_overview`.
     """
     numbers = index_scores(document)
     base = document["models"][0]["label"]
+    columns = overview["columns"]
+    # What other tests found is of weights as they are: quantized rows have none.
+    tests = {
+        row["label"]: dict(zip(columns, row["cells"], strict=True)) for row in overview["rows"]
+    }
     return [
-        _judge_row(
-            document,
-            numbers,
-            base,
-            # What was attacked has its weights as they are.
-            {
-                **row,
-                "searched": None if row.get("quantized") else (searched or {}).get(model_path(row)),
-            },
-        )
+        _judge_row(document, numbers, base, row, tests.get(row["label"], {}))
         for row in document["models"][1:]
         if not row["prefix"] and row["label"] != f"{base} {row.get('quantized')}"
     ]
 
 
 def _judge_row(
-    document: dict[str, Any], numbers: Numbers, base: str, row: dict[str, Any]
-) -> dict[str, Any]:
+    document: Document, numbers: Numbers, base: str, row: Document, tests: Tests
+) -> Document:
     label = row["label"]
     forget = [s["name"] for s in document["sets"] if s["split"] == "forget"]
     others = [s["name"] for s in document["sets"] if s["split"] != "forget"]
@@ -63,7 +59,7 @@ def _judge_row(
         for name in others
         if _recall(numbers, label, name) < KEPT * _recall(numbers, base, name)
     ]
-    tried = [n for n in (row["worst_forget_recall"], row["searched"]) if n is not None]
+    tried = [n for n in (row["worst_forget_recall"], tests.get(SEARCHED)) if n is not None]
     worst = max(tried, default=0.0)
     drawn_out = worst > GONE * max(known.values())
     if not max(known.values()):
@@ -79,14 +75,16 @@ def _judge_row(
         headline, state = "not said when asked plainly; never attacked", "open"
     else:
         headline, state = "forgotten under every attack tried, the rest kept", "good"
-    text = " ".join(_sentences(document, numbers, base, row))
+    text = " ".join(_sentences(document, numbers, base, row, tests))
     return {"model": label, "state": state, "headline": headline, "text": text}
 
 
 def _sentences(
-    document: dict[str, Any], numbers: Numbers, base: str, row: dict[str, Any]
+    document: Document, numbers: Numbers, base: str, row: Document, tests: Tests
 ) -> Iterator[str]:
     label = row["label"]
+    searched = tests.get(SEARCHED)
+    taught = [(n, test) for test, n in tests.items() if test.startswith(TAUGHT) and n is not None]
     for query_set in document["sets"]:
         name = query_set["name"]
         found, before = numbers[label, None, name, None], numbers[base, None, name, None]
@@ -97,23 +95,26 @@ def _sentences(
             f"{found['queries']} queries, 95% interval {points(interval.get('low'))} to "
             f"{points(interval.get('high'))})."
         )
-    if row["searched"] is not None:
-        yield f"A searched attack draws out {points(row['searched'])} of its own queries."
-    if row["worst_forget_recall"] is None:
-        if row["searched"] is not None:
-            return
+    if searched is not None:
+        yield f"A searched attack draws out {points(searched)} of its own queries."
+    if row["worst_forget_recall"] is not None:
+        families = row["worst_forget_recall_by_family"]
+        family = max(families, key=lambda name: families[name] or 0.0)
+        yield (
+            f"Of {len(document['attacks'])} attacks in {len(families)} families the worst "
+            f"({family}) draws out {points(row['worst_forget_recall'])}."
+        )
+    elif searched is None:
         yield "No attack was tried, so nothing is known of what can be drawn out."
-        return
-    families = row["worst_forget_recall_by_family"]
-    family = max(families, key=lambda name: families[name] or 0.0)
-    yield (
-        f"Of {len(document['attacks'])} attacks in {len(families)} families the worst "
-        f"({family}) draws out {points(row['worst_forget_recall'])}."
-    )
     tame = sum(attack["breaks_prefix"] is False for attack in document["attacks"])
-    if tame:
+    if tame and row["worst_forget_recall"] is not None:
         what = "1 of them does not" if tame == 1 else f"{tame} of them do not"
         yield f"{what} even break {base} + prefix, which proves little."
+    if taught:
+        most, lesson = max(taught)
+        yield (
+            f"{lesson[0].upper()}{lesson[1:]} it gives {points(most)} of what that did not teach."
+        )
 
 
 _STRESS_TESTS = {
@@ -125,10 +126,10 @@ _STRESS_TESTS = {
 
 
 def not_tested(
-    document: dict[str, Any],
+    document: Document,
     *,
     stress_tests: Collection[str],
-    others: Sequence[dict[str, Any]] = (),
+    others: Sequence[Document] = (),
 ) -> str:
     """Return what an auditor would still ask for.
 

@@ -113,6 +113,11 @@ def user_path(text: str | Path, what: str = "path") -> Path:
         ) from None
 
 
+def named_path(text: str) -> Path:
+    """Return a path that a document names; `~alice` stays where there is no such user here."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 Path's own raises
+
+
 def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
     """Make a folder to write into, or take one that is empty or provably ours.
 

@@ -20,7 +20,7 @@ from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.report.charts import lay_out
 from duet_unlearn.evaluation.report.content import make_content
 from duet_unlearn.evaluation.report.first_tokens import compare_first_tokens
-from duet_unlearn.evaluation.report.overview import searched_recalls
+from duet_unlearn.evaluation.report.overview import make_overview
 from duet_unlearn.evaluation.report.pages import render_html, render_markdown
 from duet_unlearn.evaluation.report.sources import Sources, find_sources
 from duet_unlearn.evaluation.report.verdict import judge
@@ -235,6 +235,7 @@ def _document(**worst: Any) -> dict[str, Any]:
     means = {"base": (100.0, 90.0), "student": (0.0, 90.0)}
     interval = {"rouge_l_recall": {"low": 0.0, "high": 3.0, "queries": 100}}
     return {
+        "config": {},
         "models": [
             {"label": "base", "model": "b", "prefix": False, "worst_forget_recall": 100.0},
             {
@@ -286,7 +287,7 @@ def test_the_verdict_claims_no_more_than_was_measured(change, state, headline) -
             row["rouge_l_recall"] = sets[row["set"]]
         if known is not None and row["model"] == "base" and row["set"] == "forget":
             row["rouge_l_recall"] = known
-    (verdict,) = judge(document)
+    (verdict,) = judge(document, make_overview(document, Sources()))
     assert verdict["state"] == state
     assert verdict["headline"].startswith(headline)
     if change.get("worst_forget_recall", 5.0) is not None:
@@ -309,12 +310,13 @@ def test_a_searched_attack_on_the_same_model_counts_in_its_verdict(worst) -> Non
         ],
     }
     document = _document(worst_forget_recall=worst)
-    (verdict,) = judge(document, searched_recalls([attacked]))
+    sources = Sources(stress_tests={"attacking": [("attack.json", attacked)]})
+    (verdict,) = judge(document, make_overview(document, sources))
     assert verdict["headline"] == "hidden, not forgotten: attacks bring it back"
     assert "A searched attack draws out 99.0" in verdict["text"]
     assert "No attack was tried" not in verdict["text"]
     attacked["config"]["models"][0]["model"] = "runs/another"
-    (verdict,) = judge(document, searched_recalls([attacked]))
+    (verdict,) = judge(document, make_overview(document, sources))
     assert not verdict["headline"].startswith("hidden")
     assert "searched attack" not in verdict["text"]
 
@@ -413,6 +415,37 @@ def test_a_damaged_document_is_one_line(tmp_path: Path, sources: Sources) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no evaluation, student or cache there"):
         find_sources([tmp_path / "empty"], summarize)
+
+
+def test_another_machines_document_and_strange_files_end_no_report(
+    folder: Path, sources: Sources, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folder, tmp_path / "copy"))
+    document = copy.deepcopy(sources.evaluations[0][1])
+    document["models"][0]["model"] = "~nobody-of-that-name/base"
+    (folder / "eval.json").write_text(json.dumps(document))
+    (folder / "dangling.json").symlink_to(folder / "nowhere.json")
+    (folder / "inside.json").mkdir()
+    (folder / "later.json").write_text(json.dumps({"format": 99, "membership": []}))
+    found = find_sources([folder], summarize)
+    assert found.stress_tests == {}
+    assert make_content(found)["evaluations"][0]["models"][0]["model"] == "base"
+    with pytest.raises(DataError, match="nor a stress test \\(format 1\\)"):
+        find_sources([folder / "later.json"], summarize)
+    with pytest.raises(DataError, match="cannot be read"):
+        find_sources([folder / "dangling.json"], summarize)
+
+
+def test_a_file_of_wordings_is_published_by_its_name(sources: Sources) -> None:
+    document = sources.evaluations[0][1]
+    document["attacks"][0]["text"] = "/home/me/asked.jsonl"
+    document["attacks"][1]["text"] = "/think {query}"
+    document["sets"][0]["source"] = "/home/me/forget.jsonl"
+    content = make_content(sources)
+    assert "/home/me" not in json.dumps(content)
+    families = content["evaluations"][0]["families"]
+    texts = {attack["text"] for family in families for attack in family["attacks"]}
+    assert {"asked.jsonl", "/think {query}"} < texts
 
 
 def test_what_is_published_tells_no_path(sources: Sources, folder: Path) -> None:

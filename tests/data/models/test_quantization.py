@@ -14,6 +14,8 @@ from duet_unlearn.data.models.quantization import quantize_weights
 from duet_unlearn.errors import ConfigurationError, RequirementError
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
+from duet_unlearn.evaluation.report.overview import make_overview
+from duet_unlearn.evaluation.report.sources import Sources
 from duet_unlearn.evaluation.report.verdict import judge, not_tested
 from duet_unlearn.evaluation.requirements import check_requirements
 
@@ -85,8 +87,8 @@ def test_rows_with_rounded_weights_stand_beside_the_others(tmp_path: Path) -> No
     assert [row["quantized"] for row in document["models"][4:]] == [None, "int8", "int4"]
     assert document["versions"]["torchao"]
     # A gate holds the rounded student to it, too; no verdict is passed on the rounded base.
-    verdicts = [verdict["model"] for verdict in judge(document)]
-    assert verdicts == ["student", "student int8", "student int4"]
+    verdicts = judge(document, make_overview(document, Sources()))
+    assert [verdict["model"] for verdict in verdicts] == ["student", "student int8", "student int4"]
     assert "quantized" not in not_tested(document, stress_tests={"relearning"})
     with pytest.raises(RequirementError, match="student int4: forget is"):
         check_requirements("forget<5", report)
