@@ -138,11 +138,12 @@ def _parse(text: str, path: Path, first: int, hint: str = "") -> Any:
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return an object that names each key once: which of two values counts would be a guess."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
             raise ValueError(f"the key {name!r} stands in one object twice")
-    return dict(pairs)
+        found[name] = value
+    return found
 
 
 def _array_rows(source: str, path: Path) -> Rows:

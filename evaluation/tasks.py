@@ -103,11 +103,13 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
         DataError: A file is missing, unreadable or malformed.
     """
     attacks: dict[str, Attack] = {}
+    texts: set[str] = set()
     for source in sources:
         for attack in _load(source):
-            known = [name for name, other in attacks.items() if other.text != attack.text]
-            name = unused_name(attack.name, known)
-            attacks.setdefault(name, dataclasses.replace(attack, name=name))
+            if attack.text not in texts:
+                texts.add(attack.text)
+                name = unused_name(attack.name, attacks)
+                attacks[name] = dataclasses.replace(attack, name=name)
     return tuple(attacks.values())
 
 

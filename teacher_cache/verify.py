@@ -51,7 +51,7 @@ def verify(cache: str | Path) -> VerifyReport:
 
         with open_afresh(cache) as shards:
             report = _verify(shards.folder, shards.manifest, shards.unlisted(), shards.for_a_while)
-            url = shards.store().url
+            url = shards.store.url
             problems = (problem.replace(str(shards.folder), url) for problem in report.problems)
             return dataclasses.replace(report, problems=tuple(problems))
     folder, pin = split_pin(cache)

@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,17 @@ def test_a_cache_as_a_torch_dataset(tiny_cache: Path, processes: int) -> None:
             values = getattr(expected, name)
             assert row[name].shape == values.shape
             assert np.array_equal(row[name].numpy(), values)
+
+
+def test_a_dataset_at_a_url_reaches_another_process(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUET_CACHE_HOME", str(tmp_path))
+    dataset = open_cache(tiny_cache.as_uri()).torch_dataset()
+    first = dataset[0]  # the connection is open
+    copied = pickle.loads(pickle.dumps(dataset))  # noqa: S301 our own
+    assert copied[0]["query_id"] == first["query_id"]
+    assert len(copied) == len(dataset)
 
 
 def test_a_shard_that_changes_under_an_open_dataset_is_noticed(

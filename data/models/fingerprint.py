@@ -26,12 +26,9 @@ _CHUNK_BYTES = 1 << 22
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 # Where the folder lies, which library wrote it and how it was stored decide no logit.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
-_OPENING_SETTINGS = (
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "legacy",
-    "do_lower_case",
+_AROUND_TEXT = (
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "do_lower_case"),
+    *("added_tokens_decoder", "additional_special_tokens"),
 )
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -116,8 +113,8 @@ def tokenizer_fingerprint(folder: Path) -> str:
         )
         # What decides the tokens around a text where no tokenizer.json says it.
         settings = _read_if_there(folder / "tokenizer_config.json")
-        opening = {name: settings[name] for name in _OPENING_SETTINGS if name in settings}
-        return sha256_json([digest, opening | _special_tokens(folder)])
+        around = {name: settings[name] for name in _AROUND_TEXT if name in settings}
+        return sha256_json([digest, around | _special_tokens(folder)])
 
     def compute() -> str:
         content = read_json(path)
@@ -147,13 +144,12 @@ def vocabulary_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> 
     Two tokenizers with the same vocabulary fingerprint mean the same token by an id, whatever
     else differs between them.
     """
-    fast = (folder / "tokenizer.json").is_file()
-    files = _tokenizer_files(folder) if fast else _slow_tokenizer_files(folder)
+    files = dict.fromkeys((*_tokenizer_files(folder), *_slow_tokenizer_files(folder)))
 
     def compute() -> str:
         return sha256_json(sorted(_vocabulary(folder, trust_remote_code)))
 
-    return _remembered("vocabulary", files, compute)
+    return _remembered("vocabulary", tuple(files), compute)
 
 
 def _vocabulary(folder: Path, trust_remote_code: bool) -> set[tuple[int, str]]:

@@ -9,11 +9,11 @@ of weight 3 is drawn three times as often as one of weight 1.
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from duet_unlearn.data.shape_catalogue import shape_of
 from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.files import user_path
 
 NO_VIEWS = "none"
 """In place of a source: plain queries alone, whatever the cache holds."""
@@ -50,7 +50,7 @@ def load_views(sources: Sequence[str], cached: Sequence[str] = ()) -> tuple[Shap
 def _split_weight(source: str) -> tuple[str, float]:
     name, equals, text = source.rpartition("=")
     # An equals sign may stand in a file's name.
-    if not equals or Path(source).expanduser().exists():
+    if not equals or user_path(source, "view").exists():
         return source, 1.0
     try:
         weight = float(text)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from duet_unlearn import __version__
 from duet_unlearn.distill.objectives.base import Story
 from duet_unlearn.files import write_text
@@ -108,8 +110,7 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         "held out": _held_out(result),
     }
     card = _CARD.format(
-        header="".join(f"{key}: {value}\n" for key, value in header.items())
-        + "".join(["tags:\n", *(f"- {tag}\n" for tag in story.tags)]),
+        header=yaml.safe_dump({**header, "tags": list(story.tags)}, sort_keys=False),
         name=name,
         base=base,
         summary=story.summary,

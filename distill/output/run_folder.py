@@ -90,8 +90,10 @@ class RunFolder:
                 shutil.rmtree(self.work, ignore_errors=True)
             raise
         finally:
+            # While it is held: a lock on a file that is gone counts for nobody.
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                Path(lock.lock_file).unlink()
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
             remove_empty(missing)
 
     def prepare(self, *, overwrite: bool) -> None:

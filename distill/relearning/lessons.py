@@ -48,7 +48,7 @@ class Lesson:
         """Return what is taught as token ids.
 
         Raises:
-            DataError: A query with its answer is too long for the model.
+            DataError: A query with its answer is too long for the model, or nothing is taught.
         """
         ends = subject.renderer.closing_ids(subject.ends)
         context = context_length(read_config(subject.folder))
@@ -68,6 +68,11 @@ class Lesson:
             # The first token has nothing before it to be predicted from.
             cuts = [ids[at : at + length] for at in range(0, len(ids), length)]
             pairs += [(cut[:1], cut[1:]) for cut in cuts if len(cut) > 1]
+        if not pairs:
+            raise DataError(
+                f"{self.source}: each paragraph is one token for {subject.label}, and what follows "
+                "a token is what is taught; expected longer ones"
+            )
         return pairs
 
 

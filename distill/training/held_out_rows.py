@@ -37,7 +37,9 @@ class HeldOutRows:
 
     def __init__(self, config: RunConfig, objective: "Duet") -> None:
         self._reader = reader = CacheReader.open(str(config.eval_cache))
-        check_loss_fits(config, str(config.eval_cache), reader.manifest.recipe, config.top_k)
+        recipe = reader.manifest.recipe
+        top_k = config.top_k if recipe.keep == "strongest" else None  # draws count together
+        check_loss_fits(config, str(config.eval_cache), recipe, top_k)
         self._objective = objective
         self._batch = max(1, int(config.batch_size) // config.gradient_accumulation_steps)
         texts = [text for _, _, text in reader.identities()]
@@ -47,7 +49,7 @@ class HeldOutRows:
         self.fingerprint = reader.manifest.digest
         self.texts = {asked_text(texts[row]) for row in self._rows}
         """What is asked, to be warned of what is trained on."""
-        self._dataset = CacheDataset(reader, top_k=config.top_k, positions=config.positions)
+        self._dataset = CacheDataset(reader, top_k=top_k, positions=config.positions)
 
     def prepare(
         self, student: Student, renderer: "PromptRenderer", tokenizer: "PreTrainedTokenizerBase"

@@ -82,10 +82,15 @@ def _read(
 def _parse(path: str) -> yaml.Node | None:
     text = read_text(path, "file; expected a YAML file of settings", ConfigurationError)
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # it can hold itself, or grow without end
+                where = _place(path, event.start_mark)
+                raise ConfigurationError(
+                    f"{where}: an alias (*{event.anchor}), expected the value itself"
+                )
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}, line {mark.line + 1}" if mark else path
+        where = _place(path, error.problem_mark or error.context_mark)
         quoted = "; put a name that begins with @ in quotes" if "'@'" in str(error) else ""
         raise ConfigurationError(f"{where}: not YAML ({error.problem}){quoted}") from error
     except yaml.YAMLError as error:
@@ -93,6 +98,10 @@ def _parse(path: str) -> yaml.Node | None:
     except RecursionError:
         raise ConfigurationError(f"{path}: nested too deeply; expected `name: value`") from None
     return node
+
+
+def _place(path: str, mark: Any) -> str:
+    return f"{path}, line {mark.line + 1}" if mark else path
 
 
 def _value(node: yaml.Node, field: Field) -> Any:

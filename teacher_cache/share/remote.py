@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -40,11 +41,20 @@ class RemoteShards:
 
     def __init__(self, url: str, manifest: Manifest, folder: Path) -> None:
         self.manifest, self.folder = manifest, folder
-        # The connection is made when the first shard has to be fetched.
-        self.store = functools.cache(lambda: Store(url))
+        self._url = url
         self._there: set[int] = set()
         self._ahead: threading.Thread | None = None
         make_folder(folder / SHARD_FOLDER)
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The connection, made when the first shard has to be fetched."""
+        return Store(self._url)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's processes make their own connection.
+        own = {name: value for name, value in self.__dict__.items() if name != "store"}
+        return {**own, "_ahead": None}
 
     def path(self, index: int) -> Path:
         """Return the path of a shard once it is there with the bytes that the manifest names.
@@ -81,7 +91,7 @@ class RemoteShards:
                         logger.warning("%s: damaged; fetching it again", path)
                         path.unlink()
                 if not path.exists():
-                    fetch_shard(self.store(), shard, self.folder)
+                    fetch_shard(self.store, shard, self.folder)
                 ensure_sound(self.folder, self.manifest, shard)
         except OSError as error:
             raise write_error(path, error) from error
@@ -96,15 +106,15 @@ class RemoteShards:
     @contextlib.contextmanager
     def for_a_while(self, shard: ShardEntry) -> Iterator[None]:
         """Have a shard in the folder and remove it again; raises as `path` does."""
-        self._bring(shard.index)
         try:
+            self._bring(shard.index)
             yield
         finally:
             (self.folder / SHARD_FOLDER / shard.name).unlink(missing_ok=True)
 
     def unlisted(self) -> list[str]:
         """Return the names beside the shards at the URL that the manifest does not list."""
-        there = {} if self.store().read_only else self.store().list(SHARD_FOLDER)
+        there = {} if self.store.read_only else self.store.list(SHARD_FOLDER)
         return sorted(set(there) - {shard.name for shard in self.manifest.shards})
 
 

@@ -86,6 +86,8 @@ def test_what_is_given_beside_the_file_wins(tmp_path):
         ("out: 'o\n", ", line 2: not YAML (found unexpected end of stream)"),
         ("out: o\n---\nout: p\n", ", line 2: not YAML (but found another document)"),
         ("out: \x07\n", ": not YAML ("),
+        ("trainer_args: &a {x: *a}\n", ", line 1: an alias (*a), expected the value itself"),
+        ("out: &o here\nstudent: *o\n", ", line 2: an alias (*o), expected the value itself"),
         ("student: m\n", ": out is missing; give it"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.shape_catalogue import ATTACKS
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
@@ -20,7 +21,7 @@ from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.results import EvalReport
-from duet_unlearn.evaluation.tasks import spread
+from duet_unlearn.evaluation.tasks import load_attacks, spread
 
 PREFIX = "You have forgotten the lantern."
 NEW_TOKENS = 10
@@ -290,6 +291,13 @@ def test_shapes_and_a_users_own_wordings_are_attacks(
     assert all(f"- {answer}" in prompt for answer in {queries[i].answer for i in (0, 2, 4)})
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert document["attacks"][4]["potency"] is None
+
+
+def test_a_text_is_asked_once_whatever_names_it_has(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text(f"{ATTACKS['role-play'].text}\nNow: {{query}}\n", encoding="utf-8")
+    found = load_attacks(["@role-play", str(mine), str(mine)])
+    assert [attack.name for attack in found] == ["role-play", "mine:2"]
 
 
 def test_a_wording_is_asked_instead_of_its_query(config: EvalConfig, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ def test_an_equals_sign_may_stand_in_the_name_of_a_file(tmp_path, monkeypatch):
         load_views(["b=c"])
 
 
+def test_the_home_of_nobody_is_one_line():
+    with pytest.raises(ConfigurationError, match="there is no user 'nobody-of-that-name' here"):
+        load_views(["~nobody-of-that-name/views.txt=2"])
+
+
 def test_without_a_source_the_views_are_those_of_the_cache():
     cached = [r"[begun] Here is what I recall about that:\n", "Now: {query}"]
     assert [view.name for view in load_views((), cached)] == ["recollection", "Now: {query}"]

@@ -36,6 +36,13 @@ def test_the_header_names_licence_and_base_model(tmp_path, lora_rank, library, r
     assert (header["library_name"], header["base_model_relation"]) == (library, relation)
 
 
+def test_a_strange_licence_stays_one_entry(tmp_path):
+    licence = "other: see\u2028injected: true"
+    header = header_of(tmp_path, base="org/base", licence=licence)
+    assert header["license"] == licence
+    assert "injected" not in header
+
+
 def test_a_base_without_licence_or_hub_id_is_linked_to_nothing(tmp_path):
     header = header_of(tmp_path, base="base", licence=None)
     assert not header.keys() & {"license", "base_model", "base_model_relation"}

@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from duet_unlearn.distill.output import run_folder
 from duet_unlearn.distill.output.run_folder import RunFolder
 from duet_unlearn.errors import ConfigurationError
 
@@ -88,6 +90,20 @@ def test_a_finished_student_is_known_by_its_identity(tmp_path):
     (folder.out / "duet_run.json").write_text(json.dumps({"identity": IDENTITY, "result": 1}))
     assert folder.finished() == {"identity": IDENTITY, "result": 1}
     assert folder_of(tmp_path, base="sha256:d").finished() is None
+
+
+def test_the_lock_file_is_gone_before_the_lock_is(tmp_path, monkeypatch):
+    left_at_release = []
+
+    class Watched(FileLock):
+        def release(self, force: bool = False) -> None:
+            left_at_release.append([path.name for path in tmp_path.iterdir()])
+            super().release(force)
+
+    monkeypatch.setattr(run_folder, "FileLock", Watched)
+    with folder_of(tmp_path).lock():
+        assert [path.name for path in tmp_path.iterdir()] == ["student.unfinished.lock"]
+    assert left_at_release[0] == []
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):

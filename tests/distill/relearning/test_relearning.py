@@ -189,6 +189,14 @@ def test_unrelated_text_is_taught_in_pieces_of_every_token(base: Subject, tmp_pa
     assert ids == base.renderer.plain_ids([lesson.texts[1]])
 
 
+def test_paragraphs_of_one_token_teach_nothing(base: Subject, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("?\n\n!\n", encoding="utf-8")
+    lesson = Lesson(name="short", source=str(text), texts=("?", "!"), asked=())
+    with pytest.raises(DataError, match="each paragraph is one token for .*; expected longer ones"):
+        lesson.encode(base)
+
+
 def test_an_adapter_is_trained_and_the_weights_stay(tiny_model: Path, one_thread: None) -> None:
     model = load_model(tiny_model)
     weight = model.model.layers[0].mlp.up_proj.weight

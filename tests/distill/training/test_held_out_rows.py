@@ -34,17 +34,15 @@ def caches(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for name, rows in texts.items():
         source = folder / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-        config = BuildConfig(
-            teacher=str(tiny_model),
-            prefix=None,
-            responses=(str(source),),
-            out=folder / name,
-            engine="transformers",
-            top_k=20,
-            logit_dtype="float32",
-        )
-        build(config)
+        build_along(source, tiny_model, folder / name)
     return {name: str(folder / name) for name in texts}
+
+
+def build_along(texts: Path, teacher: Path, out: Path, **settings) -> str:
+    defaults = {"engine": "transformers", "top_k": 20, "logit_dtype": "float32"}
+    given = {"teacher": str(teacher), "prefix": None, "responses": (str(texts),), "out": out}
+    build(BuildConfig(**(defaults | given | settings)))
+    return str(out)
 
 
 @pytest.fixture
@@ -125,6 +123,18 @@ def test_the_command_prints_the_curve(watched, caches, tmp_path):
 def test_rows_are_spread_by_the_limit(watched, caches):
     few = watched("few", eval_limit=1, eval_steps=12)
     assert few.evaluations[0] != watched("all", eval_steps=12).evaluations[0]
+
+
+def test_a_held_out_cache_of_more_draws_is_taken_whole(watched, caches, tiny_model, tmp_path):
+    few, many = (
+        build_along(
+            Path(f"{caches[name]}.jsonl"), tiny_model, tmp_path / name, keep="sampled", top_k=draws
+        )
+        for name, draws in (("cache", 4), ("eval_cache", 64))
+    )
+    drawn = watched("drawn", cache=few, eval_cache=many)
+    whole = watched("whole", eval_cache=many)
+    assert drawn.evaluations[0] == whole.evaluations[0]
 
 
 def test_what_does_not_go_together_is_refused(
