@@ -74,7 +74,7 @@ class Plan:
     device: str
     queries: dict[str, int]
     sequences_per_epoch: int
-    """Sequences that pass the student; with views two a query."""
+    """Sequences that pass the student; two for each query that has a view to be drawn in."""
     epochs: int
     steps_per_epoch: int
     steps: int
@@ -108,7 +108,6 @@ def plan(config: PlanConfig) -> Plan:
 
     student = _find_student(config.student)
     objective = open_objective(config, student)
-    rows = sum(objective.order.counts.values())
     job = resolve_config(config, student, objective)
     notes = _prepare(objective, student, job)
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,7 +130,7 @@ def plan(config: PlanConfig) -> Plan:
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else job.dtype,
         device=str(args.device),
         queries=objective.order.counts,
-        sequences_per_epoch=rows * (2 if objective.order.num_views else 1),
+        sequences_per_epoch=objective.order.num_sequences,
         epochs=epochs,
         steps_per_epoch=sampler.steps_per_epoch,
         steps=steps,

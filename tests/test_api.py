@@ -113,6 +113,8 @@ def test_a_dataset_at_a_url_reaches_another_process(
     first = dataset[0]  # the connection is open
     copied = pickle.loads(pickle.dumps(dataset))  # noqa: S301 our own
     assert copied[0]["query_id"] == first["query_id"]
+    assert not list(tmp_path.rglob("00002-of-*.parquet"))
+    assert copied[20]["query_id"] == dataset[20]["query_id"]  # by a connection of its own
     assert len(copied) == len(dataset)
 
 

@@ -115,6 +115,7 @@ def _read_prefix(
         "retain_prefix": tuned["retain_prefix"],
         "strength": tuned["strength"],
         "views": tuple(tuned["views"]),
+        "views_per_query": tuned["views_per_query"],
         "positions": tuned["positions"],
     }
 

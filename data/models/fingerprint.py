@@ -26,7 +26,10 @@ _CHUNK_BYTES = 1 << 22
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 # Where the folder lies, which library wrote it and how it was stored decide no logit.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
-_AROUND_TEXT = (
+# transformers reads the tokenizer's own configuration last.
+_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+# What decides tokens where no tokenizer.json says it.
+_SLOW_SETTINGS = (
     *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "do_lower_case"),
     *("added_tokens_decoder", "additional_special_tokens"),
 )
@@ -111,10 +114,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
         digest = _remembered(
             "tokenizer", files, lambda: sha256_json({f.name: sha256_file(f) for f in files})
         )
-        # What decides the tokens around a text where no tokenizer.json says it.
         settings = _read_if_there(folder / "tokenizer_config.json")
-        around = {name: settings[name] for name in _AROUND_TEXT if name in settings}
-        return sha256_json([digest, around | _special_tokens(folder)])
+        own = {name: settings[name] for name in _SLOW_SETTINGS if name in settings}
+        return sha256_json([digest, own | _special_tokens(folder)])
 
     def compute() -> str:
         content = read_json(path)
@@ -134,7 +136,7 @@ def _slow_tokenizer_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    names = ("tokenizer.json", *_TOKEN_FILES, "added_tokens.json")
     return tuple(folder / name for name in names if (folder / name).is_file())
 
 
@@ -172,22 +174,31 @@ def _pairs(content: dict[str, Any]) -> set[tuple[int, str]]:
 
 
 def _tokens_of_configuration(folder: Path, content: dict[str, Any]) -> set[tuple[int, str]]:
-    """Return the tokens that only the tokenizer's configuration adds to its `tokenizer.json`.
+    """Return the tokens that files beside `tokenizer.json` add to it when it is loaded.
 
-    Those that it names without an id get one when they are loaded, in the order in which it names
-    them: they stand under -1, -2, ... here.
+    Those that are named without an id get one then, by their order: they stand under -1, -2, ...
+    here.
+
+    Raises:
+        DataError: They are not what transformers writes.
     """
-    settings = _read_if_there(folder / "tokenizer_config.json")
-    listed = (settings.get("added_tokens_decoder") or {}).items()
     known = _pairs(content)
-    with_id = {(int(index), _text(token)) for index, token in listed} - known
-    named = [*_special_tokens(folder).values()]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key)
-        named += more if isinstance(more, list) else []
+    with_id, named = set(), list(_special_tokens(folder).values())
+    try:
+        for name in _TOKEN_FILES:
+            settings = _read_if_there(folder / name)
+            listed = settings.get("added_tokens_decoder") or {}
+            with_id |= {(int(index), _text(token)) for index, token in listed.items()}
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                more = settings.get(key)
+                named += more if isinstance(more, list) else []
+        added = _read_if_there(folder / "added_tokens.json")
+        with_id |= {(int(index), text) for text, index in added.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}: its added tokens are malformed ({error})") from error
     texts = {text for _, text in known | with_id}
     new = dict.fromkeys(text for text in map(_text, named) if text not in texts)
-    return with_id | {(-1 - number, text) for number, text in enumerate(new)}
+    return with_id - known | {(-1 - number, text) for number, text in enumerate(new)}
 
 
 def _text(token: object) -> str:
@@ -221,8 +232,7 @@ def chat_template_fingerprint(folder: Path) -> str | None:
 def _special_tokens(folder: Path) -> dict[str, object]:
     """Return the special tokens by name: every `*_token` is a variable of the chat template."""
     found: dict[str, object] = {}
-    # transformers reads the tokenizer's own configuration last.
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in _TOKEN_FILES:
         for key, value in _read_if_there(folder / name).items():
             if key.endswith("_token") and not isinstance(value, bool | None):
                 found[key] = _text(value)

@@ -108,7 +108,7 @@ class StepSampler(Sampler[list[Draw]]):
     """Batch sampler: one list of draws for each forward pass of this process.
 
     With views, every row of a step is drawn twice: plain, and behind one view that is drawn anew
-    each epoch.
+    each epoch, out of those that it has a target in. A row without any is drawn plain alone.
 
     Args:
         order: The rows and views to draw from.
@@ -166,16 +166,39 @@ class StepSampler(Sampler[list[Draw]]):
         else:
             shares = np.array(weights, np.float64) / np.sum(weights)
             views = generator.choice(order.num_views, size=len(rows), p=shares)
+        if order.view_mask is not None:
+            views = self._redraw(rows, views, order.view_mask)
         for start in range(0, len(rows), self.rows_per_step):
             part = slice(start, start + self.rows_per_step)
             yield self._draws(rows[part].tolist(), views[part].tolist())
 
+    def _redraw(
+        self, rows: RowIndices, views: RowIndices, mask: npt.NDArray[np.bool_]
+    ) -> RowIndices:
+        """Replace views that a row has no target in, so that views keep their shares of the draws.
+
+        The new one is among those that rows have or lack, as the old one is; where the row has none
+        of these, any that it has; `PLAIN` where it has none at all.
+        """
+        places = np.flatnonzero(~mask[rows, views])
+        allowed_NV = mask[rows[places]]
+        some_NV = allowed_NV & ~mask.all(axis=0)
+        allowed_NV = np.where(some_NV.any(axis=1, keepdims=True), some_NV, allowed_NV)
+        weights = self.order.view_weights or (1.0,) * self.order.num_views
+        sums_NV = np.where(allowed_NV, weights, 0.0).cumsum(axis=1)
+        # Of its own again: rows that have the view drawn first keep it.
+        drawn = np.random.default_rng([self.seed, self.epoch, 2]).random(len(places))
+        found = (sums_NV > (drawn * sums_NV[:, -1])[:, None]).argmax(axis=1)
+        views = views.copy()
+        views[places] = np.where(sums_NV[:, -1] > 0, found, PLAIN)
+        return views
+
     def _draws(self, rows: list[int], views: list[int]) -> list[Draw]:
         if self.order.num_views == 0:
             return [Draw(row, PLAIN, 1.0 / len(rows)) for row in rows]
-        weight = 0.5 / len(rows)
         return [
-            Draw(row, view, weight)
+            Draw(row, view, 1.0 / len(rows) / len(shapes))
             for row, drawn in zip(rows, views, strict=True)
-            for view in (PLAIN, drawn)
+            for shapes in [(PLAIN,) if drawn == PLAIN else (PLAIN, drawn)]
+            for view in shapes
         ]

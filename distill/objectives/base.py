@@ -35,12 +35,22 @@ class Order:
     """How many views a row can be drawn behind."""
     view_weights: Sequence[float] | None = None
     """How often each is drawn against the others; None is equally often."""
+    view_mask: npt.NDArray[np.bool_] | None = None
+    """Which views a row can be drawn behind, `[N, num_views]`; None is all of them."""
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows of each split; of `train`, where there are some."""
         counts = {split: int((self.splits == code).sum()) for code, split in enumerate(SPLITS)}
         return {split: n for split, n in counts.items() if n or split != "train"}
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch: each row, and again behind a view if there is one for it."""
+        drawn = self.splits != IN_VIEW
+        if self.num_views and self.view_mask is not None:
+            return int(drawn.sum() + (drawn & self.view_mask.any(axis=1)).sum())
+        return int(drawn.sum()) * (2 if self.num_views else 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from duet_unlearn.data.messages import asked_text, messages_from_text, split_view
 from duet_unlearn.data.shapes import Shape
 from duet_unlearn.distill.batches.replay import JoinedRows, drawn_rows
@@ -13,11 +15,11 @@ from duet_unlearn.distill.model.student import Student, check_cache_fits
 from duet_unlearn.distill.objectives.base import IN_VIEW, Order, Story
 from duet_unlearn.errors import ConfigurationError, DataError, MismatchError
 from duet_unlearn.teacher_cache.format.recipe import Recipe
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.urls import redact_url
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from torch import Tensor, nn
 
@@ -93,12 +95,14 @@ class Duet:
         for name, recipe in zip((str(config.cache), *config.replay), recipes, strict=True):
             check_loss_fits(config, name, recipe, self.settings["top_k"])
         weights = draw_weights(self.views)
-        splits, self._targets = _rows_in_views(reader, self.views)
+        splits, self._targets, held = _rows_in_views(reader, self.views)
+        splits = drawn_rows(splits, reader, self._replayed)
         self.order = Order(
-            splits=drawn_rows(splits, reader, self._replayed),
+            splits=splits,
             row_groups=self._rows.row_groups,
             num_views=len(self.views),
             view_weights=weights,
+            view_mask=_view_mask(splits, len(self.views), held, self._targets),
         )
         self._check_splits()
         self.identity = {
@@ -296,8 +300,8 @@ class Duet:
 
 def _rows_in_views(
     reader: CacheReader, views: Sequence[Shape]
-) -> "tuple[npt.NDArray[np.uint8], dict[tuple[int, int], int]]":
-    """Return every row's split, `IN_VIEW` for rows in views, and the rows that are targets.
+) -> "tuple[npt.NDArray[np.uint8], dict[tuple[int, int], int], list[int]]":
+    """Return every row's split, `IN_VIEW` for rows in views, the targets, and the views with some.
 
     Raises:
         ConfigurationError: A view shows answers, or changes more than the wording around a retain
@@ -323,10 +327,29 @@ def _rows_in_views(
         if reader.manifest.splits["retain"].rows and view.kind != "user" and index not in held:
             raise ConfigurationError(
                 f"view {view.name}: {reader.folder} does not hold what the base says to the retain "
-                "queries in it, so all of them would be refused there; build the cache with --view"
+                "queries in it, so all of them would be refused there; build the cache with --view "
+                "(or more --views-per-query)"
             )
     targets = {(plain[query], index): row for query, index, row in found if query in plain}
-    return splits, targets
+    return splits, targets, sorted(held)
+
+
+def _view_mask(
+    splits: "npt.NDArray[np.uint8]",
+    num_views: int,
+    held: Sequence[int],
+    targets: Mapping[tuple[int, int], int],
+) -> "npt.NDArray[np.bool_] | None":
+    """Return which views each row can be drawn behind, `[N, V]`; None where it is all of them.
+
+    In a view that the cache holds, a retain row has the base's own signal as target, or is not
+    drawn: its plain signal is no answer in that shape.
+    """
+    mask = np.ones((len(splits), num_views), np.bool_)
+    mask[np.ix_(splits == SPLITS.index("retain"), held)] = False
+    for row, view in targets:
+        mask[row, view] = True
+    return None if mask.all() else mask
 
 
 def _at_most(wanted: int | None, cached: int, name: str) -> int:

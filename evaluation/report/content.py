@@ -96,7 +96,8 @@ def cached_sample(sample: Document) -> Document:
 
 
 def _evaluation(name: str, document: Document, sources: Sources) -> Document:
-    rows, sets = document["models"], published_value(document["sets"])
+    rows = document["models"]
+    sets = [{**s, "source": published_value(s["source"])} for s in document["sets"]]
     labels = [row["label"] for row in rows]
     numbers = index_scores(document)
     columns = [{"set": s["name"], "kind": None} for s in sets]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.results import REPORT_FORMAT, STRESS_TEST_FORMAT
 from duet_unlearn.files import holds_cache, named_path
+
+logger = logging.getLogger(__name__)
 
 STRESS_TESTS = {
     "relearning": "relearn",
@@ -113,6 +116,8 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
     except OSError as error:
         if named:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if not isinstance(error, FileNotFoundError | IsADirectoryError):
+            logger.warning("%s: left out, cannot be read (%s)", path, error.strerror or error)
         return
     except (ValueError, RecursionError) as error:
         if named:
@@ -121,17 +126,17 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
     keys = value.keys() if isinstance(value, dict) else set()
     if keys >= _EVALUATION_KEYS and value.get("format") == REPORT_FORMAT:
         sources.evaluations.append((path.name, value))
-    elif (
-        (found := keys & STRESS_TESTS.keys())
-        and "evaluations" not in keys  # no report's own
-        and value.get("format") == STRESS_TEST_FORMAT
-    ):
+    elif "evaluations" not in keys and (found := keys & STRESS_TESTS.keys()):  # no report's own
+        if value.get("format") != STRESS_TEST_FORMAT:
+            raise DataError(
+                f"{path}: a stress test of format {value.get('format')}, expected "
+                f"{STRESS_TEST_FORMAT}; make it again with this version"
+            )
         sources.stress_tests.setdefault(min(found), []).append((path.name, value))
     elif named:
         raise DataError(
-            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test (format "
-            f"{STRESS_TEST_FORMAT}); name a file of `duet-distill eval --out`, or of "
-            f"{', '.join(STRESS_TESTS.values())} --out"
+            f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test; name a "
+            f"file of `duet-distill eval --out`, or of {', '.join(STRESS_TESTS.values())} --out"
         )
 
 

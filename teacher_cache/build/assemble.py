@@ -186,7 +186,8 @@ def _finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
     expected = {shard_path(plan.folder, index, count): index for index in range(count)}
     entries = {}
     paths = sorted((plan.folder / SHARD_FOLDER).glob("*.parquet"))
-    for path, problem in zip(paths, find_problems(paths, plan.recipe), strict=True):
+    problems = find_problems(paths, plan.recipe, queries=plan.queries)
+    for path, problem in zip(paths, problems, strict=True):
         if problem is not None:
             if path not in expected:
                 raise _mismatch(plan, [f"file {path.name}: not a shard / none"])

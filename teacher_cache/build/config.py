@@ -66,6 +66,11 @@ class BuildConfig(Settings):
         "student can be trained in them: @view-shapes, or a file with one shape per line. "
         "Repeatable.",
     )
+    views_per_query: Count | None = setting(
+        default=None,
+        help="Cache each retain query in this many of them, drawn by its text; every pass of a run "
+        "draws one.  [default: all]",
+    )
     prefix: str | None = setting(
         group="How to steer", flag=None, help="The steering prefix in full; None steers nothing."
     )
@@ -159,6 +164,11 @@ class BuildConfig(Settings):
             raise ConfigurationError(
                 "the steering prefix is empty; give --prefix a text or the @NAME of a built-in "
                 "one, or --no-prefix for ordinary distillation"
+            )
+        if self.views_per_query is not None and not self.views:
+            raise ConfigurationError(
+                f"views_per_query is {self.views_per_query}, but there are no views; give --view, "
+                "or leave it out"
             )
         if self.prefix is None and self.forget:
             raise ConfigurationError(

@@ -75,7 +75,30 @@ def load_query_set(config: BuildConfig) -> list[Query]:
             )
     loaded = list(unique.values())
     retain = [query for query in loaded if query.split == "retain"]
-    return loaded + [q.in_view(view) for view in _load_views(config.views) for q in retain]
+    views = _load_views(config.views)
+    in_views = [
+        query.in_view(view)
+        for query in retain
+        for view in _views_of(query, views, config.views_per_query)
+    ]
+    unused = {view.name for view in views} - {query.view.name for query in in_views if query.view}
+    if unused and retain:
+        logger.warning(
+            "too few retain queries for %d views, %d of each: none is cached in %s; raise "
+            "--views-per-query",
+            len(views),
+            config.views_per_query,
+            ", ".join(sorted(unused)),
+        )
+    return loaded + in_views
+
+
+def _views_of(query: Query, views: Sequence[Shape], count: int | None) -> Sequence[Shape]:
+    """Return the views that a retain query is cached in: a function of its text and theirs.
+
+    Each view ranks by a hash of its own, so that one more view moves few queries.
+    """
+    return sorted(views, key=lambda view: row_seed(0, query.text, view.text))[:count]
 
 
 def _samples(queries: Iterable[Query], count: int, split: str) -> Iterable[Query]:

@@ -79,7 +79,11 @@ def _mark(digest: str) -> Path:
 
 
 def find_problems(
-    paths: Sequence[Path], recipe: Recipe, hashes: Sequence[str] | None = None
+    paths: Sequence[Path],
+    recipe: Recipe,
+    hashes: Sequence[str] | None = None,
+    *,
+    queries: str | None = None,
 ) -> Iterator[str | None]:
     """Yield what is wrong with each shard, None where it is sound.
 
@@ -87,6 +91,8 @@ def find_problems(
         paths: Shards.
         recipe: Theirs; says how much memory a row may need.
         hashes: `sha256:<hex>` of each, where that is known.
+        queries: Fingerprint of the set of queries that they should be of, where one is given. A
+            shard of another one or of another recipe is then not decoded: its header tells.
 
     Raises:
         CacheError: No process for the check can be started.
@@ -95,18 +101,24 @@ def find_problems(
     waiting = list(zip(paths, expected, strict=True))
     while waiting:
         done = 0
-        for problem in _in_child(waiting, recipe):
+        for problem in _in_child(waiting, recipe, queries):
             done += 1
             yield problem
         waiting = waiting[done:]
 
 
-def _in_child(shards: Sequence[tuple[Path, str | None]], recipe: Recipe) -> Iterator[str | None]:
+def _in_child(
+    shards: Sequence[tuple[Path, str | None]], recipe: Recipe, queries: str | None
+) -> Iterator[str | None]:
     """Yield what a child says of shards; it may end before the last of them."""
     memory = _MEMORY + _BYTES_A_LOGIT * max(0, recipe.top_k * recipe.positions - ROW_GROUP_LOGITS)
     size = sum(path.stat().st_size for path, _ in shards if path.is_file())
     seconds = _SECONDS + size // _BYTES_A_SECOND
-    order = {"memory": memory, "seconds": seconds, "shards": [(str(p), h) for p, h in shards]}
+    order = {
+        **{"memory": memory, "seconds": seconds},
+        "of": None if queries is None else [recipe.recipe_id, queries],
+        "shards": [(str(path), expected) for path, expected in shards],
+    }
     with subprocess.Popen(  # noqa: S603 our own module
         [sys.executable, "-P", "-m", __name__],
         stdin=subprocess.PIPE,
@@ -143,7 +155,7 @@ def _ending(code: int) -> str:
         return f"exit code {code}"
 
 
-def _problem(path: Path, expected: str | None) -> str | None:
+def _problem(path: Path, expected: str | None, of: list[str] | None) -> str | None:
     try:
         if expected is not None and (found := sha256_file(path)) != expected:
             return (
@@ -151,6 +163,8 @@ def _problem(path: Path, expected: str | None) -> str | None:
                 "get the shard again"
             )
         file = ShardFile(path)
+        if of is not None and [file.header.recipe.recipe_id, file.header.queries] != of:
+            return None
         file.check_claims()
         for index in range(len(file.row_group_sizes)):
             group = file.read_row_group(index)
@@ -189,7 +203,7 @@ def main() -> None:
     _limit(order["memory"], order["seconds"])
     _say(_READY)
     for path, expected in order["shards"]:
-        _say(json.dumps(_problem(Path(path), expected)))
+        _say(json.dumps(_problem(Path(path), expected, order["of"])))
 
 
 def _say(line: str) -> None:

@@ -426,12 +426,12 @@ def test_another_machines_document_and_strange_files_end_no_report(
     (folder / "eval.json").write_text(json.dumps(document))
     (folder / "dangling.json").symlink_to(folder / "nowhere.json")
     (folder / "inside.json").mkdir()
-    (folder / "later.json").write_text(json.dumps({"format": 99, "membership": []}))
     found = find_sources([folder], summarize)
-    assert found.stress_tests == {}
     assert make_content(found)["evaluations"][0]["models"][0]["model"] == "base"
-    with pytest.raises(DataError, match="nor a stress test \\(format 1\\)"):
-        find_sources([folder / "later.json"], summarize)
+    (folder / "later.json").write_text(json.dumps({"format": 99, "membership": []}))
+    for sources_given in ([folder], [folder / "later.json"]):
+        with pytest.raises(DataError, match=r"later\.json: a stress test of format 99, expected 1"):
+            find_sources(sources_given, summarize)
     with pytest.raises(DataError, match="cannot be read"):
         find_sources([folder / "dangling.json"], summarize)
 

@@ -21,28 +21,34 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
 
 
-def configure(folder: Path, **settings: Any) -> tuple[str, str]:
-    """Add to the tokenizer's configuration; return both fingerprints."""
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+CONFIGURATION = "tokenizer_config.json"
+
+
+def configure(folder: Path, name: str = CONFIGURATION, **settings: Any) -> tuple[str, str]:
+    """Add to one of the tokenizer's files; return both fingerprints."""
+    path = folder / name
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | settings))
     return tokenizer_fingerprint(folder), vocabulary_fingerprint(folder)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "settings"),
     [
-        {"added_tokens_decoder": {"384": {"content": "<|new|>", "special": True}}},
-        {"additional_special_tokens": ["<|new|>"]},
-        {"extra_special_tokens": ["<|new|>"]},
-        {"extra_special_tokens": {"new_token": "<|new|>"}},
-        {"pad_token": "<|new|>"},
+        (CONFIGURATION, {"added_tokens_decoder": {"384": {"content": "<|new|>"}}}),
+        (CONFIGURATION, {"additional_special_tokens": ["<|new|>"]}),
+        (CONFIGURATION, {"extra_special_tokens": ["<|new|>"]}),
+        (CONFIGURATION, {"extra_special_tokens": {"new_token": "<|new|>"}}),
+        (CONFIGURATION, {"pad_token": "<|new|>"}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|new|>"]}),
+        ("added_tokens.json", {"<|new|>": 384}),
     ],
 )
-def test_tokens_that_only_the_configuration_adds_count(
-    settings: dict[str, Any], copy: Path
+def test_tokens_that_other_files_than_the_tokenizers_add_count(
+    name: str, settings: dict[str, Any], copy: Path
 ) -> None:
     before = (tokenizer_fingerprint(copy), vocabulary_fingerprint(copy))
-    after = configure(copy, **settings)
+    after = configure(copy, name, **settings)
     loaded = AutoTokenizer.from_pretrained(str(copy))
     assert "<|new|>" in loaded.get_vocab(), "transformers adds it"
     assert before[0] != after[0]
@@ -57,6 +63,12 @@ def test_what_adds_no_token_changes_no_fingerprint(copy: Path) -> None:
     listed = {"added_tokens_decoder": known, "model_max_length": 77}
     named = {"additional_special_tokens": [token["content"] for token in known.values()]}
     assert configure(copy, **listed, **named) == before
+
+
+def test_malformed_added_tokens_are_one_line(copy: Path) -> None:
+    for value in ({"x": {"content": "<|new|>"}}, ["<|new|>"]):
+        with pytest.raises(DataError, match="its added tokens are malformed"):
+            configure(copy, added_tokens_decoder=value)
 
 
 def test_two_sets_of_weights_in_one_folder_are_refused(copy: Path) -> None:

@@ -14,6 +14,7 @@ from duet_unlearn.distill.run import run
 from duet_unlearn.errors import ConfigurationError, MismatchError
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.config import BuildConfig
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.reader import CacheReader
 
 
@@ -121,3 +122,22 @@ def test_an_objective_without_a_cache_replays_nothing() -> None:
             student="s",
             out="o",
         )
+
+
+def test_queries_that_are_no_longer_retained_leave_the_others_their_views(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rivers = [f"river {i}" for i in range(6)]
+    views = tmp_path / "views.txt"
+    views.write_text("[begun] The answer is\n[raw] Question: {query}\\nAnswer:\n")
+    settings = {"views": (str(views),), "views_per_query": 1, "prefix": "Forget it."}
+    first = build_request(tmp_path / "first", tiny_model, rivers[:3], ["tower"], prefix="Forget.")
+    second = build_request(tmp_path / "second", tiny_model, ["lantern"], rivers, **settings)
+    config = RunConfig(cache=second, replay=(first,), student=str(tiny_model), out="out")
+    order = open_objective(config, open_student(str(tiny_model))).order
+    assert order.counts == {"forget": 4, "retain": 3}
+    assert order.view_mask is not None
+    mask = {code: order.view_mask[order.splits == SPLITS.index(code)] for code in order.counts}
+    assert mask["retain"].sum(axis=1).tolist() == [1, 1, 1]
+    assert mask["forget"].all()
+    assert order.num_sequences == 14

@@ -26,13 +26,19 @@ def splits_of(pattern: list[int]) -> np.ndarray:
 
 
 def sampler_of(
-    pattern: list[int], *, num_views: int = 0, view_weights: Any = None, **settings: int
+    pattern: list[int],
+    *,
+    num_views: int = 0,
+    view_weights: Any = None,
+    view_mask: Any = None,
+    **settings: int,
 ) -> StepSampler:
     order = Order(
         splits=splits_of(pattern),
         row_groups=groups_of(3, len(pattern)),
         num_views=num_views,
         view_weights=view_weights,
+        view_mask=view_mask,
     )
     return StepSampler(order, **{"seed": 0, "batch_size": 4, **settings})
 
@@ -166,3 +172,38 @@ def test_views_are_drawn_by_weight_for_forget_and_retain_alike():
     ]
     again = sampler_of(pattern, num_views=3, view_weights=(2.0, 6.0, 8.0))
     assert list(again.steps()) == steps
+
+
+def test_views_keep_their_shares_where_each_row_has_some_of_them():
+    pattern, rng = [0, 1] * 3000, np.random.default_rng(0)
+    mask = np.ones((len(pattern), 7), np.bool_)
+    for row in range(1, len(pattern), 2):  # retain rows have two of the last five views
+        mask[row, 2:] = False
+        mask[row, 2 + rng.permutation(5)[:2]] = True
+    sampler = sampler_of(pattern, num_views=7, view_mask=mask)
+    draws = [draw for step in sampler.steps() for draw in step if draw.view != PLAIN]
+    for split in (0, 1):
+        drawn = [draw.view for draw in draws if pattern[draw.row] == split]
+        assert np.bincount(drawn) / len(drawn) == pytest.approx([1 / 7] * 7, abs=0.03)
+
+
+def test_a_row_is_drawn_behind_the_views_that_it_has_targets_in_alone():
+    pattern, weights = [0, 1] * 600, (1.0, 3.0, 4.0)
+    every = np.ones((len(pattern), 3), np.bool_)
+    whole = sampler_of(pattern, num_views=3, view_weights=weights)
+    same = sampler_of(pattern, num_views=3, view_weights=weights, view_mask=every)
+    assert list(whole.steps()) == list(same.steps())
+    some = every.copy()
+    some[1::4, 2] = False  # every second retain row lacks the last view
+    some[3] = False  # and one has none
+    steps = list(sampler_of(pattern, num_views=3, view_weights=weights, view_mask=some).steps())
+    assert all(sum(draw.weight for draw in step) == pytest.approx(1) for step in steps)
+    draws = [draw for step in steps for draw in step]
+    assert [d.view for d in draws if d.row == 3] == [PLAIN]
+    assert all(some[d.row, d.view] for d in draws if d.view != PLAIN)
+    lacking = [d.view for d in draws if d.row % 4 == 1 and d.view != PLAIN]
+    shares = np.bincount(lacking, minlength=3) / len(lacking)
+    assert shares == pytest.approx([1 / 4, 3 / 4, 0], abs=0.1)
+    # Rows that have all of them are drawn as before.
+    kept = [d for step in whole.steps() for d in step if d.row % 4 != 1 and d.row != 3]
+    assert [d for d in draws if d.row % 4 != 1 and d.row != 3] == kept

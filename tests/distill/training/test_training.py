@@ -218,6 +218,32 @@ def test_retain_rows_behind_a_view_are_trained_toward_the_base_in_it(
     assert result.loss["retain"][1] < result.loss["retain"][0]
 
 
+def test_retain_rows_are_drawn_in_the_views_that_they_are_cached_in(
+    train, build_tiny_cache, tiny_model, tmp_path
+):
+    views = tmp_path / "views.txt"
+    views.write_text("[begun] The answer is\n[raw] Question: {query}\\nAnswer:\n")
+    cache = build_tiny_cache(tmp_path / "some", views=(str(views),), views_per_query=1)
+    views.write_text(f"{views.read_text()}Please: {{query}}\n")  # this one needs no target
+    config = RunConfig(
+        cache=str(cache), student=str(tiny_model), out=str(tmp_path / "x"), views=(str(views),)
+    )
+    duet = open_objective(config, open_student(str(tiny_model)))
+    duet.prepare(PromptRenderer(load_tokenizer(tiny_model)))
+    order, reader = duet.order, CacheReader.open(cache)
+    held = [row.query_id for row in map(reader.row, range(reader.num_rows))]
+    for row, query_id in enumerate(held):
+        if query_id.startswith("retain-") and "@" not in query_id:
+            kept = [f"{query_id}@views:{number}" in held for number in (1, 2)]
+            assert sum(kept) == 1
+            assert order.view_mask[row].tolist() == [*kept, True]
+        elif query_id.startswith("forget-"):
+            assert order.view_mask[row].all()
+    assert order.num_sequences == 60
+    result = train(cache=str(cache), views=(str(views),))
+    assert result.loss["retain"][1] < result.loss["retain"][0]
+
+
 def test_a_view_that_the_cache_holds_no_targets_for_is_refused(train, tmp_path):
     views = tmp_path / "views.txt"
     views.write_text("[begun] The answer is\n")

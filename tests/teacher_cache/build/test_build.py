@@ -22,7 +22,7 @@ import torch
 from duet_unlearn.data.messages import split_view
 from duet_unlearn.data.models import loading
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.queries import Query
+from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
@@ -242,6 +242,20 @@ def test_an_unfinished_cache_of_other_inputs_is_refused(config: BuildConfig) -> 
     ):
         with pytest.raises(MismatchError, match=difference):
             run(config, **change)
+
+
+def test_a_damaged_shard_of_other_inputs_is_not_replaced(config: BuildConfig) -> None:
+    run(config)
+    (config.out / "manifest.json").unlink()
+    for shard in sorted((config.out / "shards").iterdir()):
+        data = bytearray(shard.read_bytes())
+        data[4:400] = bytes(396)  # the first pages; the footer with the header stays
+        shard.write_bytes(data)
+    before = {path.name: path.read_bytes() for path in (config.out / "shards").iterdir()}
+    for change in ({"top_k": 3}, {"retain": (config.forget[0],)}):
+        with pytest.raises(MismatchError, match="holds a cache of other inputs"):
+            run(config, **change)
+    assert {path.name: path.read_bytes() for path in (config.out / "shards").iterdir()} == before
 
 
 def test_a_damaged_shard_of_a_stopped_build_is_computed_again(config: BuildConfig) -> None:
@@ -534,6 +548,45 @@ def test_retain_queries_in_views_are_the_plain_bases_own(
     for number, row in enumerate((begun, raw)):
         np.testing.assert_array_equal(row.token_ids[0][:50], expected[number].token_ids[0][:50])
     assert "retain-3@views:1" not in {s["query_id"] for s in reader.manifest.samples}
+
+
+def test_each_retain_query_is_cached_in_some_of_the_views(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    views = tmp_path / "views.txt"
+    views.write_text("".join(f"[begun] Answer {number}:\n" for number in range(6)))
+    run(config, views=(str(views),), views_per_query=2)
+    drawn: dict[str, list[int]] = {}
+    for query_id, split, _ in CacheReader.open(config.out).identities():
+        name, at, view = query_id.partition("@views:")
+        if at:
+            assert split == "retain"
+            drawn.setdefault(name, []).append(int(view))
+    assert len(drawn) == 20
+    assert {len(set(numbers)) for numbers in drawn.values()} == {2}
+    assert {view for pair in drawn.values() for view in pair} == set(range(1, 7))
+    # Ids and the order of the views decide nothing.
+    lines = views.read_text().splitlines()
+    views.write_text("".join(f"{line}\n" for line in reversed(lines)))
+    renamed = tmp_path / "renamed.jsonl"
+    texts = [query.text for query in load_queries(config.retain[0], split="retain")]
+    rows = [{"id": f"other-{n}", "query": text} for n, text in enumerate(texts)]
+    renamed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"views": (str(views),), "views_per_query": 2, "reuse": (str(config.out),)}
+    again = run(config, out=tmp_path / "again", retain=(str(renamed),), **settings)
+    assert again.reused_rows == again.manifest.num_rows
+    with pytest.raises(ConfigurationError, match="views_per_query is 2, but there are no views"):
+        run(config, views_per_query=2)
+
+
+def test_a_view_without_any_retain_query_is_said(
+    config: BuildConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    views, few = tmp_path / "views.txt", tmp_path / "few.jsonl"
+    views.write_text("".join(f"[begun] Answer {number}:\n" for number in range(3)))
+    few.write_text('{"query": "Who is the keeper?"}\n')
+    run(config, views=(str(views),), views_per_query=2, retain=(str(few),))
+    assert "too few retain queries for 3 views, 2 of each: none is cached in views:" in caplog.text
 
 
 def test_a_view_that_shows_answers_is_refused(config: BuildConfig, tmp_path: Path) -> None:
