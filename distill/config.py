@@ -24,12 +24,8 @@ AUTO = "auto"
 Auto = Literal["auto"]
 # The losses with the one setting that each takes.
 LOSS_OPTIONS: dict[str, str | None] = {
-    "huber": "delta",
-    "mse": None,
-    "kl": "temperature",
-    "kl-tail": None,
-    "reverse-kl": "temperature",
-    "jsd": None,
+    **{"huber": "delta", "mse": None, "kl": "temperature"},
+    **{"kl-tail": None, "reverse-kl": "temperature", "jsd": None},
 }
 
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
@@ -43,6 +39,12 @@ AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 120
 
 _ASKED = ("eval_forget", "eval_retain", "eval_attacks")
+_OF_EVALUATIONS = ("eval_cache", "eval_limit", "eval_max_new_tokens", "eval_retain_drop")
+# What says nothing unless another setting is given.
+_GOES_WITH = {
+    **dict.fromkeys((*_ASKED, *_OF_EVALUATIONS, "early_stopping_patience"), "eval_steps"),
+    "noise_beta": "noise_alpha",
+}
 
 
 @settings
@@ -311,6 +313,10 @@ class RunConfig(Settings):
         for name in ("delta", "temperature"):
             self._check_loss_takes(name)
         self._check_evaluation()
+        for name, other in _GOES_WITH.items():
+            if not self.is_default(name) and not getattr(self, other):
+                value = getattr(self, name)
+                raise ConfigurationError(f"{name} is {value!r} without {other}; give {other} too")
         check_trained(self)
         check_trainer_args(self.trainer_args)
         # Of `auto` it is known later, and checked then.
@@ -358,9 +364,7 @@ class RunConfig(Settings):
                 raise MissingSettingError(
                     f"{name} is missing; objective {self.objective} needs it", setting=name
                 )
-        of_others = {
-            name for other in OBJECTIVES.values() for name in (*other.inputs, *other.settings)
-        }
+        of_others = {n for other in OBJECTIVES.values() for n in (*other.inputs, *other.settings)}
         for name in sorted(of_others - {*kind.inputs, *kind.settings}):
             if not self.is_default(name):
                 raise ConfigurationError(
@@ -392,9 +396,4 @@ class RunConfig(Settings):
                 raise ConfigurationError(
                     f"{name} is empty, expected held-out queries to ask every {self.eval_steps} "
                     "steps; a cache to take the loss on goes with eval_cache"
-                )
-        for name in (*_ASKED, "eval_cache", "early_stopping_patience"):
-            if getattr(self, name) and not self.eval_steps:
-                raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r} without evaluations; give eval_steps too"
                 )

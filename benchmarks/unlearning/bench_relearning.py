@@ -63,7 +63,7 @@ def main() -> None:
                 cache,
                 folder / f"student-{alpha}",
                 noise_alpha=alpha,
-                noise_beta=asked.beta,
+                **({"noise_beta": asked.beta} if alpha else {}),
                 epochs=asked.epochs,
                 learning_rate=asked.learning_rate,
                 batch_size=32,

@@ -263,9 +263,7 @@ def test_held_out_queries_have_to_be_held_out_and_answered(
         watched("none", eval_forget=(str(write_queries("bare", 3, answers=False)),))
     with pytest.raises(ConfigurationError, match="eval_retain is empty, expected held-out"):
         watched("none", eval_retain=())
-    with pytest.raises(
-        ConfigurationError, match="early_stopping_patience is 2 without evaluations"
-    ):
+    with pytest.raises(ConfigurationError, match="early_stopping_patience is 2 without eval_steps"):
         train("none", early_stopping_patience=2)
 
 

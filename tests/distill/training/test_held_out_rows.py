@@ -142,7 +142,7 @@ def test_what_does_not_go_together_is_refused(
 ):
     for settings, message in (
         ({"eval_forget": ("f",)}, "eval_forget is .* beside eval_cache .* give one of them"),
-        ({"eval_steps": 0}, "eval_cache is .* without evaluations; give eval_steps too"),
+        ({"eval_steps": 0}, "eval_cache is .* without eval_steps; give eval_steps too"),
         ({"eval_cache": None}, "eval_forget is empty, .* goes with eval_cache"),
     ):
         with pytest.raises(ConfigurationError, match=message):
