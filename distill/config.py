@@ -40,7 +40,7 @@ AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 120
 
 _ASKED = ("eval_forget", "eval_retain", "eval_attacks")
 _OF_EVALUATIONS = ("eval_cache", "eval_limit", "eval_max_new_tokens", "eval_retain_drop")
-# What says nothing unless another setting is given.
+# Refused unless another setting is given.
 _GOES_WITH = {
     **dict.fromkeys((*_ASKED, *_OF_EVALUATIONS, "early_stopping_patience"), "eval_steps"),
     "noise_beta": "noise_alpha",

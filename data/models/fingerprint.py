@@ -21,13 +21,14 @@ from duet_unlearn.errors import DataError, OutputError
 from duet_unlearn.files import make_folder, write_text
 
 # Changing how a fingerprint is computed must forget every remembered one.
-_MEMORY_VERSION = 2
+_MEMORY_VERSION = 3
 _CHUNK_BYTES = 1 << 22
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 # Where the folder lies, which library wrote it and how it was stored decide no logit.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
 # transformers reads the tokenizer's own configuration last.
 _TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+_NAMED_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
 # What decides tokens where no tokenizer.json says it.
 _SLOW_SETTINGS = (
     *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "do_lower_case"),
@@ -236,8 +237,8 @@ def _special_tokens(folder: Path) -> dict[str, object]:
         for key, value in _read_if_there(folder / name).items():
             if key.endswith("_token") and not isinstance(value, bool | None):
                 found[key] = _text(value)
-            elif key == "extra_special_tokens" and isinstance(value, dict):
-                found |= value
+            elif key in _NAMED_TOKENS and isinstance(value, dict):
+                found |= {token: _text(text) for token, text in value.items()}
     return found
 
 

@@ -175,10 +175,12 @@ class StepSampler(Sampler[list[Draw]]):
     def _redraw(
         self, rows: RowIndices, views: RowIndices, mask: npt.NDArray[np.bool_]
     ) -> RowIndices:
-        """Replace views that a row has no target in, so that views keep their shares of the draws.
+        """Replace views that a row has no target in.
 
-        The new one is among those that rows have or lack, as the old one is; where the row has none
-        of these, any that it has; `PLAIN` where it has none at all.
+        Where views weigh the same and are spread evenly over rows, each keeps its share of the
+        draws; a heavier one loses some. The new one is among the views that only some rows have, so
+        that those of all rows are not drawn more often; where the row has none of these, among any
+        that it has; `PLAIN` where it has none at all.
         """
         places = np.flatnonzero(~mask[rows, views])
         allowed_NV = mask[rows[places]]

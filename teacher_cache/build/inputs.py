@@ -84,10 +84,11 @@ def load_query_set(config: BuildConfig) -> list[Query]:
     unused = {view.name for view in views} - {query.view.name for query in in_views if query.view}
     if unused and retain:
         logger.warning(
-            "too few retain queries for %d views, %d of each: none is cached in %s; raise "
+            "%d retain queries, each cached in %d of %d views, leave %s without any; raise "
             "--views-per-query",
-            len(views),
+            len(retain),
             config.views_per_query,
+            len(views),
             ", ".join(sorted(unused)),
         )
     return loaded + in_views
@@ -126,7 +127,9 @@ def _load_views(sources: Sequence[str]) -> list[Shape]:
             )
         if views.setdefault(view.name, view).text != view.text:
             raise ConfigurationError(f"two views are named {view.name}; rename one")
-    return list(views.values())
+    # Each text once; the smallest name stays, so that the order of the sources does not matter.
+    named = sorted(views.values(), key=lambda view: view.name, reverse=True)
+    return list({view.text: view for view in named}.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -586,7 +586,18 @@ def test_a_view_without_any_retain_query_is_said(
     views.write_text("".join(f"[begun] Answer {number}:\n" for number in range(3)))
     few.write_text('{"query": "Who is the keeper?"}\n')
     run(config, views=(str(views),), views_per_query=2, retain=(str(few),))
-    assert "too few retain queries for 3 views, 2 of each: none is cached in views:" in caplog.text
+    assert "1 retain queries, each cached in 2 of 3 views, leave views:" in caplog.text
+
+
+def test_a_view_of_two_names_is_cached_once(config: BuildConfig, tmp_path: Path) -> None:
+    views = tmp_path / "views.txt"
+    views.write_text("[begun] Answer:\n[begun] Answer:\n")
+    result = run(config, views=(str(views),))
+    assert result.manifest.num_rows == 10 + 20 + 20
+    reader = CacheReader.open(config.out)
+    assert {row.query_id for row in reader if "@" in row.query_id} == {
+        f"retain-{n}@views:1" for n in range(20)
+    }
 
 
 def test_a_view_that_shows_answers_is_refused(config: BuildConfig, tmp_path: Path) -> None:
