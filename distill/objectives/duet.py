@@ -86,6 +86,8 @@ class Duet:
         self._rows = JoinedRows((reader, *self._replayed))
         self.views = load_views(config.views, reader.manifest.views)
         self._config, self._student = config, student
+        self.asked_top_k = config.top_k
+        """Before it was resolved to what the caches hold."""
         self._recipe = reader.manifest.recipe
         recipes = [cache.manifest.recipe for cache in (reader, *self._replayed)]
         self.settings = {

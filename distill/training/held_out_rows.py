@@ -38,7 +38,8 @@ class HeldOutRows:
     def __init__(self, config: RunConfig, objective: "Duet") -> None:
         self._reader = reader = CacheReader.open(str(config.eval_cache))
         recipe = reader.manifest.recipe
-        top_k = config.top_k if recipe.keep == "strongest" else None  # draws count together
+        # Draws count together: of them, all are taken unless the user asks for fewer.
+        top_k = config.top_k if recipe.keep == "strongest" else objective.asked_top_k
         check_loss_fits(config, str(config.eval_cache), recipe, top_k)
         self._objective = objective
         self._batch = max(1, int(config.batch_size) // config.gradient_accumulation_steps)
