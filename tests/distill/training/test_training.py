@@ -1,6 +1,7 @@
 """Whole training runs on a tiny cache."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.distill.batches.sampler import Draw, epoch_order
 from duet_unlearn.distill.config import LOSS_OPTIONS, RunConfig
+from duet_unlearn.distill.model import sparse_head
 from duet_unlearn.distill.model.student import open_student
 from duet_unlearn.distill.objectives.base import open_objective
 from duet_unlearn.distill.training.trainer import DuetTrainer
@@ -383,3 +385,13 @@ def test_tensorboard_gets_both_losses_and_keeps_them(train):
     out = Path(train(report_to="tensorboard", epochs=1).out)
     events = b"".join(path.read_bytes() for path in (out / "runs").rglob("events.*"))
     assert {b"train/loss_forget" in events, b"train/loss_retain" in events} == {True}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_half_precision_is_known_where_a_tree_is_tried(
+    train, tmp_path, monkeypatch, caplog, precision
+):
+    monkeypatch.setattr(sparse_head, "_TOLERANCE", -1.0)  # nothing is as close as single precision
+    with caplog.at_level(logging.INFO):
+        train("student", precision=precision, max_steps=1)
+    assert ("does not read a tree of tokens" in caplog.text) == (precision == "float32")
