@@ -122,8 +122,8 @@ def tokenizer_fingerprint(folder: Path) -> str:
     def compute() -> str:
         content = read_json(path)
         kept = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
-        added = sorted(_tokens_of_configuration(folder, content))
-        return sha256_json(kept | {"tokenizer_config.json": added} if added else kept)
+        added = sorted(_tokens_beside(folder, content))
+        return sha256_json(kept | {"tokens_beside": added} if added else kept)
 
     return _remembered("tokenizer", _tokenizer_files(folder), compute)
 
@@ -159,7 +159,7 @@ def _vocabulary(folder: Path, trust_remote_code: bool) -> set[tuple[int, str]]:
     path = folder / "tokenizer.json"
     if path.is_file():
         content = read_json(path)
-        return _pairs(content) | _tokens_of_configuration(folder, content)
+        return _pairs(content) | _tokens_beside(folder, content)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return {(index, token) for token, index in tokenizer.get_vocab().items()}
 
@@ -174,7 +174,7 @@ def _pairs(content: dict[str, Any]) -> set[tuple[int, str]]:
     return pairs | {(t["id"], t["content"]) for t in content.get("added_tokens") or ()}
 
 
-def _tokens_of_configuration(folder: Path, content: dict[str, Any]) -> set[tuple[int, str]]:
+def _tokens_beside(folder: Path, content: dict[str, Any]) -> set[tuple[int, str]]:
     """Return the tokens that files beside `tokenizer.json` add to it when it is loaded.
 
     Those that are named without an id get one then, by their order: they stand under -1, -2, ...

@@ -198,9 +198,8 @@ class StepSampler(Sampler[list[Draw]]):
     def _draws(self, rows: list[int], views: list[int]) -> list[Draw]:
         if self.order.num_views == 0:
             return [Draw(row, PLAIN, 1.0 / len(rows)) for row in rows]
-        return [
-            Draw(row, view, 1.0 / len(rows) / len(shapes))
-            for row, drawn in zip(rows, views, strict=True)
-            for shapes in [(PLAIN,) if drawn == PLAIN else (PLAIN, drawn)]
-            for view in shapes
-        ]
+        draws: list[Draw] = []
+        for row, view in zip(rows, views, strict=True):
+            shapes = {PLAIN, view}
+            draws += [Draw(row, shape, 1.0 / len(rows) / len(shapes)) for shape in sorted(shapes)]
+        return draws

@@ -310,10 +310,12 @@ class StudentScores:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError):  # it expects a mask `[B, L]`
             return False
-        rounded = next(model.parameters()).dtype.itemsize < _SINGLE_BYTES
-        rounded = rounded or torch.is_autocast_enabled(padded.device.type)
-        # accelerate's autocast is in the forward, and over when this is asked.
-        rounded = rounded or hasattr(model, "_original_forward")
+        rounded = (
+            next(model.parameters()).dtype.itemsize < _SINGLE_BYTES
+            or torch.is_autocast_enabled(padded.device.type)
+            # accelerate's autocast is in the forward, and over when this is asked.
+            or hasattr(model, "_original_forward")
+        )
         tolerance = _TOLERANCE_HALF if rounded else _TOLERANCE
         return float((in_tree - padded).norm()) <= tolerance * float(padded.norm())
 
