@@ -11,6 +11,7 @@ from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.inspect import summarize
 from duet_unlearn.teacher_cache.reader import CacheReader
+from duet_unlearn.teacher_cache.share import remote
 from duet_unlearn.teacher_cache.share.remote import kept_folder
 
 pytestmark = pytest.mark.usefixtures("cache_home")
@@ -166,3 +167,15 @@ def test_a_process_that_ends_early_does_not_wait_and_says_nothing(web) -> None:
     )
     web.hold.set()
     assert (result.returncode, result.stdout, result.stderr) == (0, "q0000\n", "")
+
+
+def test_a_shard_that_is_refused_does_not_stay(web, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise CorruptCacheError("bad rows")
+
+    monkeypatch.setattr(remote, "ensure_sound", refuse)
+    with remote.open_afresh(web.url) as shards:
+        for entry in shards.manifest.shards:
+            with pytest.raises(CorruptCacheError, match="bad rows"), shards.for_a_while(entry):
+                pass
+            assert not list(shards.folder.rglob("*.parquet"))
