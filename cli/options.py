@@ -119,12 +119,12 @@ class _Text(click.ParamType[Any]):
 
 
 def _parameter(field: Field) -> click.Parameter | None:
-    flag, shown = field.flag, field.shown
+    flag = field.flag
     if flag is None:
         return None
     if not flag.startswith("-"):
         return click.Argument([field.name], required=False, metavar=flag)
-    settings: dict[str, Any] = {"help": shown.help, "metavar": shown.metavar}
+    settings: dict[str, Any] = {"help": field.help, "metavar": field.metavar}
     if isinstance(field.default, str | int | float):
         settings["default"] = field.default
     if bool in field.alternatives:
@@ -139,7 +139,7 @@ def _parameter(field: Field) -> click.Parameter | None:
             settings["callback"] = _pairs
     else:
         settings["type"] = _Text(field)
-        settings["metavar"] = field.metavar
+        settings["metavar"] = field.metavar or field.placeholder
     return click.Option([flag, field.name], **settings)
 
 

@@ -147,7 +147,7 @@ def _settings_table(function: Callable[..., Any], config: Any) -> list[str]:
         if name not in named:
             required = field.default is dataclasses.MISSING
             shown = "required" if required else f"`{field.default!r}`"
-            text = re.sub(r"\s*\[default: .*\]| Repeatable\.$", "", field.shown.help)
+            text = re.sub(r"\s*\[default: .*\]| Repeatable\.$", "", field.help)
             cells = (f"`{name}`", field.expected, shown, text)
             rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return [*rows, ""]

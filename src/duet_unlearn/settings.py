@@ -58,22 +58,6 @@ _BOUNDS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "belo
 T = TypeVar("T", bound="Settings")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
-    """What people see of a field."""
-
-    help: str
-    group: str | None
-    """Heading of the help page that begins here; None stays under the one before."""
-    flag: str | None
-    """`--name`, `--yes/--no`, `ARGUMENT`, or None for what no command line sets."""
-    metavar: str | None
-    aliases: tuple[str, ...]
-    """Names of other tools for it: nothing takes them, but whoever tries is told the right one."""
-    decides: bool
-    """Whether the result depends on it; the rest may change while unfinished work resumes."""
-
-
 def setting(
     *,
     help: str,  # noqa: A002 - as click calls it
@@ -85,11 +69,13 @@ def setting(
     aliases: tuple[str, ...] = (),
     decides: bool = True,
 ) -> Any:
-    """Declare a field; `Shown` explains the arguments. A flag left out is the field's name."""
-    shown = Shown(
-        help=help, group=group, flag=flag, metavar=metavar, aliases=aliases, decides=decides
-    )
-    metadata = {"description": help, "json_schema_extra": {"shown": shown}}
+    """Declare a field; `Field` explains the arguments.
+
+    A flag left out is the field's name, a group left out that of the field before.
+    """
+    shown: dict[str, Any] = {"help": help, "group": group, "flag": flag, "metavar": metavar}
+    shown |= {"aliases": aliases, "decides": decides}
+    metadata = {"json_schema_extra": shown}  # pydantic.Field takes metadata as its arguments
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
@@ -136,25 +122,28 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the result, as JSON values."""
-        return {name: v for name, v in self.to_json().items() if fields(self)[name].shown.decides}
+        return {name: v for name, v in self.to_json().items() if fields(self)[name].decides}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Field:
-    """A field of a class of settings, resolved."""
+    """A field of a class of settings: what it takes, and what people see of it."""
 
     name: str
     kind: Any
     """Its type, with bounds."""
     default: Any
     """`dataclasses.MISSING` where there is none."""
+    help: str
     group: str
-    shown: Shown
-
-    @property
-    def flag(self) -> str | None:
-        """How the command line spells it."""
-        return f"--{self.name.replace('_', '-')}" if self.shown.flag == "" else self.shown.flag
+    """Heading of the help page that it stands under."""
+    flag: str | None
+    """`--name`, `--yes/--no`, `ARGUMENT`, or None for what no command line sets."""
+    metavar: str | None
+    aliases: tuple[str, ...]
+    """Names of other tools for it: nothing takes them, but whoever tries is told the right one."""
+    decides: bool
+    """Whether the result depends on it; the rest may change while unfinished work resumes."""
 
     @property
     def alternatives(self) -> tuple[Any, ...]:
@@ -178,14 +167,14 @@ class Field:
         return (", or " if "," in words[0] else " or ").join(words)
 
     @property
-    def metavar(self) -> str:
-        """What the help page writes for its value."""
+    def placeholder(self) -> str:
+        """What the help page writes for its value where no `metavar` is declared."""
         kinds = [kind for kind in self.alternatives if kind is not type(None)]
         words = [
             "|".join(typing.get_args(kind)) if _plain(kind) is Literal else _METAVARS[_plain(kind)]
             for kind in kinds
         ]
-        return self.shown.metavar or "|".join(reversed(words))
+        return "|".join(reversed(words))
 
     def parse(self, value: Any) -> Any:
         """Return the value of a text, a list or a mapping of them.
@@ -208,13 +197,15 @@ def _fields(of: Any) -> dict[str, Field]:
     found: dict[str, Field] = {}
     group = ""
     for field in of.__dataclass_fields__.values():
-        shown: Shown = field.metadata["json_schema_extra"]["shown"]
-        group = shown.group or group
+        shown = field.metadata["json_schema_extra"]
+        group = shown["group"] or group
+        flag = f"--{field.name.replace('_', '-')}" if shown["flag"] == "" else shown["flag"]
         default = field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        resolved = {**shown, "group": group, "flag": flag}
         found[field.name] = Field(
-            name=field.name, kind=hints[field.name], default=default, group=group, shown=shown
+            name=field.name, kind=hints[field.name], default=default, **resolved
         )
     return found
 
@@ -224,7 +215,7 @@ def suggest(of: type[Settings], unknown: str) -> list[str]:
     name = unknown.strip("-").replace("-", "_")
     known = {field.name: field.name for field in fields(of).values()}
     for field in fields(of).values():
-        known |= {alias.replace("-", "_"): field.name for alias in field.shown.aliases}
+        known |= {alias.replace("-", "_"): field.name for alias in field.aliases}
     near = [name] if name in known else difflib.get_close_matches(name, known, n=3)
     return list(dict.fromkeys(known[match] for match in near))
 
