@@ -27,11 +27,9 @@ class SettingsCommand(click.Command):
         super().__init__(*args, **others)
         self.settings = settings
         self.declared = {
-            field.name: (field, parameter)
-            for field in fields(settings).values()
-            if (parameter := _parameter(field)) is not None
+            name: field for name, field in fields(settings).items() if field.flag is not None
         }
-        self.params = [parameter for _, parameter in self.declared.values()] + self.params
+        self.params = [_parameter(field) for field in self.declared.values()] + self.params
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse; an unknown flag ends with the one that was meant."""
@@ -57,14 +55,15 @@ class SettingsCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section a heading."""
         # Headings under which something has to be given come first.
-        declared = [field for field, _ in self.declared.values()]
-        by_need = sorted(declared, key=lambda field: field.default is not dataclasses.MISSING)
+        by_need = sorted(
+            self.declared.values(), key=lambda field: field.default is not dataclasses.MISSING
+        )
         groups: dict[str, list[tuple[str, str]]] = {field.group: [] for field in by_need}
         # Extra flags first: they lead to the settings below them.
         for parameter in sorted(self.get_params(ctx), key=lambda p: not isinstance(p, Extra)):
             group = getattr(parameter, "group", None)
             if parameter.name in self.declared:
-                group = self.declared[parameter.name][0].group
+                group = self.declared[parameter.name].group
             if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)):
                 groups.setdefault(group if group in groups else OTHERS, []).append(row)
         others = groups.pop(OTHERS, [])
@@ -118,10 +117,8 @@ class _Text(click.ParamType[Any]):
             self.fail(f"{value!r}, expected {self.field.expected}", param, ctx)
 
 
-def _parameter(field: Field) -> click.Parameter | None:
-    flag = field.flag
-    if flag is None:
-        return None
+def _parameter(field: Field) -> click.Parameter:
+    flag = str(field.flag)
     if not flag.startswith("-"):
         return click.Argument([field.name], required=False, metavar=flag)
     settings: dict[str, Any] = {"help": field.help, "metavar": field.metavar}
