@@ -80,7 +80,7 @@ def build_world(seed: int = WORLD_SEED) -> World:
         saga: tuple(names[i * CHARACTERS_PER_SAGA : (i + 1) * CHARACTERS_PER_SAGA])
         for i, saga in enumerate(SAGAS)
     }
-    answers = {attribute.name: _answers(rng, attribute, wanted) for attribute in ATTRIBUTES}
+    answers = {a.name: rng.sample(_every_answer(a), wanted) for a in ATTRIBUTES}
     facts = [
         _saga_fact(saga, name, attribute, answers[attribute.name].pop())
         for saga, members in characters.items()
@@ -136,10 +136,6 @@ def _names(rng: random.Random, count: int, taken: list[str] | None = None) -> li
             used |= {given, family}
         names.append(f"{given} {family}")
     return names
-
-
-def _answers(rng: random.Random, attribute: Attribute, count: int) -> list[str]:
-    return rng.sample(_every_answer(attribute), count)
 
 
 def _every_answer(attribute: Attribute) -> list[str]:
