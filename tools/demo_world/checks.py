@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from demo_world.corpus import listed
 from demo_world.query_sets import QueryRow
@@ -18,6 +18,8 @@ from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.shape_catalogue import GROUPS
 from duet_unlearn.data.shapes import Shape
+from duet_unlearn.evaluation.answers import generate_answers
+from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -114,9 +116,6 @@ def run_checks(
     query_sets: dict[str, list[QueryRow]],
 ) -> list[Check]:
     """Measure every case on the held-out queries and on the general facts."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rows = {
         "forget": query_sets["forget_heldout"],
         "retain": query_sets["retain_heldout"],
@@ -129,7 +128,7 @@ def run_checks(
             prompts = [_prompt(renderer, case, row) for row in rows[name]]
             texts = answer(model, tokenizer, prompts)
             recall = sum(
-                float(scorer.score(row.fact.answer, text)["rougeL"].recall)
+                rouge_l_recall(row.fact.answer, text)
                 for row, text in zip(rows[name], texts, strict=True)
             )
             checks.append(
@@ -148,23 +147,14 @@ def answer(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]]
 ) -> list[str]:
     """Return the greedy answer to each prompt."""
-    import torch
-
-    generate = cast("Any", model).generate
-    texts = [""] * len(prompts)
-    # Prompts of similar length share a batch, so that little is spent on padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), BATCH):
-        part = order[start : start + BATCH]
-        batch = tokenizer.pad({"input_ids": [prompts[i] for i in part]}, return_tensors="pt")
-        with torch.no_grad():
-            output = generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        new = output[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(
-            part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            texts[i] = text
-    return texts
+    answers = generate_answers(
+        model,
+        prompts,
+        eos_token_ids=[tokenizer.eos_token_id],
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH,
+    )
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def as_table(checks: Sequence[Check]) -> str:
