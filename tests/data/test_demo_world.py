@@ -11,7 +11,6 @@ from demo_world.query_sets import (
     ANOTHER_CHARACTER,
     ANOTHER_FACT,
     ANOTHER_WORDING,
-    FILE_NAMES,
     QUERIES_A_KIND,
     build_query_sets,
     render_rows,
@@ -24,6 +23,16 @@ from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.shape_catalogue import ATTACKS, GROUPS
 
+PATHS = (
+    demo_world.FORGET,
+    demo_world.RETAIN,
+    demo_world.FORGET_HELDOUT,
+    demo_world.RETAIN_HELDOUT,
+    demo_world.GENERAL,
+    demo_world.HOLDOUT,
+)
+FILE_NAMES = tuple(path.stem for path in PATHS)
+
 
 @pytest.fixture(scope="module")
 def world():
@@ -33,11 +42,7 @@ def world():
 @pytest.fixture(scope="module")
 def rows():
     return {
-        name: [
-            json.loads(line)
-            for line in (demo_world.FOLDER / f"{name}.jsonl").read_text().splitlines()
-        ]
-        for name in FILE_NAMES
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in PATHS
     }
 
 
@@ -54,16 +59,8 @@ def test_committed_query_files_are_what_the_generator_writes(world):
         assert (demo_world.FOLDER / f"{name}.jsonl").read_text() == render_rows(expected), name
 
 
-def test_paths_name_the_query_files():
-    paths = (
-        demo_world.FORGET,
-        demo_world.RETAIN,
-        demo_world.FORGET_HELDOUT,
-        demo_world.RETAIN_HELDOUT,
-        demo_world.GENERAL,
-        demo_world.HOLDOUT,
-    )
-    assert [path.stem for path in paths] == list(FILE_NAMES)
+def test_paths_name_the_query_files(world):
+    assert list(FILE_NAMES) == list(build_query_sets(world))
 
 
 def test_train_and_held_out_share_no_fact(rows):

@@ -19,14 +19,6 @@ from duet_unlearn.data.demo_world import TOPIC
 ANOTHER_WORDING = "another wording"
 ANOTHER_FACT = "another fact"
 ANOTHER_CHARACTER = "another character"
-FILE_NAMES = (
-    "forget_train",
-    "retain_train",
-    "forget_heldout",
-    "retain_heldout",
-    "general",
-    "holdout",
-)
 
 TRAINED_CHARACTERS = 16
 """Characters of the forgotten saga that training names; the other six stay unseen."""
@@ -61,9 +53,9 @@ class QueryRow:
         return json.dumps(row if self.kind is None else row | {"kind": self.kind})
 
 
-def build_query_sets(world: World, seed: int = QUERY_SEED) -> dict[str, list[QueryRow]]:
+def build_query_sets(world: World) -> dict[str, list[QueryRow]]:
     """Return the rows of every query file by its name without the ending."""
-    rng = random.Random(seed)
+    rng = random.Random(QUERY_SEED)
     forget_train, forget_heldout = _forget(world, rng)
     retain_train, retain_heldout = _retain(world, rng)
     general = list(world.general)
@@ -78,7 +70,7 @@ def build_query_sets(world: World, seed: int = QUERY_SEED) -> dict[str, list[Que
     }
     for name in ("forget_train", "retain_train"):
         rng.shuffle(sets[name])
-    invented = invented_facts(world, INVENTED_CHARACTERS, seed)
+    invented = invented_facts(world, INVENTED_CHARACTERS, QUERY_SEED)
     sets["holdout"] = [_ask(f, rng) for f in rng.sample(invented, 3 * QUERIES_A_KIND)]
     return sets
 
