@@ -33,14 +33,12 @@ Open {report} in a browser: verdict, attacks, first tokens, every answer."""
     type=FolderPath(),
     metavar="DIR",
     default="demo-out",
-    show_default=True,
     help="Folder for the cache, the students, the evaluation and the report.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["auto", "vllm", "transformers"]),
     default="auto",
-    show_default=True,
     help="What runs the teacher; auto takes vLLM where it imports.",
 )
 def demo_command(out: Path, engine: str) -> None:

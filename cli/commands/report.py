@@ -16,7 +16,6 @@ from duet_unlearn.cli.output import check_target, json_option, print_json, write
     type=FolderPath(),
     metavar="FILE",
     default="report.html",
-    show_default=True,
     help="The page, one HTML file that needs no network.",
 )
 @click.option(

@@ -25,7 +25,6 @@ class _Trouble(Failure):
     "--shard-rows",
     type=click.IntRange(min=1),
     default=1024,
-    show_default=True,
     help="Queries in one shard.",
 )
 @json_option
