@@ -148,7 +148,8 @@ class Field:
     @property
     def alternatives(self) -> tuple[Any, ...]:
         """Its type, a union taken apart."""
-        return _alternatives(self.kind)
+        union = typing.get_origin(self.kind) in (typing.Union, types.UnionType)
+        return typing.get_args(self.kind) if union else (self.kind,)
 
     @property
     def many(self) -> bool:
@@ -263,11 +264,6 @@ def _explain(
     if name not in fields(of):
         return ConfigurationError(unknown_setting(of, name))
     return ConfigurationError(f"{name} is {values[name]!r}, expected {fields(of)[name].expected}")
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if union else (kind,)
 
 
 def _plain(kind: Any) -> Any:
