@@ -360,11 +360,13 @@ def _first_sentence(answer: str) -> str:
 
 
 class _Chosen(pydantic.BaseModel, strict=True):
+    """The settings of a build that a candidate decides."""
+
     prefix: str
-    place: str
+    prefix_place: str = pydantic.Field(validation_alias="place")
     retain_prefix: bool
     strength: float = 0.0
-    views: list[str] = []
+    views: tuple[str, ...] = ()
     views_per_query: int | None = None
     positions: int = 1
 
@@ -374,7 +376,7 @@ class _Document(pydantic.BaseModel):
 
 
 def load_tuned(path: str) -> dict[str, Any]:
-    """Return what the first candidate of `tune --json` says of a build: prefix, place and so on.
+    """Return the settings of a build that the first candidate of `tune --json` decides, by name.
 
     Raises:
         DataError: The file cannot be read or holds no such document.

@@ -108,16 +108,7 @@ def _read_prefix(
         return {"prefix": resolve_prefix(prefix, topic)}
     from duet_unlearn.teacher_cache.tune import load_tuned
 
-    tuned = load_tuned(str(prefix_from))
-    return {
-        "prefix": tuned["prefix"],
-        "prefix_place": tuned["place"],
-        "retain_prefix": tuned["retain_prefix"],
-        "strength": tuned["strength"],
-        "views": tuple(tuned["views"]),
-        "views_per_query": tuned["views_per_query"],
-        "positions": tuned["positions"],
-    }
+    return load_tuned(str(prefix_from))
 
 
 def _print_build(config: BuildConfig, result: "BuildResult", *, as_json: bool) -> None:
