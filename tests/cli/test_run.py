@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,26 +19,8 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.fixture(scope="module")
-def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from duet_unlearn.teacher_cache.build.build import build
-    from duet_unlearn.teacher_cache.build.config import BuildConfig
-
-    folder = tmp_path_factory.mktemp("cli-run")
-    for split in ("forget", "retain"):
-        rows = [{"query": f"Who keeps {split} {i}?"} for i in range(4)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    config = BuildConfig(
-        teacher=str(tiny_model),
-        out=folder / "cache",
-        forget=(str(folder / "forget.jsonl"),),
-        retain=(str(folder / "retain.jsonl"),),
-        prefix="Forget it.",
-        top_k=10,
-        engine="transformers",
-    )
-    build(config)
-    return config.out
+def cache(build_tiny_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_cache(tmp_path_factory.mktemp("cli-run"), forget=4, retain=4)
 
 
 def test_every_setting_has_a_flag_with_help():
