@@ -6,6 +6,7 @@ model folder brings along.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,10 +124,7 @@ def stream_answers(
 def cut_at_end(token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:
     """Return the ids before the first end of sequence."""
     ends = frozenset(eos_token_ids)
-    for position, token_id in enumerate(token_ids):
-        if token_id in ends:
-            return list(token_ids[:position])
-    return list(token_ids)
+    return list(itertools.takewhile(lambda token_id: token_id not in ends, token_ids))
 
 
 def score_references(
