@@ -294,16 +294,14 @@ def run_in_memory(
     """
     import torch
 
+    if len(batch) == 1:
+        with fits_memory(f"one prompt of {length(batch[0])} tokens"):
+            return run(batch)
     try:
         return run(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(batch) == 1:
-            raise ConfigurationError(
-                f"out of memory on one prompt of {length(batch[0])} tokens; free some of it, load "
-                "the model as bfloat16 or use a larger device"
-            ) from error
     # Outside the handler: the error holds the frames that hold the tensors.
     torch.cuda.empty_cache()
     half = len(batch) // 2
