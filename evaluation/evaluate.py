@@ -60,14 +60,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
             "quantize needs --engine transformers: another engine loads the folder as it is; leave "
             "one of the two out"
         )
-    harness = None
-    if config.lm_eval:
-        harness = Harness(
-            config.lm_eval,
-            config.lm_eval_path,
-            limit=config.limit,
-            batch_size=config.batch_size,
-        )
+    harness = Harness(config) if config.lm_eval else None
     prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
     phrases = [phrase for source in config.refusals for phrase in load_phrases(source)]
     measures = select_measures(config.measures, (*REFUSAL_PHRASES, *phrases))

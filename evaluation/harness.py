@@ -9,12 +9,13 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.models.loading import is_out_of_memory
 from duet_unlearn.errors import ConfigurationError, first_line
+from duet_unlearn.evaluation.config import EvalConfig
 from duet_unlearn.evaluation.subjects import Subject
 
 Scores = dict[str, dict[str, float]]
@@ -25,18 +26,16 @@ class Harness:
     """Some tasks of lm-eval, found and loaded once to see that they can be.
 
     Args:
-        tasks: Names of tasks, groups or tags, or YAML files.
-        folder: With further task files, which win over lm-eval's own.
-        limit: Take the first documents of each task alone; None takes all.
-        batch_size: Of its forward passes.
+        config: Its `lm_eval` are names of tasks, groups or tags, or YAML files; the files in its
+            `lm_eval_path` win over lm-eval's own. Of each task the first `limit` documents are
+            taken, None takes all; `batch_size` is that of the forward passes.
 
     Raises:
         ConfigurationError: lm-eval is not installed, or a task cannot be loaded.
     """
 
-    def __init__(
-        self, tasks: Sequence[str], folder: str | None, *, limit: int | None, batch_size: int
-    ) -> None:
+    def __init__(self, config: EvalConfig) -> None:
+        folder = config.lm_eval_path
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -47,7 +46,8 @@ class Harness:
         if folder is not None and not Path(folder).is_dir():
             raise ConfigurationError(f"--lm-eval-path {folder}: no such folder of task files")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._tasks, self._limit, self._batch_size = list(dict.fromkeys(tasks)), limit, batch_size
+        self._config = config
+        self._tasks = list(dict.fromkeys(config.lm_eval))
         # lm-eval's own thousands of tasks take ten seconds to list: only where they are asked for.
         self._manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if not set(self._tasks) <= set(self._manager.all_tasks) and folder is not None:
@@ -72,7 +72,9 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         model = HFLM(
-            pretrained=subject.load(), tokenizer=subject.tokenizer, batch_size=self._batch_size
+            pretrained=subject.load(),
+            tokenizer=subject.tokenizer,
+            batch_size=self._config.batch_size,
         )
         try:
             with _quietly():
@@ -80,7 +82,7 @@ class Harness:
                     model=model,
                     tasks=self._tasks,
                     task_manager=self._manager,
-                    limit=self._limit,
+                    limit=self._config.limit,
                     log_samples=False,
                 )
         except Exception as error:
