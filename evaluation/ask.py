@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import AskConfig
-from duet_unlearn.evaluation.subjects import Subject, open_subjects
+from duet_unlearn.evaluation.subjects import open_subjects
 from duet_unlearn.evaluation.tasks import Attack, Task, load_attacks, without_answers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,34 +65,20 @@ class Asker:
             DataError: the question is too long for a model.
         """
         query = Query.from_text(question, split="general")
+        show = on_text if self.streams else None
         for attack in self._attacks:
             task = Task(set_name="ask", query=query, attack=attack)
             for subject, model in self._subjects:
                 for label in subject.rows:
-                    yield Reply(
-                        label=label,
-                        attack=None if attack is None else attack.name,
-                        text=self._answer(subject, model, label, task, on_text),
+                    ((_, ids),) = stream_answers(
+                        model,
+                        subject.render(label, [task], self._max_new_tokens),
+                        eos_token_ids=subject.ends,
+                        max_new_tokens=self._max_new_tokens,
+                        batch_size=1,
+                        streamer=None if show is None else _streamer(subject.tokenizer, show),
                     )
-
-    def _answer(
-        self,
-        subject: Subject,
-        model: "PreTrainedModel",
-        label: str,
-        task: Task,
-        on_text: Callable[[str], None] | None,
-    ) -> str:
-        show = on_text if self.streams else None
-        ((_, ids),) = stream_answers(
-            model,
-            subject.render(label, [task], self._max_new_tokens),
-            eos_token_ids=subject.ends,
-            max_new_tokens=self._max_new_tokens,
-            batch_size=1,
-            streamer=None if show is None else _streamer(subject.tokenizer, show),
-        )
-        return subject.decode(ids)
+                    yield Reply(label=label, attack=task.attack_name, text=subject.decode(ids))
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
