@@ -127,8 +127,7 @@ def separate(scores: Scores, against: Scores) -> Separation:
     wins = (scores[:, None] > against) + 0.5 * (scores[:, None] == against)
     auc = float(wins.mean())
     if auc in (0.0, 1.0):
-        open_share = 1 - _TAIL ** (1 / min(scores.size, against.size))
-        low, high = (0.0, open_share) if auc == 0 else (1 - open_share, 1.0)
+        low, high = _clopper_pearson(auc, min(scores.size, against.size))
     else:
         drawn = ((_draws(scores.size) @ wins) * _draws(against.size, seed=1)).sum(axis=1)
         low, high = np.quantile(drawn, (_TAIL, 1 - _TAIL))
@@ -145,8 +144,14 @@ def _open_ended(scores: Scores) -> tuple[float, float] | None:
     """
     if np.ptp(scores) or scores[0] not in (0.0, 1.0):
         return None
-    open_share = 1 - _TAIL ** (1 / scores.size)
-    return (0.0, POINTS * open_share) if scores[0] == 0 else (POINTS * (1 - open_share), POINTS)
+    low, high = _clopper_pearson(float(scores[0]), scores.size)
+    return POINTS * low, POINTS * high
+
+
+def _clopper_pearson(share: float, count: int) -> tuple[float, float]:
+    """Return the exact interval, 0 to 1, where the share is 0 or 1."""
+    open_share = 1 - _TAIL ** (1 / count)
+    return (0.0, open_share) if share == 0 else (1 - open_share, 1.0)
 
 
 def _interval(values: Scores) -> tuple[float, float]:
