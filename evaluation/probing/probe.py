@@ -30,7 +30,7 @@ from duet_unlearn.evaluation.probing.linear_probe import (
     tells_apart,
 )
 from duet_unlearn.evaluation.probing.results import LayerLook, ProbeReport
-from duet_unlearn.evaluation.statistics import Number, summarize_all
+from duet_unlearn.evaluation.statistics import summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Task, load_answered, spread
 from duet_unlearn.progress import Progress
@@ -75,12 +75,11 @@ def probe(config: ProbeConfig) -> ProbeReport:
                     batch_size=config.batch_size,
                     on_read=progress.update,
                 )
-            states = np.stack([position.states for position in found], axis=1)
             pairs = pairs or {
                 "forget": _pair(vectors[:at], firsts[:at], "forget"),
                 "retain": _pair(vectors[at:], firsts[at:], "retain"),
             }
-            looks += _look(label, found, states, vectors, pairs, at)
+            looks += _look(label, found, vectors, pairs, at)
             reads[label] = [{"ranks": p.ranks, "probabilities": p.probabilities} for p in found]
         del model
         free_memory()
@@ -119,13 +118,15 @@ def _pair(vectors_ND: Floats, tokens: Sequence[int], split: str) -> Pairs:
 def _look(
     label: str,
     found: Sequence[LastPosition],
-    states_LND: Floats,
     vectors_ND: Floats,
     pairs: dict[str, Pairs],
     at: int,
 ) -> list[LayerLook]:
     """Return what each layer says; the first `at` queries are to be forgotten."""
     looks = []
+    states_LND = np.stack([position.states for position in found], axis=1)
+    ranks_NL = np.array([position.ranks for position in found])
+    probabilities_NL = np.array([position.probabilities for position in found])
     vectors, train = vectors_ND[:at], vectors_ND[at:]
     for layer, states_ND in enumerate(states_LND):
         asked, kept = states_ND[:at], states_ND[at:]
@@ -134,17 +135,13 @@ def _look(
             LayerLook(
                 model=label,
                 layer=layer + 1,
-                rank=float(np.median([p.ranks[layer] for p in found[:at]])),
-                probability=_mean([p.probabilities[layer] for p in found[:at]]),
-                retain_rank=float(np.median([p.ranks[layer] for p in found[at:]])),
-                retain_probability=_mean([p.probabilities[layer] for p in found[at:]]),
+                rank=float(np.median(ranks_NL[:at, layer])),
+                probability=summarize_all(probabilities_NL[:at, layer]),
+                retain_rank=float(np.median(ranks_NL[at:, layer])),
+                retain_probability=summarize_all(probabilities_NL[at:, layer]),
                 told_apart=summarize_all(tells_apart(predicted, vectors, pairs["forget"])),
                 shuffled=100 * shuffled_control(kept, train, asked, vectors, pairs["forget"]),
                 retain_told_apart=summarize_all(cross_validated(kept, train, pairs["retain"])),
             )
         )
     return looks
-
-
-def _mean(shares: Sequence[float]) -> Number:
-    return summarize_all(np.array(shares, dtype=float))
