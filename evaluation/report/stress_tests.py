@@ -10,12 +10,19 @@ from duet_unlearn.urls import published_value
 def describe_stress_tests(sources: Sources) -> Document:
     """Return what a report shows of each kind, nothing where there is none."""
     return {
-        key: [describe(name, value) for name, value in sources.stress_tests.get(key, [])]
+        key: [
+            {
+                "name": name,
+                **describe(value),
+                "config": published_value(value.get("config", {})),
+            }
+            for name, value in sources.stress_tests.get(key, [])
+        ]
         for key, describe in _KINDS.items()
     }
 
 
-def _relearning(name: str, value: Document) -> Document:
+def _relearning(value: Document) -> Document:
     """Curves of what comes back against steps, for each thing that was taught.
 
     A model has one curve there, of the rate that brings most back; the table has all.
@@ -34,9 +41,7 @@ def _relearning(name: str, value: Document) -> Document:
             points = [[look["step"], (look.get(key) or {}).get("mean")] for look in curve["looks"]]
             chart["series"][label] = points
     return {
-        "name": name,
         "charts": [chart for chart in charts.values() if _has_points(chart)],
-        "config": published_value(value.get("config", {})),
         "curves": [
             {
                 **{key: curve[key] for key in ("model", "lesson", "learning_rate")},
@@ -51,13 +56,12 @@ def _relearning(name: str, value: Document) -> Document:
     }
 
 
-def _membership(name: str, value: Document) -> Document:
+def _membership(value: Document) -> Document:
     """Return the AUC of each model and score."""
     found = {(row["model"], row["score"]): row for row in value["membership"]}
     models = dict.fromkeys(model for model, _ in found)
     first = next(iter(found.values()))
     return {
-        "name": name,
         "scores": [{"score": key, "description": text} for key, text in value["scores"].items()],
         "rows": [
             {
@@ -71,11 +75,10 @@ def _membership(name: str, value: Document) -> Document:
         ],
         "forget": first["count"],
         "holdout": first["against"],
-        "config": published_value(value.get("config", {})),
     }
 
 
-def _attacking(name: str, value: Document) -> Document:
+def _attacking(value: Document) -> Document:
     """Return a row a model, with what it says plainly and behind each attack."""
     found = {(row["model"], row["attack"]): row for row in value["attacking"]}
     attacks = list(dict.fromkeys(attack for _, attack in found))
@@ -88,7 +91,6 @@ def _attacking(name: str, value: Document) -> Document:
         if key == "recalled" or retained
     ]
     return {
-        "name": name,
         "columns": columns,
         "rows": [
             {"label": model, "cells": [found[model, c["attack"]][c["key"]] for c in columns]}
@@ -100,11 +102,10 @@ def _attacking(name: str, value: Document) -> Document:
             if row["suffix"] is not None
         ],
         "trained": value["trained"],
-        "config": published_value(value.get("config", {})),
     }
 
 
-def _probing(name: str, value: Document) -> Document:
+def _probing(value: Document) -> Document:
     """Return curves over the layers, and all numbers."""
     rows = value["probing"]
 
@@ -116,7 +117,6 @@ def _probing(name: str, value: Document) -> Document:
         return series
 
     return {
-        "name": name,
         "charts": [
             make_chart(
                 "Logit lens", "median rank of the answer", curves("rank"), x="layer", log=True
@@ -137,7 +137,6 @@ def _probing(name: str, value: Document) -> Document:
             for row in rows
         ],
         "pairs": value["pairs"],
-        "config": published_value(value.get("config", {})),
     }
 
 
