@@ -73,17 +73,16 @@ def _least(values: Sequence[float]) -> float:
 class MembershipScore:
     """One way to tell members."""
 
-    name: str
     score: Callable[[TextView], float]
     description: str
 
 
-_TABLE = (
-    MembershipScore("loss", loss_score, "mean log-probability of the tokens"),
-    MembershipScore("zlib", zlib_score, "the same over the text's compressed size"),
-    MembershipScore("min_k", min_k_score, "mean over the 20% least likely tokens"),
-    MembershipScore("min_k_plus", min_k_plus_score, "the same, against what could stand there"),
+SCORES: Mapping[str, MembershipScore] = MappingProxyType(
+    {
+        "loss": MembershipScore(loss_score, "mean log-probability of the tokens"),
+        "zlib": MembershipScore(zlib_score, "the same over the text's compressed size"),
+        "min_k": MembershipScore(min_k_score, "mean over the 20% least likely tokens"),
+        "min_k_plus": MembershipScore(min_k_plus_score, "the same, against what could stand there"),
+    }
 )
-
-SCORES: Mapping[str, MembershipScore] = MappingProxyType({s.name: s for s in _TABLE})
 """All scores by name."""
