@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from duet_unlearn.errors import DataError
-from duet_unlearn.evaluation.measures.base import Answer, Score
+from duet_unlearn.evaluation.measures.base import Score, on_text
 from duet_unlearn.evaluation.measures.words import split_words
 from duet_unlearn.files import read_entries
 
@@ -46,11 +46,7 @@ def is_refusal(response: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> bool:
 
 def refusal_score(phrases: Sequence[str] = REFUSAL_PHRASES) -> Score:
     """Return a score by `is_refusal` with these phrases."""
-
-    def score(_reference: str, answer: Answer) -> float:
-        return float(is_refusal(answer.text, phrases))
-
-    return score
+    return on_text(lambda _reference, response: is_refusal(response, phrases))
 
 
 @functools.lru_cache(maxsize=1 << 12)
