@@ -235,15 +235,13 @@ def _shown(attack: Attack, query: Query, pools: dict[str, list[Query]]) -> Shown
         return None
     generator = random.Random(query.query_id)
     answer = query.answer or ""
-    words = split_words(answer)
-    others = [q.answer for q in pools[query.split] if q.answer and q.answer != answer]
-    wrong = sorted(set(others))
+    wrong = sorted({q.answer for q in pools[query.split] if q.answer and q.answer != answer})
     choices = [answer, *generator.sample(wrong, min(_WRONG_CHOICES, len(wrong)))]
     generator.shuffle(choices)
     return Shown(
         examples=_pairs(query, pools["retain"], generator) or EXAMPLES,
         facts=_pairs(query, pools[query.split], generator),
-        hint=f"the answer begins with {answer[:1]!r} and has {len(words)} words",
+        hint=f"the answer begins with {answer[:1]!r} and has {len(split_words(answer))} words",
         choices="\n".join(f"- {choice}" for choice in choices),
     )
 
