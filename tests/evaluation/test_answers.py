@@ -15,9 +15,9 @@ from duet_unlearn.evaluation.answers import (
 NEW_TOKENS = 12
 
 
-def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
+def random_ids(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(7, 384) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+    return [[rng.randrange(7, 384) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
 
 
 def naive_greedy(model, prompt: list[int], ends: list[int]) -> list[int]:
@@ -45,7 +45,7 @@ def common_ends(model, prompts: list[list[int]]) -> list[int]:
 
 @pytest.mark.parametrize("with_ends", [False, True])
 def test_batches_of_any_size_give_the_naive_answers(model, with_ends: bool) -> None:
-    prompts = random_prompts(40)
+    prompts = random_ids(40)
     ends = common_ends(model, prompts) if with_ends else []
     expected = [naive_greedy(model, prompt, ends) for prompt in prompts]
     if with_ends:
@@ -58,7 +58,7 @@ def test_batches_of_any_size_give_the_naive_answers(model, with_ends: bool) -> N
 
 
 def test_sampling_defaults_of_the_folder_change_nothing(model, tiny_model: Path) -> None:
-    prompts = random_prompts(8)
+    prompts = random_ids(8)
     settings = {"eos_token_ids": [1], "max_new_tokens": NEW_TOKENS, "batch_size": 8}
     expected = generate_answers(model, prompts, **settings)
     wild = load_model(tiny_model)
@@ -100,16 +100,9 @@ def test_a_frozen_head_is_not_copied_for_each_row(tiny_model: Path) -> None:
     seen = BatchedProducts()
     seen.widths = []
     with seen:
-        generate_answers(
-            frozen, random_prompts(4), eos_token_ids=[], max_new_tokens=2, batch_size=4
-        )
+        generate_answers(frozen, random_ids(4), eos_token_ids=[], max_new_tokens=2, batch_size=4)
     assert frozen.config.vocab_size not in seen.widths
     assert not frozen.get_output_embeddings()._forward_pre_hooks
-
-
-def random_ids(count: int, longest: int, seed: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(7, 384) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
 
 
 def naive_logs(model, prompt: list[int], answer: list[int]) -> list[float]:
