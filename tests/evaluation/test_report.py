@@ -174,8 +174,13 @@ def test_markdown_holds_verdicts_and_tables_and_opens_no_tag(sources: Sources) -
     assert text.startswith("# Did it forget?\n")
     assert r"| override \* |" in text
     assert "(seen)" in text
-    assert not re.search(r"(?<!\\)[<\[]", text)
-    for block in text.split("\n\n"):  # each row of a table has as many cells as its heading
+    _assert_foreign_text_opens_nothing(text)
+
+
+def _assert_foreign_text_opens_nothing(markdown: str) -> None:
+    """No tag, no link, and each row of a table has as many cells as its heading."""
+    assert not re.search(r"(?<!\\)[<\[]", markdown)
+    for block in markdown.split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1
 
@@ -221,10 +226,7 @@ def test_stress_tests_have_their_sections_and_their_text_is_text(sources: Source
     assert "searched attacks" not in missing
     text = render_markdown(content)
     assert "| base + prefix | 28 | 5392.88 | 12.5 (0.0 to 25.0) |" in text
-    assert not re.search(r"(?<!\\)[<\[]", text)
-    for block in text.split("\n\n"):
-        rows = [line for line in block.splitlines() if line.startswith("|")]
-        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1
+    _assert_foreign_text_opens_nothing(text)
     del sources.stress_tests["probing"][0][1]["pairs"]
     with pytest.raises(DataError, match="a stress test's record: damaged, KeyError at 'pairs'"):
         make_content(sources)
