@@ -24,7 +24,7 @@ from duet_unlearn.teacher_cache.format.manifest import (
 )
 from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
 from duet_unlearn.teacher_cache.format.row_group import Identity, RowGroup
-from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile
 from duet_unlearn.urls import is_url
 
@@ -80,7 +80,7 @@ class LocalShards:
 
     def path(self, index: int) -> Path:
         """Return where a shard lies."""
-        return self.folder / SHARD_FOLDER / self.manifest.shards[index].name
+        return self.folder / self.manifest.shards[index].path
 
 
 class CacheReader:
@@ -132,7 +132,7 @@ class CacheReader:
         manifest = read_manifest(folder)
         check_pin(manifest, pin, folder)
         for shard in manifest.shards:
-            path = folder / SHARD_FOLDER / shard.name
+            path = folder / shard.path
             check_size(path, shard, str(path))
         ensure_sound(folder, manifest)
         return cls(LocalShards(manifest, folder))
@@ -240,7 +240,7 @@ class CacheReader:
 
     def _check_splits(self, codes: npt.ArrayLike, rows: range, shard: int) -> None:
         if not np.array_equal(codes, self.splits[rows.start : rows.stop]):
-            path = self.folder / SHARD_FOLDER / self.manifest.shards[shard].name
+            path = self.folder / self.manifest.shards[shard].path
             raise CorruptCacheError(f"{path}: the splits of its rows are not the manifest's")
 
     def _file(self, shard: int) -> ShardFile:
@@ -285,7 +285,7 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile
     Raises:
         CorruptCacheError: It is missing, damaged, or a shard of another place or recipe.
     """
-    path = folder / SHARD_FOLDER / entry.name
+    path = folder / entry.path
     file = ShardFile(path)
     index = entry.index
     if file.header.recipe != manifest.recipe:

@@ -100,7 +100,7 @@ def _check_shard(
     folder: Path, entry: ShardEntry, manifest: Manifest
 ) -> tuple[dict[str, SplitStatistics], list[Identity]]:
     """Return the sums and the identity of a shard's rows, or raise what is wrong with it."""
-    path = folder / SHARD_FOLDER / entry.name
+    path = folder / entry.path
     check_bytes(path, entry)
     ensure_sound(folder, manifest, entry)
     file = open_shard(folder, entry, manifest)

@@ -61,6 +61,11 @@ class ShardEntry:
         return int(self.name.partition("-")[0])
 
     @property
+    def path(self) -> str:
+        """Where it lies below a cache: `shards/NAME`."""
+        return f"{SHARD_FOLDER}/{self.name}"
+
+    @property
     def num_rows(self) -> int:
         """Rows of all splits."""
         return sum(self.rows.values())

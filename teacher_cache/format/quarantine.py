@@ -24,7 +24,7 @@ from duet_unlearn.files import make_folder, write_text
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.row_group import row_group_problems
-from duet_unlearn.teacher_cache.format.schema import ROW_GROUP_LOGITS, SHARD_FOLDER
+from duet_unlearn.teacher_cache.format.schema import ROW_GROUP_LOGITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def ensure_sound(folder: Path, manifest: Manifest, shard: ShardEntry | None = No
     if shard is None:
         logger.info("%s: checking every row once, in a process of its own", folder)
     shards = [s for s in manifest.shards if not _is_known(s.sha256)] if shard is None else [shard]
-    paths = [folder / SHARD_FOLDER / entry.name for entry in shards]
+    paths = [folder / entry.path for entry in shards]
     # A child that ends early has a problem at the shard it was at.
     for problem in find_problems(paths, manifest.recipe, [entry.sha256 for entry in shards]):
         if problem is not None:

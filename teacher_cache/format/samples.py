@@ -12,7 +12,7 @@ from duet_unlearn.data.messages import split_view
 from duet_unlearn.data.models.tokenizer import token_text
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
-from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
+from duet_unlearn.teacher_cache.format.schema import SPLITS
 from duet_unlearn.teacher_cache.format.shard import ShardFile
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def collect_samples(
     for shard in shards:
         if not any(wanted[split] and count for split, count in shard.rows.items()):
             continue
-        file = ShardFile(cache / SHARD_FOLDER / shard.name)
+        file = ShardFile(cache / shard.path)
         for index in range(len(file.row_group_sizes)):
             group = file.read_row_group(index)
             for row in range(group.num_rows):

@@ -128,14 +128,13 @@ def missing_shards(
             foreign.append(name)
     missing = []
     for shard in manifest.shards:
-        name = f"{SHARD_FOLDER}/{shard.name}"
         same = there.get(shard.name) == shard.bytes
         if same and (check or not finished):
-            same = store.sha256(name, shard.bytes) == shard.sha256
+            same = store.sha256(shard.path, shard.bytes) == shard.sha256
         if not same:
             missing.append(shard)
             if shard.name in there and not finished:
-                foreign.append(name)
+                foreign.append(shard.path)
     if foreign:
         raise MismatchError(
             f"{store.url}: holds {min(foreign)[:80]!r}, which is not of this cache; perhaps "

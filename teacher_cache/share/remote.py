@@ -76,12 +76,12 @@ class RemoteShards:
                     target=self._bring_quietly, args=(following,), name="duet-fetch", daemon=True
                 )
                 self._ahead.start()
-        return self.folder / SHARD_FOLDER / shards[index].name
+        return self.folder / shards[index].path
 
     def _bring(self, index: int) -> None:
         """Fetch a shard unless a sound copy is kept; raises as `path` does."""
         shard = self.manifest.shards[index]
-        path = self.folder / SHARD_FOLDER / shard.name
+        path = self.folder / shard.path
         try:
             with FileLock(path.with_name(f".{shard.name}.lock")):
                 if path.exists():
@@ -110,7 +110,7 @@ class RemoteShards:
             self._bring(shard.index)
             yield
         finally:
-            (self.folder / SHARD_FOLDER / shard.name).unlink(missing_ok=True)
+            (self.folder / shard.path).unlink(missing_ok=True)
 
     def unlisted(self) -> list[str]:
         """Return the names beside the shards at the URL that the manifest does not list."""

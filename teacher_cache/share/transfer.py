@@ -110,8 +110,7 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
             store, manifest, folder / CARD_NAME, finished=finished, check=check
         )
         for shard in missing:
-            path = folder / SHARD_FOLDER / shard.name
-            check_bytes(path, shard)
+            check_bytes(folder / shard.path, shard)
         last = [] if finished else [n for n in (CARD_NAME, MANIFEST_NAME) if (folder / n).is_file()]
         _send(store, folder, manifest, missing, last)
         if here:
@@ -128,21 +127,17 @@ def _send(
 ) -> None:
     """Send shards, and behind them the files that make the cache a finished one."""
     if store.hub is not None:
-        if names := [*(f"{SHARD_FOLDER}/{shard.name}" for shard in missing), *last]:
+        if names := [*(shard.path for shard in missing), *last]:
             store.commit(folder, names, f"Add teacher cache {manifest.digest[:19]}")
         return
-    _each(
-        "push",
-        missing,
-        lambda shard: store.put(folder / SHARD_FOLDER / shard.name, f"{SHARD_FOLDER}/{shard.name}"),
-    )
+    _each("push", missing, lambda shard: store.put(folder / shard.path, shard.path))
     if not last or holds_cache(store, manifest):  # somebody else may have pushed meanwhile
         return
     there = store.list(SHARD_FOLDER)
     for shard in manifest.shards:
         if there.get(shard.name) != shard.bytes:
             raise CacheError(
-                f"{store.where(f'{SHARD_FOLDER}/{shard.name}')}: was sent, but is not there with "
+                f"{store.where(shard.path)}: was sent, but is not there with "
                 f"its {shard.bytes} bytes; run the same push again"
             )
     for name in last:
@@ -195,20 +190,19 @@ def fetch_shard(store: Store, shard: ShardEntry, folder: Path) -> None:
 
     Wrong bytes are fetched once more before they are an error.
     """
-    name = f"{SHARD_FOLDER}/{shard.name}"
     for left_behind in (folder / SHARD_FOLDER).glob(f".{shard.name}.*{TEMPORARY_SUFFIX}"):
         left_behind.unlink(missing_ok=True)
     for last in (False, True):
         try:
-            with atomic_path(folder / name) as temporary:
+            with atomic_path(folder / shard.path) as temporary:
                 try:
-                    store.get(name, temporary, shard.bytes)
+                    store.get(shard.path, temporary, shard.bytes)
                 except FileNotFoundError:
                     raise CorruptCacheError(
-                        f"{store.where(name)}: the manifest lists it, but it is not there; push "
-                        "the cache again"
+                        f"{store.where(shard.path)}: the manifest lists it, but it is not there; "
+                        "push the cache again"
                     ) from None
-                check_bytes(temporary, shard, store.where(name))
+                check_bytes(temporary, shard, store.where(shard.path))
             return
         except CorruptCacheError:
             if last:
