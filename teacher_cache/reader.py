@@ -100,11 +100,10 @@ class CacheReader:
         groups: list[range] = []
         first = 0
         for index, shard in enumerate(manifest.shards):
-            for group, start in enumerate(range(0, shard.num_rows, shard.row_group_rows)):
-                stop = min(start + shard.row_group_rows, shard.num_rows)
+            for group, size in enumerate(shard.row_group_sizes):
                 self._locations.append((index, group))
-                groups.append(range(first + start, first + stop))
-            first += shard.num_rows
+                groups.append(range(first, first + size))
+                first += size
         self.row_groups: tuple[range, ...] = tuple(groups)
         """Row indices that are decoded together, in file order."""
         self._starts = np.array([group.start for group in groups])
@@ -287,19 +286,17 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> ShardFile
     """
     path = folder / entry.path
     file = ShardFile(path)
-    index = entry.index
     if file.header.recipe != manifest.recipe:
         differences = "; ".join(manifest.recipe.differences(file.header.recipe))
         raise CorruptCacheError(f"{path}: a shard of another recipe ({differences})")
     if file.header.queries != manifest.queries:
         raise CorruptCacheError(f"{path}: a shard of another cache of this recipe; get it again")
-    if (file.header.index, file.header.count) != (index, len(manifest.shards)):
+    if (file.header.index, file.header.count) != (entry.index, len(manifest.shards)):
         raise CorruptCacheError(
-            f"{path}: is shard {file.header.index} of {file.header.count}, expected {index} of "
-            f"{len(manifest.shards)}; shards were swapped"
+            f"{path}: is shard {file.header.index} of {file.header.count}, expected "
+            f"{entry.index} of {len(manifest.shards)}; shards were swapped"
         )
-    starts = range(0, entry.num_rows, entry.row_group_rows)
-    if file.row_group_sizes != [min(entry.row_group_rows, entry.num_rows - i) for i in starts]:
+    if file.row_group_sizes != entry.row_group_sizes:
         raise CorruptCacheError(
             f"{path}: {file.num_rows} rows in {len(file.row_group_sizes)} row groups, the manifest "
             f"says {entry.num_rows} in groups of {entry.row_group_rows}; get it again"

@@ -70,6 +70,12 @@ class ShardEntry:
         """Rows of all splits."""
         return sum(self.rows.values())
 
+    @property
+    def row_group_sizes(self) -> list[int]:
+        """Rows of each row group."""
+        rows, most = self.num_rows, self.row_group_rows
+        return [min(most, rows - start) for start in range(0, rows, most)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartOf:
