@@ -332,22 +332,17 @@ class ShardFile:
 
 def _as_stored(table: pa.Table, logit_dtype: str) -> pa.Table:
     """Undo the wider types that other writers ask for, as `large_list`."""
-    texts, items = (
-        pa.dictionary(pa.int32(), pa.string()),
-        {"logits": pa.type_for_alias(logit_dtype)},
-    )
-    items["logsumexp"] = pa.float32()
+    texts = pa.dictionary(pa.int32(), pa.string())
+    items = {"logits": pa.type_for_alias(logit_dtype), "logsumexp": pa.float32()}
     for place, name in enumerate(table.column_names):
-        is_text = name in IDENTITY_COLUMNS
-        kind = texts if is_text else pa.list_(items.get(name, pa.int32()))
         column = table[name]
-        if is_text and column.type != kind:
-            column = column.cast(pa.string()).dictionary_encode()
-        elif not is_text and (column.type.id, column.type.value_type) != (
-            kind.id,
-            kind.value_type,
-        ):
-            column = column.cast(kind)
+        if name in IDENTITY_COLUMNS:
+            if column.type != texts:
+                column = column.cast(pa.string()).dictionary_encode()
+        else:
+            kind = pa.list_(items.get(name, pa.int32()))
+            if (column.type.id, column.type.value_type) != (kind.id, kind.value_type):
+                column = column.cast(kind)
         table = table.set_column(place, name, column)
     return table
 
