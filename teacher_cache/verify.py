@@ -106,8 +106,7 @@ def _check_shard(
     file = open_shard(folder, entry, manifest)
     rows: list[Identity] = []
     sums = {split: SplitStatistics() for split in SPLITS}
-    for index in range(len(file.row_group_sizes)):
-        group = file.read_row_group(index)
+    for group in file.row_groups():
         rows.extend(group.identities())
         for split, found in group_statistics(group).items():
             sums[split] += found

@@ -166,8 +166,7 @@ def _problem(path: Path, expected: str | None, of: list[str] | None) -> str | No
         if of is not None and [file.header.recipe.recipe_id, file.header.queries] != of:
             return None
         file.check_claims()
-        for index in range(len(file.row_group_sizes)):
-            group = file.read_row_group(index)
+        for index, group in enumerate(file.row_groups()):
             for problem in row_group_problems(group, file.header.recipe):
                 return f"{path}: row group {index}: {problem}; get the shard again"
         file.close()

@@ -34,8 +34,7 @@ def collect_samples(
         if not any(wanted[split] and count for split, count in shard.rows.items()):
             continue
         file = ShardFile(cache / shard.path)
-        for index in range(len(file.row_group_sizes)):
-            group = file.read_row_group(index)
+        for group in file.row_groups():
             for row in range(group.num_rows):
                 if wanted[group.split(row)] and split_view(group.query(row))[0] is None:
                     wanted[group.split(row)] -= 1

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -303,6 +303,10 @@ class ShardFile:
         """
         table = self._read(index, self.header.recipe.columns)
         return RowGroup(table, self.header.recipe, f"{self.path}: row group {index}")
+
+    def row_groups(self) -> Iterator[RowGroup]:
+        """Yield the row groups, each decoded when it is asked for; raises as `read_row_group`."""
+        return map(self.read_row_group, range(self._footer.num_row_groups))
 
     def read_identities(self, index: int) -> list[Identity]:
         """Return `(query_id, split, query)` of a row group's rows; decodes no signals.
