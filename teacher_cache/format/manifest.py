@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
-from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError, first_line
 from duet_unlearn.files import CACHE_FORMAT, user_path, write_text
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
@@ -246,9 +246,8 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{where}: {error}") from None
     except ValueError as error:
-        reason = str(error).splitlines()[0][:160]
         raise CorruptCacheError(
-            f"{where}: not readable as JSON ({reason}); get the cache again"
+            f"{where}: not readable as JSON ({first_line(error)[:160]}); get the cache again"
         ) from error
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_file
-from duet_unlearn.errors import CacheError, CorruptCacheError
+from duet_unlearn.errors import CacheError, CorruptCacheError, first_line
 from duet_unlearn.files import atomic_path
 from duet_unlearn.teacher_cache.format.manifest import ShardEntry, shard_name
 from duet_unlearn.teacher_cache.format.recipe import Recipe
@@ -354,8 +354,9 @@ def _as_stored(table: pa.Table, logit_dtype: str) -> pa.Table:
 def _unreadable(path: Path, error: Exception) -> CorruptCacheError:
     if isinstance(error, MemoryError):
         raise error
-    reason = ((str(error) or type(error).__name__).splitlines() or ["unknown"])[0][:160]
-    return CorruptCacheError(f"{path}: damaged shard ({reason}); get the cache again")
+    return CorruptCacheError(
+        f"{path}: damaged shard ({first_line(error)[:160]}); get the cache again"
+    )
 
 
 def _read_metadata(

@@ -6,7 +6,7 @@ They are told apart by HTTP status and by class name, so that none of the librar
 
 from collections.abc import Iterator
 
-from duet_unlearn.errors import CacheError
+from duet_unlearn.errors import CacheError, first_line
 from duet_unlearn.urls import redact_url
 
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
@@ -67,7 +67,7 @@ def _advice(error: BaseException) -> str:
         return "not found; check the URL"
     if status is not None and not is_passing(error):
         return f"the server answers {status}; check the URL"
-    reason = redact_url((str(error) or type(error).__name__).splitlines()[0])[:_REASON_LENGTH]
+    reason = redact_url(first_line(error))[:_REASON_LENGTH]
     if status is not None:
         problem = f"the server answers {status}"
     elif is_passing(error):
