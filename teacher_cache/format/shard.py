@@ -363,15 +363,14 @@ def _read_metadata(
     path: Path, metadata: dict[bytes, bytes]
 ) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
     try:
-        version = metadata[META_VERSION].decode()
-        expected = " or ".join(map(str, FORMAT_VERSIONS))
-        if version in expected.split(" or "):
-            recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
-            expected = str(recipe.version)
-        if version != expected:
-            raise CorruptCacheError(f"{path}: format version {version[:20]}, expected {expected}")
+        version, known = metadata[META_VERSION].decode(), list(map(str, FORMAT_VERSIONS))
+        if version not in known:
+            raise CorruptCacheError(f"format version {version[:20]}, expected {' or '.join(known)}")
+        recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
+        if version != str(recipe.version):
+            raise CorruptCacheError(f"format version {version}, expected {recipe.version}")
         if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
-            raise CorruptCacheError(f"{path}: recipe id is not that of its recipe")
+            raise CorruptCacheError("recipe id is not that of its recipe")
         engines = parse_json(metadata[META_ENGINES])
         sums = parse_json(metadata[META_STATISTICS])
         if not (
@@ -379,7 +378,7 @@ def _read_metadata(
             and all(isinstance(engine, dict) for engine in engines)
             and isinstance(sums, dict)
         ):
-            raise CorruptCacheError(f"{path}: metadata of the wrong type")
+            raise CorruptCacheError("metadata of the wrong type")
         header = ShardHeader(
             recipe=recipe,
             queries=metadata[META_QUERIES].decode(),
@@ -389,8 +388,7 @@ def _read_metadata(
         )
         return header, checked(_SUMS, {s: sums.get(s) for s in recipe.splits}, "statistics")
     except CorruptCacheError as error:
-        text = str(error)
-        raise CorruptCacheError(text if str(path) in text else f"{path}: {text}") from None
+        raise CorruptCacheError(f"{path}: {error}") from None
     except KeyError as error:
         key = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
         raise CorruptCacheError(
