@@ -176,8 +176,7 @@ _RECIPE = pydantic.TypeAdapter(Annotated[Recipe, with_entries(*_OLD, also=tuple(
 
 
 def _short(value: object) -> str:
-    text = (
-        f'"{value}"' if isinstance(value, str) and not value.startswith("sha256:") else str(value)
-    )
-    limit = 19 if isinstance(value, str) and value.startswith("sha256:") else 80
+    is_hash = isinstance(value, str) and value.startswith("sha256:")
+    text = f'"{value}"' if isinstance(value, str) and not is_hash else str(value)
+    limit = 19 if is_hash else 80
     return text if len(text) <= limit else text[:limit] + "..."
