@@ -115,7 +115,8 @@ def _in_child(
     size = sum(path.stat().st_size for path, _ in shards if path.is_file())
     seconds = _SECONDS + size // _BYTES_A_SECOND
     order = {
-        **{"memory": memory, "seconds": seconds},
+        "memory": memory,
+        "seconds": seconds,
         "of": None if queries is None else [recipe.recipe_id, queries],
         "shards": [(str(path), expected) for path, expected in shards],
     }
