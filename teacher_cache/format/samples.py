@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +38,16 @@ def collect_samples(
             for row in range(group.num_rows):
                 if wanted[group.split(row)] and split_view(group.query(row))[0] is None:
                     wanted[group.split(row)] -= 1
-                    samples.append(_sample(group, row, lambda i: token_text(tokenizer, i)))
+                    samples.append(_sample(group, row, tokenizer))
         file.close()
         if not any(wanted.values()):
             break
     return tuple(sorted(samples, key=lambda sample: SPLITS.index(sample["split"])))
 
 
-def _sample(group: RowGroup, row: int, text: Callable[[int], str]) -> dict[str, Any]:
+def _sample(group: RowGroup, row: int, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     first, stop = (int(i) for i in group.response_offsets[row : row + 2])
+    response = group.response_ids[first:stop][:_MOST_TOKENS].tolist()
     logsumexp = float(group.logsumexp[first])
     shown = min(STRONGEST, int(group.counts[first]))
     strongest = zip(
@@ -58,11 +59,11 @@ def _sample(group: RowGroup, row: int, text: Callable[[int], str]) -> dict[str, 
         "query_id": group.query_id(row),
         "split": group.split(row),
         "query": group.query(row)[:_MOST_TEXT],
-        "response": [text(i) for i in group.response_ids[first:stop][:_MOST_TOKENS].tolist()],
+        "response": [token_text(tokenizer, i) for i in response],
         "strongest": [
             {
                 "id": token,
-                "text": text(token),
+                "text": token_text(tokenizer, token),
                 "logit": round(logit, 4),
                 "probability": round(math.exp(min(logit - logsumexp, 0.0)), 6),
             }
