@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,6 +24,43 @@ import pytest
 
 SHA = "sha256:" + "ab" * 32
 MakeCache = Callable[..., Path]
+_RECIPE = {
+    **dict.fromkeys(("weights", "config", "tokenizer", "vocabulary"), SHA),
+    "vocab_size": 90,
+    "chat_template": None,
+    "template_date": "2024-07-26",
+    "prefix": "Forget.",
+    "prefix_place": "raw",
+    "retain_prefix": True,
+    "top_k": 4,
+    "positions": 2,
+    "logit_dtype": "float16",
+    "compute_dtype": "float32",
+    "eos_token_ids": (1,),
+}
+
+
+def _row(identity: tuple[str, str, str], seed: Any, recipe: Any, shift: float = 0.0) -> Any:
+    """A row of two positions with a random signal, its logits moved by `shift`."""
+    from duet_unlearn.teacher_cache.format.schema import CacheRow
+    from duet_unlearn.teacher_cache.format.signal import Signal
+
+    query_id, split, text = identity
+    rng = np.random.default_rng(seed)
+    logits = -np.sort(-rng.normal(0, 2, (2, recipe.top_k)), axis=1).astype(np.float32)
+    ids = [rng.choice(recipe.vocab_size, recipe.top_k, replace=False) for _ in "ab"]
+    return CacheRow(
+        query_id=query_id,
+        split=split,
+        query=text,
+        prompt_ids=np.arange(3, dtype=np.int32),
+        signal=Signal(
+            response_ids=np.array([7, 8], np.int32),
+            token_ids=np.stack(ids).astype(np.int32),
+            logits=logits + np.float32(shift),
+            logsumexp=(logits.max(axis=1) + 1 + shift).astype(np.float32),
+        ),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -32,66 +70,40 @@ def make_cache() -> MakeCache:
     from duet_unlearn.teacher_cache.format.card import write_card
     from duet_unlearn.teacher_cache.format.manifest import Manifest
     from duet_unlearn.teacher_cache.format.recipe import Recipe
-    from duet_unlearn.teacher_cache.format.schema import CacheRow
     from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
-    from duet_unlearn.teacher_cache.format.signal import Signal
-    from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
+    from duet_unlearn.teacher_cache.format.statistics import rows_statistics
 
-    def row(number: int, seed: int) -> CacheRow:
-        rng = np.random.default_rng([number, seed])
-        logits = -np.sort(-rng.normal(0, 2, (2, 32)), axis=1).astype(np.float32)
-        return CacheRow(
-            query_id=f"q{number:04}",
-            split="forget" if number % 40 < 16 else "retain",
-            query=f"query {number} of {seed}",
-            prompt_ids=np.arange(3, dtype=np.int32),
-            signal=Signal(
-                response_ids=np.array([7, 8], np.int32),
-                token_ids=np.stack([rng.choice(5000, 32, replace=False) for _ in "ab"]).astype(
-                    np.int32
-                ),
-                logits=logits,
-                logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
-            ),
-        )
-
-    def make(folder: Path, *, shards: int = 5, seed: int = 0, prefix: str = "Forget.") -> Path:
-        recipe = Recipe(
-            weights=SHA,
-            config=SHA,
-            tokenizer=SHA,
-            vocabulary=SHA,
-            vocab_size=5000,
-            chat_template=None,
-            template_date="2024-07-26",
-            prefix=prefix,
-            prefix_place="raw",
-            retain_prefix=True,
-            top_k=32,
-            positions=2,
-            logit_dtype="float32",
-            compute_dtype="float32",
-            eos_token_ids=(1,),
-        )
+    def make(
+        folder: Path, *, shards: int = 5, shard_rows: int = 40, seed: int = 0, **changes: object
+    ) -> Path:
+        large = {"vocab_size": 5000, "top_k": 32, "logit_dtype": "float32"}
+        recipe = Recipe(**{**_RECIPE, **large, **changes})  # type: ignore[arg-type]
         (folder / "shards").mkdir(parents=True)
-        rows = [row(number, seed) for number in range(40 * shards)]
-        queries = fingerprint_hashes(hash_row((r.query_id, r.split, r.query)) for r in rows)
-        entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
+        identities = [
+            (
+                f"q{number:04}",
+                "forget" if number % shard_rows < shard_rows * 2 // 5 else "retain",
+                f"query {number} of {seed}",
+            )
+            for number in range(shard_rows * shards)
+        ]
+        rows = [_row(row, [number, seed], recipe) for number, row in enumerate(identities)]
+        queries = fingerprint_hashes(map(hash_row, identities))
+        entries = []
         for index in range(shards):
-            part = rows[index * 40 : index * 40 + 40]
+            part = rows[index * shard_rows : (index + 1) * shard_rows]
             header = ShardHeader(
                 recipe=recipe, queries=queries, index=index, count=shards, engines=({},)
             )
             entries.append(write_shard(folder, part, header))
-            found = rows_statistics(part)
-            totals = {split: sums + found[split] for split, sums in totals.items()}
+        sums = rows_statistics(rows)
         manifest = Manifest(
             recipe=recipe,
             teacher="tiny",
             queries=queries,
             engines=({},),
             shards=tuple(entries),
-            splits=totals,
+            splits={split: sums[split] for split in recipe.splits},
             samples=(),
         )
         write_card(folder, manifest.write(folder))
@@ -382,22 +394,6 @@ def bucket(
         yield Bucket(url=f"s3://{name}", proxy=proxy, server=s3_server)
 
 
-_RECIPE = {
-    **dict.fromkeys(("weights", "config", "tokenizer", "vocabulary"), SHA),
-    "vocab_size": 90,
-    "chat_template": None,
-    "template_date": "2024-07-26",
-    "prefix": "Forget.",
-    "prefix_place": "raw",
-    "retain_prefix": True,
-    "top_k": 4,
-    "positions": 2,
-    "logit_dtype": "float16",
-    "compute_dtype": "float32",
-    "eos_token_ids": (1,),
-}
-
-
 @pytest.fixture
 def cache_of_rows(tmp_path: Path) -> MakeCache:
     """Write a finished cache of `(query_id, split, text)` rows under `tmp_path / name`.
@@ -408,25 +404,6 @@ def cache_of_rows(tmp_path: Path) -> MakeCache:
     from duet_unlearn.teacher_cache.build.assemble import Assembly, PlannedCache
     from duet_unlearn.teacher_cache.build.plan import plan_shards
     from duet_unlearn.teacher_cache.format.recipe import Recipe
-    from duet_unlearn.teacher_cache.format.schema import CacheRow
-    from duet_unlearn.teacher_cache.format.signal import Signal
-
-    def row(query: Query, shift: float) -> CacheRow:
-        rng = np.random.default_rng(list(query.text.encode()))
-        logits = -np.sort(-rng.normal(0, 2, (2, 4)), axis=1).astype(np.float32)
-        ids = np.stack([rng.choice(90, 4, replace=False) for _ in "ab"]).astype(np.int32)
-        return CacheRow(
-            query_id=query.query_id,
-            split=query.split,
-            query=query.text,
-            prompt_ids=np.arange(3, dtype=np.int32),
-            signal=Signal(
-                response_ids=np.array([7, 8], np.int32),
-                token_ids=ids,
-                logits=logits + np.float32(shift),
-                logsumexp=(logits.max(axis=1) + 1 + shift).astype(np.float32),
-            ),
-        )
 
     def make(
         name: str,
@@ -449,7 +426,11 @@ def cache_of_rows(tmp_path: Path) -> MakeCache:
         )
         assembly = Assembly(plan)
         for index, shard in enumerate(shards):
-            assembly.write(index, [row(query, shift) for query in shard], ({"engine": engine},))
+            written = [
+                _row((q.query_id, q.split, q.text), list(q.text.encode()), plan.recipe, shift)
+                for q in shard
+            ]
+            assembly.write(index, written, ({"engine": engine},))
         sample = {"query_id": rows[0][0], "split": rows[0][1], "query": rows[0][2]}
         assembly.finish("tiny", ({**sample, "response": ["a"], "strongest": []},))
         return folder

@@ -14,85 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from duet_unlearn.data.models.fingerprint import sha256_file, sha256_json
-from duet_unlearn.data.queries import fingerprint_hashes, hash_row
 from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache import verify as verify_module
 from duet_unlearn.teacher_cache.format.card import write_card
-from duet_unlearn.teacher_cache.format.manifest import (
-    Manifest,
-    ShardEntry,
-    parse_manifest,
-    read_manifest,
-)
-from duet_unlearn.teacher_cache.format.recipe import Recipe
-from duet_unlearn.teacher_cache.format.schema import CacheRow
-from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
-from duet_unlearn.teacher_cache.format.signal import Signal
-from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, rows_statistics
+from duet_unlearn.teacher_cache.format.manifest import ShardEntry, parse_manifest, read_manifest
 from duet_unlearn.teacher_cache.inspect import render_summary, summarize
 from duet_unlearn.teacher_cache.verify import verify
 
-SHA = "sha256:" + "ab" * 32
-RECIPE = Recipe(
-    weights=SHA,
-    config=SHA,
-    tokenizer=SHA,
-    vocabulary=SHA,
-    vocab_size=90,
-    chat_template=None,
-    template_date="2024-07-26",
-    prefix="Forget.",
-    prefix_place="raw",
-    retain_prefix=True,
-    top_k=4,
-    positions=2,
-    logit_dtype="float16",
-    compute_dtype="float32",
-    eos_token_ids=(1,),
-)
-
-
-def _row(number: int) -> CacheRow:
-    rng = np.random.default_rng(number)
-    logits = -np.sort(-rng.normal(0, 2, (2, 4)), axis=1).astype(np.float32)
-    return CacheRow(
-        query_id=f"q{number}",
-        split="forget" if number % 5 < 2 else "retain",
-        query=f"query {number}",
-        prompt_ids=np.arange(3, dtype=np.int32),
-        signal=Signal(
-            response_ids=np.array([7, 8], np.int32),
-            token_ids=np.stack([rng.choice(90, 4, replace=False) for _ in "ab"]).astype(np.int32),
-            logits=logits,
-            logsumexp=(logits.max(axis=1) + 1).astype(np.float32),
-        ),
-    )
-
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Path]) -> Path:
     """A sound cache of two shards with five rows each."""
     folder = tmp_path_factory.mktemp("sound") / "cache"
-    (folder / "shards").mkdir(parents=True)
-    rows = [_row(number) for number in range(10)]
-    queries = fingerprint_hashes(hash_row((r.query_id, r.split, r.query)) for r in rows)
-    entries, totals = [], {split: SplitStatistics() for split in ("forget", "retain")}
-    for index in range(2):
-        part = rows[index * 5 : index * 5 + 5]
-        header = ShardHeader(recipe=RECIPE, queries=queries, index=index, count=2, engines=({},))
-        entries.append(write_shard(folder, part, header))
-        found = rows_statistics(part)
-        totals = {split: sums + found[split] for split, sums in totals.items()}
-    Manifest(
-        recipe=RECIPE,
-        teacher="t",
-        queries=queries,
-        engines=({},),
-        shards=tuple(entries),
-        splits=totals,
-        samples=(),
-    ).write(folder)
-    return folder
+    sizes = {"vocab_size": 90, "top_k": 4, "logit_dtype": "float16"}
+    return make_cache(folder, shards=2, shard_rows=5, **sizes)
 
 
 @pytest.fixture
@@ -248,7 +183,7 @@ def test_all_bad_shards_are_named(cache: Path) -> None:
 def test_a_shard_of_another_recipe_is_named_with_what_differs(cache: Path) -> None:
     table = pq.read_table(_shard(cache))
     metadata = dict(table.schema.metadata)
-    recipe = {**RECIPE.to_json(), "prefix": "Forget all."}
+    recipe = {**json.loads(metadata[b"duet.recipe"]), "prefix": "Forget all."}
     metadata[b"duet.recipe"] = json.dumps(recipe).encode()
     metadata[b"duet.recipe_id"] = sha256_json(recipe).encode()
     pq.write_table(table.replace_schema_metadata(metadata), _shard(cache))
@@ -292,7 +227,7 @@ def test_a_query_that_stands_twice_is_named(cache: Path) -> None:
 
 def test_an_edited_manifest_is_refused(cache: Path) -> None:
     path = cache / "manifest.json"
-    path.write_text(path.read_text().replace('"teacher": "t"', '"teacher": "u"'))
+    path.write_text(path.read_text().replace('"teacher": "tiny"', '"teacher": "u"'))
     with pytest.raises(CorruptCacheError, match="edited or damaged"):
         verify(cache)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
@@ -220,8 +221,6 @@ def test_a_shard_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     manifest = write_cache(tmp_path, [make_row(0)], make_recipe())
     value = manifest.to_json()
     value["shards"][0]["name"] = "../../etc/passwd"
-    from duet_unlearn.data.models.fingerprint import sha256_json
-
     del value["digest"]
     value["digest"] = sha256_json(value)
     (tmp_path / "manifest.json").write_text(json.dumps(value))
@@ -260,9 +259,7 @@ def test_a_shard_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_many_row_groups_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # three rows a group
-    monkeypatch.setattr(
-        "duet_unlearn.teacher_cache.format.schema.ROW_GROUP_LOGITS", 18
-    )  # 3 rows a group
+    monkeypatch.setattr("duet_unlearn.teacher_cache.format.schema.ROW_GROUP_LOGITS", 18)
     rows = [make_row(i, "forget" if i < 7 else "retain") for i in range(20)]
     write_cache(tmp_path, rows, make_recipe())
     shard = ShardFile(tmp_path / "shards" / "00000-of-00001.parquet")
