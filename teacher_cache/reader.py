@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from duet_unlearn.data.models.fingerprint import sha256_file
 from duet_unlearn.errors import CorruptCacheError
+from duet_unlearn.files import user_path
 from duet_unlearn.teacher_cache.format.manifest import (
     Manifest,
     ShardEntry,
@@ -127,9 +128,7 @@ class CacheReader:
             from duet_unlearn.teacher_cache.share.remote import open_remote
 
             return cls(open_remote(cache))
-        folder, pin = split_pin(cache)
-        manifest = read_manifest(folder)
-        check_pin(manifest, pin, folder)
+        folder, manifest = read_pinned(cache)
         for shard in manifest.shards:
             path = folder / shard.path
             check_size(path, shard, str(path))
@@ -263,6 +262,23 @@ class CacheReader:
         if len(self._files) > _RECENT_FILES:
             self._files.popitem(last=False)[1].close()
         return file
+
+
+def read_pinned(cache: str | Path) -> tuple[Path, Manifest]:
+    """Read and check the manifest of a local cache; return the cache's folder and the manifest.
+
+    Args:
+        cache: `PATH` or `PATH@sha256:DIGEST`.
+
+    Raises:
+        CacheError: There is no finished cache there, or its manifest is damaged.
+        MismatchError: The cache has another digest than the one given.
+    """
+    place, pin = split_pin(cache)
+    folder = user_path(place, "cache") if place else Path()
+    manifest = read_manifest(folder)
+    check_pin(manifest, pin, folder)
+    return folder, manifest
 
 
 def file_state(path: Path) -> tuple[int, ...]:

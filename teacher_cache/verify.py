@@ -10,18 +10,12 @@ from tqdm import tqdm
 
 from duet_unlearn.data.queries import fingerprint_hashes, hash_row
 from duet_unlearn.errors import CorruptCacheError
-from duet_unlearn.teacher_cache.format.manifest import (
-    Manifest,
-    ShardEntry,
-    check_pin,
-    read_manifest,
-    split_pin,
-)
+from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
 from duet_unlearn.teacher_cache.format.row_group import Identity, text_key
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
-from duet_unlearn.teacher_cache.reader import check_bytes, open_shard
+from duet_unlearn.teacher_cache.reader import check_bytes, open_shard, read_pinned
 from duet_unlearn.urls import is_url
 
 
@@ -54,9 +48,7 @@ def verify(cache: str | Path) -> VerifyReport:
             url = shards.store.url
             problems = (problem.replace(str(shards.folder), url) for problem in report.problems)
             return dataclasses.replace(report, problems=tuple(problems))
-    folder, pin = split_pin(cache)
-    manifest = read_manifest(folder)
-    check_pin(manifest, pin, folder)
+    folder, manifest = read_pinned(cache)
     names = {path.name for path in (folder / SHARD_FOLDER).glob("*")}
     unlisted = sorted(names - {shard.name for shard in manifest.shards})
     return _verify(folder, manifest, unlisted, lambda _: contextlib.nullcontext())

@@ -10,7 +10,7 @@ import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError, first_line
-from duet_unlearn.files import CACHE_FORMAT, user_path, write_text
+from duet_unlearn.files import CACHE_FORMAT, write_text
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import (
     FORMAT_VERSIONS,
@@ -382,17 +382,17 @@ def check_pin(manifest: Manifest, pin: str | None, where: str | Path) -> None:
         )
 
 
-def split_pin(cache: str | Path) -> tuple[Path, str | None]:
-    """Split `PATH@sha256:DIGEST` into path and digest; the digest is None where there is none.
+def split_pin(cache: str | Path) -> tuple[str, str | None]:
+    """Split `PLACE@sha256:DIGEST` into place and digest; the digest is None where there is none.
 
     Raises:
         CacheError: What follows the `@sha256:` is not 64 hex digits.
     """
     text = str(cache)
-    path, separator, digest = text.rpartition("@sha256:")
+    place, separator, digest = text.rpartition("@sha256:")
     if not separator:
-        return user_path(text, "cache") if text else Path(), None
+        return text, None
     pin = f"sha256:{digest.lower()}"
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", pin):
         raise CacheError(f"{text}: the digest after @sha256: has to be 64 hex digits")
-    return user_path(path, "cache") if path else Path(), pin
+    return place, pin

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from duet_unlearn.data.models.fingerprint import sha256_file
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
+from duet_unlearn.files import user_path
 from duet_unlearn.teacher_cache.format.card import CARD_NAME
 from duet_unlearn.teacher_cache.format.manifest import (
     MAX_MANIFEST_BYTES,
@@ -41,12 +42,11 @@ def parse_location(cache: str | Path) -> tuple[str, str | None]:
         CacheError: There is no place, the digest is not 64 hex digits, or no file name can be put
             behind the URL.
     """
-    path, pin = split_pin(cache)
-    url = str(cache) if pin is None else str(cache).rpartition("@sha256:")[0]
+    url, pin = split_pin(cache)
     if not is_url(cache):
         if not url.partition("@sha256:")[0].strip():
             raise CacheError("no place is named; give a folder or a URL")
-        return str(path), pin
+        return str(user_path(url, "cache")), pin
     if "://" in url.partition("://")[2]:
         raise CacheError(f"{redact_url(url)}: chained URLs are not supported; give one of a folder")
     try:

@@ -32,11 +32,9 @@ from duet_unlearn.teacher_cache.format.manifest import (
     ShardEntry,
     check_pin,
     is_cache_folder,
-    read_manifest,
-    split_pin,
 )
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
-from duet_unlearn.teacher_cache.reader import check_bytes
+from duet_unlearn.teacher_cache.reader import check_bytes, read_pinned
 from duet_unlearn.teacher_cache.share.place import (
     fetch_manifest,
     holds_cache,
@@ -92,11 +90,9 @@ def push(cache: str | Path, url: str, *, check: bool = False) -> TransferResult:
     """
     if is_url(cache):
         raise CacheError(f"{redact_url(str(cache))}: push takes a local cache; pull it first")
-    folder, pin = split_pin(cache)
-    manifest = read_manifest(folder)
-    place, wanted = parse_location(url)
-    for expected in (pin, wanted):
-        check_pin(manifest, expected, folder)
+    folder, manifest = read_pinned(cache)
+    place, pin = parse_location(url)
+    check_pin(manifest, pin, folder)
     store = Store(place)
     if store.read_only:
         raise CacheError(
