@@ -1,4 +1,4 @@
-"""Names, limits, columns and metadata keys of a shard, in all versions of the format."""
+"""Names, limits and columns of a shard, in all versions of the format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,16 +51,6 @@ SHARD_COLUMNS = (
 COUNTS = "counts"
 """One column more, where positions have different numbers of tokens."""
 IDENTITY_COLUMNS = SHARD_COLUMNS[:3]
-
-# Keys of a shard's Parquet metadata; values are UTF-8 text.
-META_VERSION = b"duet.format_version"
-META_RECIPE = b"duet.recipe"
-META_RECIPE_ID = b"duet.recipe_id"
-META_QUERIES = b"duet.queries"
-META_INDEX = b"duet.shard_index"
-META_COUNT = b"duet.shard_count"
-META_ENGINES = b"duet.engines"
-META_STATISTICS = b"duet.statistics"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

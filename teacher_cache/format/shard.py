@@ -26,14 +26,6 @@ from duet_unlearn.teacher_cache.format.schema import (
     MAX_QUERY_BYTES,
     MAX_QUERY_ID_BYTES,
     MAX_SHARD_ROW_GROUPS,
-    META_COUNT,
-    META_ENGINES,
-    META_INDEX,
-    META_QUERIES,
-    META_RECIPE,
-    META_RECIPE_ID,
-    META_STATISTICS,
-    META_VERSION,
     SHARD_FOLDER,
     CacheRow,
     row_group_rows,
@@ -42,6 +34,15 @@ from duet_unlearn.teacher_cache.format.schema import (
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, SplitSums, rows_statistics
 from duet_unlearn.teacher_cache.format.strict_json import checked, parse_json
 
+# Keys of a shard's Parquet metadata; values are UTF-8 text.
+_META_VERSION = b"duet.format_version"
+_META_RECIPE = b"duet.recipe"
+_META_RECIPE_ID = b"duet.recipe_id"
+_META_QUERIES = b"duet.queries"
+_META_INDEX = b"duet.shard_index"
+_META_COUNT = b"duet.shard_count"
+_META_ENGINES = b"duet.engines"
+_META_STATISTICS = b"duet.statistics"
 _SUMS = pydantic.TypeAdapter(SplitSums)
 # Limits of a shard's footer, which is read before anything else is known of it.
 MAX_FOOTER_BYTES = 1 << 22
@@ -223,14 +224,14 @@ def _metadata(header: ShardHeader, statistics: dict[str, SplitStatistics]) -> di
         return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
 
     return {
-        META_VERSION: str(header.recipe.version).encode(),
-        META_RECIPE_ID: header.recipe.recipe_id.encode(),
-        META_RECIPE: pack(header.recipe.to_json()),
-        META_QUERIES: header.queries.encode(),
-        META_INDEX: str(header.index).encode(),
-        META_COUNT: str(header.count).encode(),
-        META_ENGINES: pack(list(header.engines)),
-        META_STATISTICS: pack({s: asdict(statistics[s]) for s in header.recipe.splits}),
+        _META_VERSION: str(header.recipe.version).encode(),
+        _META_RECIPE_ID: header.recipe.recipe_id.encode(),
+        _META_RECIPE: pack(header.recipe.to_json()),
+        _META_QUERIES: header.queries.encode(),
+        _META_INDEX: str(header.index).encode(),
+        _META_COUNT: str(header.count).encode(),
+        _META_ENGINES: pack(list(header.engines)),
+        _META_STATISTICS: pack({s: asdict(statistics[s]) for s in header.recipe.splits}),
     }
 
 
@@ -363,16 +364,16 @@ def _read_metadata(
     path: Path, metadata: dict[bytes, bytes]
 ) -> tuple[ShardHeader, dict[str, SplitStatistics]]:
     try:
-        version, known = metadata[META_VERSION].decode(), list(map(str, FORMAT_VERSIONS))
+        version, known = metadata[_META_VERSION].decode(), list(map(str, FORMAT_VERSIONS))
         if version not in known:
             raise CorruptCacheError(f"format version {version[:20]}, expected {' or '.join(known)}")
-        recipe = Recipe.from_json(parse_json(metadata[META_RECIPE]))
+        recipe = Recipe.from_json(parse_json(metadata[_META_RECIPE]))
         if version != str(recipe.version):
             raise CorruptCacheError(f"format version {version}, expected {recipe.version}")
-        if metadata[META_RECIPE_ID].decode() != recipe.recipe_id:
+        if metadata[_META_RECIPE_ID].decode() != recipe.recipe_id:
             raise CorruptCacheError("recipe id is not that of its recipe")
-        engines = parse_json(metadata[META_ENGINES])
-        sums = parse_json(metadata[META_STATISTICS])
+        engines = parse_json(metadata[_META_ENGINES])
+        sums = parse_json(metadata[_META_STATISTICS])
         if not (
             isinstance(engines, list)
             and all(isinstance(engine, dict) for engine in engines)
@@ -381,9 +382,9 @@ def _read_metadata(
             raise CorruptCacheError("metadata of the wrong type")
         header = ShardHeader(
             recipe=recipe,
-            queries=metadata[META_QUERIES].decode(),
-            index=int(metadata[META_INDEX]),
-            count=int(metadata[META_COUNT]),
+            queries=metadata[_META_QUERIES].decode(),
+            index=int(metadata[_META_INDEX]),
+            count=int(metadata[_META_COUNT]),
             engines=tuple(engines),
         )
         return header, checked(_SUMS, {s: sums.get(s) for s in recipe.splits}, "statistics")
