@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +57,9 @@ class CachedRow:
     """Over the full vocabulary, in nats, `[T]`."""
 
 
-class Shards(Protocol):
-    """The shards of one cache, wherever they lie."""
+@dataclass
+class Shards:
+    """The shards of one cache in a local folder."""
 
     manifest: Manifest
     folder: Path
@@ -70,17 +71,6 @@ class Shards(Protocol):
         Raises:
             CacheError: It cannot be had.
         """
-
-
-@dataclass(slots=True)
-class LocalShards:
-    """The shards of a cache in a local folder."""
-
-    manifest: Manifest
-    folder: Path
-
-    def path(self, index: int) -> Path:
-        """Return where a shard lies."""
         return self.folder / self.manifest.shards[index].path
 
 
@@ -133,7 +123,7 @@ class CacheReader:
             path = folder / shard.path
             check_size(path, shard, str(path))
         ensure_sound(folder, manifest)
-        return cls(LocalShards(manifest, folder))
+        return cls(Shards(manifest, folder))
 
     def __len__(self) -> int:
         return self.num_rows

@@ -24,7 +24,7 @@ from duet_unlearn.files import atomic_path, make_folder, write_error
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry, decode_manifest
 from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
-from duet_unlearn.teacher_cache.reader import check_bytes
+from duet_unlearn.teacher_cache.reader import Shards, check_bytes
 from duet_unlearn.teacher_cache.share.place import fetch_manifest, parse_location
 from duet_unlearn.teacher_cache.share.store import Store
 from duet_unlearn.teacher_cache.share.transfer import fetch_shard
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 _KEPT_MANIFEST = f".{MANIFEST_NAME}"
 
 
-class RemoteShards:
+class RemoteShards(Shards):
     """Makes the shards of a cache at a URL local, in a folder with the layout of a cache."""
 
     def __init__(self, url: str, manifest: Manifest, folder: Path) -> None:
-        self.manifest, self.folder = manifest, folder
+        super().__init__(manifest, folder)
         self._url = url
         self._there: set[int] = set()
         self._ahead: threading.Thread | None = None
@@ -64,11 +64,10 @@ class RemoteShards:
             CacheError: The store cannot be read.
             OutputError: The folder cannot be written.
         """
-        shards = self.manifest.shards
         if index not in self._there:
             self._bring(index)
         if self._ahead is None or not self._ahead.is_alive():
-            order = [*range(index + 1, len(shards)), *range(index)]
+            order = [*range(index + 1, len(self.manifest.shards)), *range(index)]
             following = next((i for i in order if i not in self._there), None)
             if following is not None:
                 # A daemon: a run that ends does not wait for a shard that nobody reads.
@@ -76,7 +75,7 @@ class RemoteShards:
                     target=self._bring_quietly, args=(following,), name="duet-fetch", daemon=True
                 )
                 self._ahead.start()
-        return self.folder / shards[index].path
+        return super().path(index)
 
     def _bring(self, index: int) -> None:
         """Fetch a shard unless a sound copy is kept; raises as `path` does."""
