@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,25 +44,24 @@ def verify(cache: str | Path) -> VerifyReport:
         from duet_unlearn.teacher_cache.share.remote import open_afresh
 
         with open_afresh(cache) as shards:
-            report = _verify(shards.folder, shards.manifest, shards.unlisted(), shards.for_a_while)
+            report = _verify(shards.folder, shards.manifest, shards.names(), shards.for_a_while)
             url = shards.store.url
             problems = (problem.replace(str(shards.folder), url) for problem in report.problems)
             return dataclasses.replace(report, problems=tuple(problems))
     folder, manifest = read_pinned(cache)
     names = {path.name for path in (folder / SHARD_FOLDER).glob("*")}
-    unlisted = sorted(names - {shard.name for shard in manifest.shards})
-    return _verify(folder, manifest, unlisted, lambda _: contextlib.nullcontext())
+    return _verify(folder, manifest, names, lambda _: contextlib.nullcontext())
 
 
 def _verify(
     folder: Path,
     manifest: Manifest,
-    unlisted: Sequence[str],
+    names: set[str],
     have: Callable[[ShardEntry], contextlib.AbstractContextManager[None]],
 ) -> VerifyReport:
     problems = [
         f"{folder / SHARD_FOLDER / name}: not listed in the manifest; remove it"
-        for name in unlisted
+        for name in sorted(names - {shard.name for shard in manifest.shards})
     ]
     totals = {split: SplitStatistics() for split in SPLITS}
     # Hashes, not texts: documents would fill the memory.

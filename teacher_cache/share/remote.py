@@ -111,10 +111,9 @@ class RemoteShards(Shards):
         finally:
             (self.folder / shard.path).unlink(missing_ok=True)
 
-    def unlisted(self) -> list[str]:
-        """Return the names beside the shards at the URL that the manifest does not list."""
-        there = {} if self.store.read_only else self.store.list(SHARD_FOLDER)
-        return sorted(set(there) - {shard.name for shard in self.manifest.shards})
+    def names(self) -> set[str]:
+        """Return the names in the folder of shards at the URL; none where nothing can be listed."""
+        return set() if self.store.read_only else set(self.store.list(SHARD_FOLDER))
 
 
 def kept_folder(digest: str) -> Path:
