@@ -11,17 +11,15 @@ from duet_unlearn.data.models.adapters import LOG_FILE
 from duet_unlearn.data.models.loading import is_out_of_memory, load_model, no_bars, too_large
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import Job, RunResult, peak_memory, resolve_job
-from duet_unlearn.distill.model.trainable import select_trained
+from duet_unlearn.distill.model.trainable import Trained, select_trained
 from duet_unlearn.distill.output.student_folder import publish, write_student
 from duet_unlearn.distill.training.checkpoint_selection import evaluations_of
 from duet_unlearn.errors import ConfigurationError, DuetError, StoppedError, first_line
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
-    from duet_unlearn.distill.batches.sampler import StepSampler
-    from duet_unlearn.distill.training.callbacks import Schedule, StopOnSignal
     from duet_unlearn.distill.training.trainer import DuetTrainer
 
 logger = logging.getLogger(__name__)
@@ -89,32 +87,29 @@ def _train(job: Job, args: "TrainingArguments") -> RunResult:
 
 def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) -> RunResult:
     from duet_unlearn.distill.model.noise import perturb
-    from duet_unlearn.distill.training.callbacks import StepClock, StopOnSignal
+    from duet_unlearn.distill.training.callbacks import (
+        LogFile,
+        ShowProgress,
+        StepClock,
+        StopOnSignal,
+    )
 
     config, folder = job.config, job.folder
-    stop, clock = StopOnSignal(), StepClock()
-    base = load_model(job.student.folder, dtype=config.dtype, trainable=True)
-    model, trained = select_trained(base, config)
-    try:
-        trainer, schedule = _make_trainer(job, model, stop, args)  # moves it to its device
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise too_large(job.student.folder, config.dtype) from error
-        raise
-    trainer.add_callback(clock)
+    stop, log, clock = StopOnSignal(), LogFile(folder.work / LOG_FILE), StepClock()
+    trainer, trained = _make_trainer(job, args, [stop, ShowProgress(), log, clock])
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     elif job.held_out is not None:
-        schedule.base = trainer.measure()
+        trainer.schedule.base = trainer.measure()
     if checkpoint is None and config.noise_alpha:
-        perturb(model, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
+        perturb(trainer.student, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
     logger.info("learning rate %.3g, %s epochs", config.learning_rate, config.epochs)
     started = time.perf_counter()
     with stop.handling(), no_bars():
-        _run_trainer(trainer, schedule, checkpoint, config)
+        _run_trainer(trainer, checkpoint, config)
     seconds = time.perf_counter() - started
     state = trainer.state
-    if state.global_step < state.max_steps and not schedule.stopped_early(state):
+    if state.global_step < state.max_steps and not trainer.schedule.stopped_early(state):
         raise StoppedError(
             f"stopped and saved at step {state.global_step} of {state.max_steps}; run the same "
             "command again to resume"
@@ -150,9 +145,7 @@ class _DamagedCheckpointError(Exception):
     """A checkpoint could not be read."""
 
 
-def _run_trainer(
-    trainer: "DuetTrainer", schedule: "Schedule", checkpoint: Path | None, config: RunConfig
-) -> None:
+def _run_trainer(trainer: "DuetTrainer", checkpoint: Path | None, config: RunConfig) -> None:
     """Train to the end, with what can go wrong in one line.
 
     Raises:
@@ -175,36 +168,38 @@ def _run_trainer(
                 "--gradient-checkpointing, --lora-rank or --dtype bfloat16"
             ) from error
         # Whatever a torn file makes its reader raise, it does before the first step.
-        if checkpoint is not None and not schedule.begun:
+        if checkpoint is not None and not trainer.schedule.begun:
             raise _DamagedCheckpointError(first_line(error)) from error
         raise
 
 
 def _make_trainer(
-    job: Job, model: "PreTrainedModel", stop: "StopOnSignal", args: "TrainingArguments"
-) -> "tuple[DuetTrainer, Schedule]":
-    from duet_unlearn.distill.batches.sampler import sampler_of
-    from duet_unlearn.distill.training.callbacks import LogFile, Schedule, ShowProgress
+    job: Job, args: "TrainingArguments", callbacks: "list[TrainerCallback]"
+) -> "tuple[DuetTrainer, Trained]":
+    """Load the student for a trainer, and say what of it is trained.
+
+    Raises:
+        ConfigurationError: The memory does not hold it, or nothing of it is meant.
+        DataError: Its weights cannot be loaded.
+    """
     from duet_unlearn.distill.training.trainer import DuetTrainer
 
-    config, order = job.config, job.objective.order
-
-    def make_sampler(index: int, num_processes: int) -> "StepSampler":
-        return sampler_of(order, config, process=index, num_processes=num_processes)
-
-    rule = None if job.held_out is None else job.held_out.rule
-    schedule = Schedule(config.eval_steps, rule)
-    trainer = DuetTrainer(
-        model=model,
-        args=args,
-        objective=job.objective,
-        make_sampler=make_sampler,
-        callbacks=[schedule, stop, ShowProgress(), LogFile(job.folder.work / LOG_FILE)],
-        held_out=job.held_out,
-        rule=rule if config.checkpoint_selection == "best" else None,
-    )
-    stop.trainer = schedule.trainer = trainer
-    return trainer, schedule
+    config, folder = job.config, job.student.folder
+    model, trained = select_trained(load_model(folder, dtype=config.dtype, trainable=True), config)
+    try:
+        trainer = DuetTrainer(  # moves it to its device
+            config=config,
+            model=model,
+            args=args,
+            objective=job.objective,
+            callbacks=callbacks,
+            held_out=job.held_out,
+        )
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise too_large(folder, config.dtype) from error
+        raise
+    return trainer, trained
 
 
 def _warn_of_loss(config: RunConfig, result: RunResult) -> None:

@@ -65,7 +65,6 @@ def make_model(arguments: argparse.Namespace, seed: int) -> Any:
 
 def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any]) -> Any:
     """Return the product's trainer over the cache, with its own settings."""
-    from duet_unlearn.distill.batches.sampler import StepSampler
     from duet_unlearn.distill.config import RunConfig
     from duet_unlearn.distill.model.student import Student
     from duet_unlearn.distill.objectives.duet import Duet
@@ -96,22 +95,11 @@ def make_trainer(arguments: argparse.Namespace, loss: str, callbacks: list[Any])
         chat_template=None,
         licence=None,
     )
-    objective = Duet(config, student)
-
-    def make_sampler(process: int, num_processes: int) -> StepSampler:
-        return StepSampler(
-            objective.order,
-            seed=0,
-            batch_size=BATCH,
-            process=process,
-            num_processes=num_processes,
-        )
-
     return DuetTrainer(
+        config=config,
         model=make_model(arguments, 0),
         args=training_arguments(config, Path(arguments.cache) / "work"),
-        objective=objective,
-        make_sampler=make_sampler,
+        objective=Duet(config, student),
         callbacks=callbacks,
     )
 

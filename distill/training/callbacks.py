@@ -15,7 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from accelerate.utils import reduce  # type: ignore[import-untyped]
+from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from duet_unlearn.distill.training.checkpoint_selection import (
@@ -108,10 +109,12 @@ class LogFile(TrainerCallback):
 class Schedule(TrainerCallback):
     """Evaluates every so many steps and after the last one; a log line goes before each."""
 
-    def __init__(self, eval_steps: int, rule: Rule | LowestLoss | None) -> None:
+    def __init__(
+        self, trainer: "DuetTrainer", eval_steps: int, rule: Rule | LowestLoss | None
+    ) -> None:
+        self._trainer = trainer
         self._eval_steps = eval_steps
         self._rule = rule
-        self.trainer: DuetTrainer | None = None
         self.base: Evaluation | HeldOutLoss | None = None
         """Measured before training began, in time for the log."""
         self.begun = False
@@ -129,8 +132,8 @@ class Schedule(TrainerCallback):
             state.global_step >= state.max_steps or self.stopped_early(state)
         ):
             raise AlreadyTrained
-        if self.base is not None and self.trainer is not None:
-            self.trainer.log_evaluation(self.base)
+        if self.base is not None:
+            self._trainer.log_evaluation(self.base)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Note that a checkpoint, where there was one, could be read."""
@@ -161,7 +164,6 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.trainer: Trainer | None = None
 
     @contextmanager
     def handling(self) -> Iterator[None]:
@@ -185,9 +187,9 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Ask the Trainer to save and stop, every process at the same step."""
         stop = self.received is not None
-        if self.trainer is not None and self.trainer.accelerator.num_processes > 1:
+        if args.world_size > 1:
             flag = torch.tensor(float(stop), device=args.device)
-            stop = bool(self.trainer.accelerator.reduce(flag, reduction="sum") > 0)
+            stop = bool(reduce(flag, reduction="sum") > 0)
             self.received = (self.received or signal.SIGTERM) if stop else None
         if stop:
             control.should_save = control.should_training_stop = True

@@ -6,7 +6,6 @@ step's loss, so accumulation and processes add up exactly), and its prints on st
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from duet_unlearn.distill.batches.sampler import StepSampler
+from duet_unlearn.distill.batches.sampler import StepSampler, sampler_of
+from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.objectives.base import Objective
+from duet_unlearn.distill.training.callbacks import Schedule
 from duet_unlearn.distill.training.checkpoint_selection import (
     Evaluation,
     HeldOutLoss,
-    LowestLoss,
-    Rule,
     evaluations_of,
     metrics_of,
 )
@@ -55,13 +54,13 @@ class DuetTrainer(Trainer):
     """Trainer of one run.
 
     Args:
+        config: The run, every `auto` replaced.
         model: The student.
         args: The Trainer's arguments; accumulation is theirs, the batch size the sampler's.
         objective: Takes hold of the model here.
-        make_sampler: Called with process index and number of processes.
         callbacks: Further callbacks.
-        held_out: What `evaluate` asks.
-        rule: Says which evaluated step is the best, whose checkpoint is then kept.
+        held_out: What `evaluate` asks; its rule says which evaluated step is the best, whose
+            checkpoint is then kept where the run selects the best.
     """
 
     # Read by some versions only; the others come to the same by their defaults.
@@ -70,30 +69,38 @@ class DuetTrainer(Trainer):
     def __init__(
         self,
         *,
+        config: RunConfig,
         model: PreTrainedModel,
         args: TrainingArguments,
         objective: Objective,
-        make_sampler: Callable[[int, int], StepSampler],
         callbacks: list[TrainerCallback],
         held_out: "HeldOut | HeldOutRows | None" = None,
-        rule: Rule | LowestLoss | None = None,
     ) -> None:
+        self.schedule = Schedule(self, config.eval_steps, held_out.rule if held_out else None)
         super().__init__(
-            model=model, args=args, train_dataset=objective.dataset, callbacks=callbacks
+            model=model,
+            args=args,
+            train_dataset=objective.dataset,
+            callbacks=[self.schedule, *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints to standard output
-        self._student = model
+        self.student = model
+        """Not wrapped for several processes."""
+        self._config = config
         self._objective = objective
-        self._make_sampler = make_sampler
         self._held_out = held_out
-        self._rule = rule
         objective.attach(model)
         # Sum of row losses and number of rows, a split, since the last log line.
         self._split_totals = torch.zeros(2, len(SPLITS), device=args.device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's passes; accelerate must not shard them a second time."""
-        sampler = self._make_sampler(self.accelerator.process_index, self.accelerator.num_processes)
+        sampler = sampler_of(
+            self._objective.order,
+            self._config,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
         return StepLoader(self._objective, sampler)
 
     def compute_loss(
@@ -140,7 +147,7 @@ class DuetTrainer(Trainer):
         Raises:
             ConfigurationError: A trained weight is not finite.
         """
-        for name, parameter in self._student.named_parameters():
+        for name, parameter in self.student.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise self._diverged(
                     f"weights are not finite after step {self.state.global_step} ({name})"
@@ -197,9 +204,9 @@ class DuetTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:  # noqa: ARG002
         """Have a checkpoint saved, and kept, where this step is the best so far."""
-        if self._rule is None:
+        if self._held_out is None or self._config.checkpoint_selection != "best":
             return False
-        best = self._rule.choose(evaluations_of(self.state.log_history)).step
+        best = self._held_out.rule.choose(evaluations_of(self.state.log_history)).step
         if best == self.state.global_step:
             self.state.best_global_step = best
             self.control.should_save = True
@@ -207,7 +214,7 @@ class DuetTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn of what a checkpoint lacks, but not of a tied weight's second name."""
-        tied = set(getattr(self._student, "_tied_weights_keys", None) or ())
+        tied = set(getattr(self.student, "_tied_weights_keys", None) or ())
         if missing := set(load_result.missing_keys) - tied:
             logger.warning(
                 "the checkpoint lacks %d weights, such as %s", len(missing), min(missing)
