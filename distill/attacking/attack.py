@@ -65,7 +65,7 @@ def attack(config: AttackConfig) -> AttackReport:
         model: Any = subject.load()
         model.requires_grad_(False)
         for row in of_subject:
-            outcomes += _attack_row(config, model, row, len(asked))
+            outcomes += _attack_row(config, model, row)
         del model
         free_memory()
     return AttackReport(
@@ -105,37 +105,19 @@ def _open(
     return _Row(subject=subject, label=label, train=opened[:at], asked=opened[at:])
 
 
-def _attack_row(config: AttackConfig, model: Any, row: _Row, forget: int) -> list[Outcome]:
+def _attack_row(config: AttackConfig, model: Any, row: _Row) -> list[Outcome]:
     """Return what one row says plainly, behind a suffix and behind a soft prompt."""
     steps = config.suffix_steps + config.soft_steps
     with Progress(f"attacking {row.label}", steps, "steps") as progress:
-        outcomes = [_ask(config, model, row, PLAIN, forget)]
+        outcomes = [_ask(config, model, row, PLAIN)]
         if config.suffix_steps:
-            search = SuffixSearch(
-                row.subject,
-                row.label,
-                model,
-                row.train,
-                queries=config.suffix_queries,
-                candidates=config.candidates,
-                batch_size=config.batch_size,
-                seed=config.seed,
-            )
-            suffix = search.run(config.suffix_steps, progress.update)
-            outcomes.append(_ask(config, model, row, SUFFIX, forget, suffix=suffix))
+            search = SuffixSearch(config, row.subject, row.label, model, row.train)
+            suffix = search.run(progress.update)
+            outcomes.append(_ask(config, model, row, SUFFIX, suffix=suffix))
         if config.soft_steps:
-            vectors = train_soft_prompt(
-                model,
-                row.train,
-                tokens=config.soft_tokens,
-                steps=config.soft_steps,
-                rate=config.soft_rate,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                on_step=progress.update,
-            )
+            vectors = train_soft_prompt(config, model, row.train, on_step=progress.update)
             with soft_tokens(model, vectors) as ids:
-                outcomes.append(_ask(config, model, row, SOFT, forget, ids=ids))
+                outcomes.append(_ask(config, model, row, SOFT, ids=ids))
     return outcomes
 
 
@@ -144,12 +126,11 @@ def _ask(
     model: Any,
     row: _Row,
     attack: str,
-    forget: int,
     *,
     suffix: str = "",
     ids: Sequence[int] = (),
 ) -> Outcome:
-    """Ask under one attack; the first `forget` queries are to be forgotten."""
+    """Ask under one attack."""
 
     def prompts(opened: Sequence[Prompt]) -> list[list[int]]:
         if suffix:  # typed anew for every query, as a user would
@@ -174,13 +155,14 @@ def _ask(
     said = [(p.query.answer or "", text) for p, text in zip(row.asked, texts, strict=True)]
     recalls = np.array([rouge_l_recall(*pair) for pair in said])
     named = np.array([float(contains_answer(*pair)) for pair in said])
+    to_forget = np.array([prompt.query.split == "forget" for prompt in row.asked])
     return Outcome(
         model=row.label,
         attack=attack,
         suffix=suffix or None,
         loss=-float(np.mean(logs)),
-        recalled=summarize_all(recalls[:forget]),
-        named=summarize_all(named[:forget]),
-        retained=summarize(recalls[forget:]),
+        recalled=summarize_all(recalls[to_forget]),
+        named=summarize_all(named[to_forget]),
+        retained=summarize(recalls[~to_forget]),
         texts=tuple(texts),
     )

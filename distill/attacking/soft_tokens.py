@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duet_unlearn.distill.attacking.config import AttackConfig
 from duet_unlearn.distill.attacking.prompts import Prompt
 from duet_unlearn.distill.relearning.fine_tuning import answer_loss, draw_batches
 from duet_unlearn.evaluation.answers import fits_memory
@@ -54,14 +55,10 @@ def embed(model: Any, token_ids: Sequence[int]) -> Tensor:
 
 
 def train_soft_prompt(
+    config: AttackConfig,
     model: Any,
     prompts: Sequence[Prompt],
     *,
-    tokens: int,
-    steps: int,
-    rate: float,
-    batch_size: int,
-    seed: int,
     on_step: Callable[[int], object] = lambda _count: None,
 ) -> Tensor:
     """Return vectors `[N, D]` that make answers likely (arXiv 2402.09063, 2104.08691).
@@ -70,25 +67,21 @@ def train_soft_prompt(
     start as the embedding of the spacers of a suffix.
 
     Args:
+        config: Its `soft_tokens` are N; the seed decides the order of the prompts.
         model: In evaluation mode, its weights frozen.
         prompts: What to answer.
-        tokens: N.
-        steps: Of Adam.
-        rate: Over the root mean square of the embedding's entries.
-        batch_size: Prompts of a step.
-        seed: Decides the order of the prompts.
         on_step: Is given 1 after each step.
 
     Raises:
         ConfigurationError: The memory does not hold a step.
     """
     spacers = prompts[0].inserted
-    vectors_ND = embed(model, [spacers[at % len(spacers)] for at in range(tokens)])
+    vectors_ND = embed(model, [spacers[at % len(spacers)] for at in range(config.soft_tokens)])
     scale = model.get_input_embeddings().weight.float().square().mean().sqrt().item()
     vectors_ND.requires_grad_(True)
-    optimizer = torch.optim.Adam([vectors_ND], lr=rate * scale)
-    batches = draw_batches(len(prompts), batch_size, random.Random(seed))
-    for _ in range(steps):
+    optimizer = torch.optim.Adam([vectors_ND], lr=config.soft_rate * scale)
+    batches = draw_batches(len(prompts), config.batch_size, random.Random(config.seed))
+    for _ in range(config.soft_steps):
         batch = [prompts[index] for index in next(batches)]
         with fits_memory(f"a step on {len(batch)} queries"), soft_tokens(model, vectors_ND) as ids:
             loss: Any = answer_loss(model, [(p.holding(ids), p.answer) for p in batch])

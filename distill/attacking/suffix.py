@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from duet_unlearn.distill.attacking.config import AttackConfig
 from duet_unlearn.distill.attacking.prompts import Prompt, render
 from duet_unlearn.distill.attacking.soft_tokens import embed, soft_tokens
 from duet_unlearn.distill.relearning.fine_tuning import answer_loss
@@ -26,32 +27,24 @@ class SuffixSearch:
     """The search for one model and row.
 
     Args:
+        config: How many steps, training queries and candidates; the seed decides all that is drawn.
         subject: Whose prompts.
         label: Which row of it.
         model: In evaluation mode, its weights frozen.
         prompts: What the suffix is trained on.
-        queries: Of them, how many a step looks at.
-        candidates: Suffixes that a step tries.
-        batch_size: Most prompts of a pass.
-        seed: Decides all that is drawn.
     """
 
     def __init__(
         self,
+        config: AttackConfig,
         subject: Subject,
         label: str,
         model: Any,
         prompts: Sequence[Prompt],
-        *,
-        queries: int,
-        candidates: int,
-        batch_size: int,
-        seed: int,
     ) -> None:
-        self._subject, self._label, self._model = subject, label, model
-        self._prompts, self._queries = prompts, min(queries, len(prompts))
-        self._candidates, self._batch_size = candidates, batch_size
-        self._random = random.Random(seed)
+        self._config, self._subject, self._label = config, subject, label
+        self._model, self._prompts = model, prompts
+        self._random = random.Random(config.seed)
         tokenizer = subject.tokenizer
         self._banned = sorted(
             {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -59,14 +52,15 @@ class SuffixSearch:
         )
         self.ids = list(prompts[0].inserted)
 
-    def run(self, steps: int, on_step: Callable[[int], object] = lambda _count: None) -> str:
+    def run(self, on_step: Callable[[int], object] = lambda _count: None) -> str:
         """Search, and return the suffix.
 
         Raises:
             ConfigurationError: The memory does not hold a step.
         """
-        for _ in range(steps):
-            batch = self._random.sample(list(self._prompts), self._queries)
+        count = min(self._config.suffix_queries, len(self._prompts))
+        for _ in range(self._config.suffix_steps):
+            batch = self._random.sample(list(self._prompts), count)
             tried = [self.ids, *self._propose(batch)]
             losses = self._losses(batch, tried)
             self.ids = tried[losses.index(min(losses))]
@@ -79,13 +73,13 @@ class SuffixSearch:
         scores_NV[:, self._banned] = -float("inf")
         proposed_NK = scores_NV.topk(min(_PROPOSED, scores_NV.shape[1])).indices.tolist()
         found: list[list[int]] = []
-        for _ in range(8 * self._candidates):  # most are typed otherwise, or drawn before
+        for _ in range(8 * self._config.candidates):  # most are typed otherwise, or drawn before
             at = self._random.randrange(len(self.ids))
             ids = [*self.ids]
             ids[at] = self._random.choice(proposed_NK[at])
             if ids != self.ids and ids not in found and self._can_be_typed(ids, batch[0]):
                 found.append(ids)
-            if len(found) == self._candidates:
+            if len(found) == self._config.candidates:
                 break
         return found
 
@@ -111,7 +105,7 @@ class SuffixSearch:
             self._model,
             [prompt.holding(ids) for ids in tried for prompt in batch],
             [prompt.answer for _ in tried for prompt in batch],
-            batch_size=self._batch_size,
+            batch_size=self._config.batch_size,
         )
         sums = [sum(row.log_probabilities) for row in scored]
         total, width = sum(len(prompt.answer) for prompt in batch), len(batch)

@@ -13,11 +13,13 @@ from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.distill.attacking.config import AttackConfig
 from duet_unlearn.distill.attacking.prompts import open_prompts, render
 from duet_unlearn.distill.attacking.soft_tokens import embed, soft_tokens, train_soft_prompt
 from duet_unlearn.distill.attacking.suffix import SuffixSearch
 from duet_unlearn.distill.relearning.fine_tuning import answer_loss
 from duet_unlearn.evaluation.answers import generate_answers
+from duet_unlearn.evaluation.config import parse_models
 from duet_unlearn.evaluation.subjects import Subject, open_subject
 
 ROWS = {"base": False, "base + prefix": True}
@@ -32,6 +34,11 @@ def base() -> Subject:
 @pytest.fixture(scope="module")
 def queries() -> list[Query]:
     return load_queries(str(world.FORGET), split="forget", require_answers=True)
+
+
+def config_of(**settings) -> AttackConfig:
+    models = parse_models([str(world.MODEL)])
+    return AttackConfig(models=models, forget=(str(world.FORGET),), **settings)
 
 
 def test_soft_tokens_are_read_as_the_vectors_that_they_stand_for(tiny_model: Path) -> None:
@@ -70,7 +77,7 @@ def test_the_gradient_is_that_of_each_choice_of_a_token(
 ) -> None:
     model = base.load().requires_grad_(False)
     prompts = open_prompts(base, "base", queries[:2], suffix_tokens=4)
-    search = _search(base, "base", model, prompts)
+    search = SuffixSearch(config_of(), base, "base", model, prompts)
     gradient = search._gradient(prompts)
     weight = model.get_input_embeddings().weight
 
@@ -87,24 +94,21 @@ def test_the_gradient_is_that_of_each_choice_of_a_token(
         assert float(gradient[at, token]) == pytest.approx(change, rel=0.05, abs=2e-3)
 
 
-def _search(base: Subject, label: str, model, prompts, **settings) -> SuffixSearch:
-    defaults = {"queries": 2, "candidates": 8, "batch_size": 16, "seed": 0}
-    return SuffixSearch(base, label, model, prompts, **{**defaults, **settings})
-
-
 def test_a_search_makes_answers_likelier_by_text_that_can_be_typed(
     base: Subject, queries: list[Query], one_thread: None
 ) -> None:
     model = base.load().requires_grad_(False)
     label = "base + prefix"
     prompts = open_prompts(base, label, queries[:2], suffix_tokens=6)
-    search = _search(base, label, model, prompts)
+    config = config_of(suffix_steps=6, suffix_queries=2, candidates=8)
+    search = SuffixSearch(config, base, label, model, prompts)
     before = search._losses(prompts, [search.ids])
-    suffix = search.run(6)
+    suffix = search.run()
     assert search._losses(prompts, [search.ids])[0] < before[0]
     for prompt in prompts:
         assert render(base, label, prompt.query, suffix) == prompt.holding(search.ids)
-    assert _search(base, label, model, prompts).run(6) == suffix  # the seed decides
+    again = SuffixSearch(config, base, label, model, prompts)
+    assert again.run() == suffix  # the seed decides
 
 
 def test_a_soft_prompt_fits_its_queries_and_the_weights_stay(
@@ -113,10 +117,10 @@ def test_a_soft_prompt_fits_its_queries_and_the_weights_stay(
     model = base.load().requires_grad_(False)
     prompts = open_prompts(base, "base + prefix", queries[:8], suffix_tokens=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {"tokens": 4, "rate": 0.1, "batch_size": 8, "seed": 0}
 
     def loss(steps: int) -> float:
-        vectors = train_soft_prompt(model, prompts, steps=steps, **settings)
+        config = config_of(soft_tokens=4, soft_steps=steps, batch_size=8)
+        vectors = train_soft_prompt(config, model, prompts)
         assert vectors.shape == (4, 192)
         with torch.no_grad(), soft_tokens(model, vectors) as ids:
             return answer_loss(model, [(p.holding(ids), p.answer) for p in prompts]).item()
