@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duet_unlearn.data.models.adapters import new_adapter
+from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.lessons import Pair
 from duet_unlearn.evaluation.answers import fits_memory, pad
 
@@ -20,15 +21,12 @@ IGNORED = -100
 
 
 def fine_tune(
+    config: RelearnConfig,
     model: "PreTrainedModel",
     pairs: Sequence[Pair],
     look: Callable[[Any, int], L],
     *,
     rate: float,
-    steps: Sequence[int],
-    batch_size: int = 16,
-    lora_rank: int | None = None,
-    seed: int = 0,
     on_step: Callable[[int], object] = lambda _count: None,
 ) -> list[L]:
     """Train on the answers by AdamW at a constant rate; return what each look found.
@@ -36,29 +34,27 @@ def fine_tune(
     Every pair comes once before any comes twice. Weight decay is PyTorch's default, 0.01.
 
     Args:
+        config: Says after which steps to look, how many pairs a step has (all, where there are
+            fewer), the rank of an adapter to train on all linear modules in place of all weights,
+            and the seed, which decides the order and where an adapter starts.
         model: Changed in place.
         pairs: Token ids; the loss is the mean cross-entropy of the answers' tokens.
         look: Is given the model, in evaluation mode, and the number of steps done.
         rate: The learning rate.
-        steps: After how many steps to look, in order.
-        batch_size: Pairs of a step, or all where there are fewer.
-        lora_rank: Of an adapter to train on all linear modules; None trains all weights.
-        seed: Decides the order, and where an adapter starts.
         on_step: Is given 1 after each step.
 
     Raises:
         ConfigurationError: The memory does not hold a step, or peft is not installed.
     """
+    steps, rank = config.listed_steps, config.lora_rank
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         trained: Any = model.requires_grad_(True)
-        if lora_rank is not None:
-            trained = new_adapter(
-                model, r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"
-            )
+        if rank is not None:
+            trained = new_adapter(model, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         parameters = [p for p in trained.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate)
-        batches = draw_batches(len(pairs), batch_size, random.Random(seed))
+        batches = draw_batches(len(pairs), config.batch_size, random.Random(config.seed))
         found = []
         for step in range(max(steps) + 1):
             if step in steps:

@@ -88,17 +88,7 @@ def teach(
 
     curves = []
     for rate in config.listed_rates:
-        looks = fine_tune(
-            subject.load(),
-            pairs,
-            look,
-            rate=rate,
-            steps=config.listed_steps,
-            batch_size=config.batch_size,
-            lora_rank=config.lora_rank,
-            seed=config.seed,
-            on_step=on_step,
-        )
+        looks = fine_tune(config, subject.load(), pairs, look, rate=rate, on_step=on_step)
         free_memory()
         curves += [
             Curve(

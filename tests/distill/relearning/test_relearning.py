@@ -45,7 +45,8 @@ def hiding(tmp_path_factory: pytest.TempPathFactory, base: Subject) -> Path:
             answer = [*base.renderer.begun_ids(text), *base.ends[:1]]
             pairs.append((base.renderer.student_ids(query.messages), answer))
     model = base.load()
-    fine_tune(model, pairs, lambda _model, _step: None, rate=3e-4, steps=(30,))
+    config = config_of(world.MODEL, forget=(str(world.FORGET),), steps="30")
+    fine_tune(config, model, pairs, lambda _model, _step: None, rate=3e-4)
     folder = tmp_path_factory.mktemp("hiding") / "student"
     with no_bars():
         model.save_pretrained(folder)
@@ -202,13 +203,9 @@ def test_an_adapter_is_trained_and_the_weights_stay(tiny_model: Path, one_thread
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.detach().clone()
     pairs = [([5, 9, 11], [20, 21])]
+    config = config_of(tiny_model, forget=("unread",), steps="0,10", lora_rank=2)
     first, last = fine_tune(
-        model,
-        pairs,
-        lambda m, _: answer_loss(m, pairs).item(),
-        rate=1e-2,
-        steps=(0, 10),
-        lora_rank=2,
+        config, model, pairs, lambda m, _: answer_loss(m, pairs).item(), rate=1e-2
     )
     assert last < first
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
