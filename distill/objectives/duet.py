@@ -1,7 +1,7 @@
 """DUET: fit the signals of a teacher cache (Zhong, Yang, Zhu, ICLR 2026)."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class Duet:
     def __init__(self, config: RunConfig, student: Student) -> None:
         self.reader = reader = CacheReader.open(str(config.cache))
         self._replayed = tuple(CacheReader.open(cache) for cache in config.replay)
+        self._replayed_digests = [cache.manifest.digest for cache in self._replayed]
         self._rows = JoinedRows((reader, *self._replayed))
         self.views = load_views(config.views, reader.manifest.views)
         self._config, self._student = config, student
@@ -124,8 +125,7 @@ class Duet:
         if self.views:
             self._check_views(renderer)
         if queries:
-            trained = queries & {asked_text(text) for _, _, text in self._rows.identities()}
-            warn_of_trained(len(trained), len(queries))
+            warn_of_trained(queries, (asked_text(text) for _, _, text in self._rows.identities()))
         self._renderer = renderer
 
     def attach(self, model: "nn.Module") -> None:
@@ -169,9 +169,8 @@ class Duet:
         """Return the mean of each row's positions, `[B]`; of the loss, of those chosen."""
         from duet_unlearn.distill.losses import row_means
 
-        if share := self._config.ce_weight:
-            losses_B, cross_entropy_B = self._both(self._student_scores, model, batch)
-            return (1.0 - share) * losses_B + share * cross_entropy_B
+        if self._config.ce_weight:
+            return self._both(self._student_scores, model, batch)[0]
         scores_BTS = self._student_scores(model, batch)
         losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
         return row_means(losses_BT, batch["position_mask"])
@@ -183,14 +182,12 @@ class Duet:
 
         The first is what training lowers: with `--ce-weight`, cross-entropy has its share of it.
         """
-        share = self._config.ce_weight
-        losses_B, cross_entropy_B = self._both(self._whole_scores, model, batch)
-        return (1.0 - share) * losses_B + share * cross_entropy_B, cross_entropy_B
+        return self._both(self._whole_scores, model, batch)
 
     def _both(
         self, scores: "StudentScores", model: "nn.Module", batch: Mapping[str, Any]
     ) -> "tuple[Tensor, Tensor]":
-        """Return each row's mean loss and mean cross-entropy, `[B]`."""
+        """Return each row's mean loss, cross-entropy mixed in, and mean cross-entropy, `[B]`."""
         import torch
 
         from duet_unlearn.distill.losses import row_means, with_cross_entropy
@@ -205,7 +202,9 @@ class Duet:
             scores_BTS = scores_BTS[..., :-1]
         losses_BT = self._loss(scores_BTS, batch["teacher_logits"], batch["teacher_logsumexp"])
         losses_B = row_means(losses_BT, batch.get("loss_mask", batch["position_mask"]))
-        return losses_B, row_means(cross_entropy_BT, batch["position_mask"])
+        cross_entropy_B = row_means(cross_entropy_BT, batch["position_mask"])
+        share = self._config.ce_weight
+        return (1.0 - share) * losses_B + share * cross_entropy_B, cross_entropy_B
 
     def story(self) -> Story:
         """Say which teacher the student was fitted to."""
@@ -254,10 +253,6 @@ class Duet:
                 "view_families": sorted({view.family for view in self.views}),
             },
         )
-
-    @property
-    def _replayed_digests(self) -> list[str]:
-        return [cache.manifest.digest for cache in self._replayed]
 
     def _check_views(self, renderer: "PromptRenderer") -> None:
         """Refuse a view that does not fit before training comes to it."""
@@ -360,12 +355,12 @@ def _at_most(wanted: int | None, cached: int, name: str) -> int:
     return cached if wanted is None else wanted
 
 
-def warn_of_trained(trained: int, asked: int) -> None:
+def warn_of_trained(held_out: set[str], trained: Iterable[str]) -> None:
     """Log how many held-out queries the student is trained on: those are not held out."""
-    if trained:
+    if both := held_out.intersection(trained):
         logger.warning(
             "%d of %d held-out queries are trained on: what is measured on them says little about "
             "others",
-            trained,
-            asked,
+            len(both),
+            len(held_out),
         )

@@ -71,24 +71,16 @@ class GradientDifference:
         digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
         self.identity = {"answers": f"sha256:{digest}"}
         self.settings: dict[str, Any] = {}
-        self._dataset: AnswerDataset | None = None
 
     def prepare(self, renderer: "PromptRenderer", queries: set[str] | None = None) -> None:
         """Render all pairs; see `Objective.prepare`."""
-        self._dataset = AnswerDataset(self._queries, renderer, self._student)
+        self.dataset = AnswerDataset(self._queries, renderer, self._student)
         if queries:
-            warn_of_trained(len(queries & {query.text for query in self._queries}), len(queries))
+            warn_of_trained(queries, (query.text for query in self._queries))
 
     def attach(self, model: nn.Module) -> None:
         """Find the student's head."""
         self._scores = StudentScores(model, tail=True)
-
-    @property
-    def dataset(self) -> "AnswerDataset":
-        """The pairs of query and answer."""
-        if self._dataset is None:
-            raise RuntimeError("prepare comes first")
-        return self._dataset
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Pad pairs into one batch."""
