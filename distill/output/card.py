@@ -83,10 +83,10 @@ def write_card(folder: Path, run: dict[str, Any], story: Story) -> None:
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         **({"license": licence} if licence else {}),
-        # Only a hub id is a link that others can follow.
-        **({"base_model": base} if "/" in base else {}),
-        **({"base_model_relation": "adapter" if adapter else "finetune"} if "/" in base else {}),
     }
+    if "/" in base:  # only a hub id is a link that others can follow
+        header["base_model"] = base
+        header["base_model_relation"] = "adapter" if adapter else "finetune"
     usage = _USAGE.format(
         name=name,
         load=_ADAPTER.format(base=base) if adapter else _WHOLE,
