@@ -12,7 +12,6 @@ import yaml
 from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE, add_adapter
 from duet_unlearn.data.models.folder import SLOW_TOKENIZER_FILES, model_name, read_json
 from duet_unlearn.data.models.loading import load_model, no_bars
-from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.output.card import write_card
 from duet_unlearn.distill.output.run_folder import files_of
 from duet_unlearn.errors import OutputError
@@ -54,18 +53,15 @@ def write_student(job: "Job", trainer: "DuetTrainer") -> None:
     folder = job.folder.staged_student
     shutil.rmtree(folder, ignore_errors=True)
     if not job.config.merge:
-        save_model(model, job.student, folder, dtype=job.config.save_dtype, state=state)
+        _save(job, model, folder, state)
         return
     # Merging starts from the base as it is stored, whole and unsharded.
     adapter = folder.with_name("adapter")
     shutil.rmtree(adapter, ignore_errors=True)
-    save_model(model, job.student, adapter, dtype=job.config.save_dtype, state=state)
-    merged: Any = add_adapter(
-        load_model(job.student.folder, dtype=job.config.dtype, trainable=True), adapter
-    )
-    save_model(
-        merged.merge_and_unload(), job.student, folder, dtype=job.config.save_dtype, state=None
-    )
+    _save(job, model, adapter, state)
+    base = load_model(job.student.folder, dtype=job.config.dtype, trainable=True)
+    merged: Any = add_adapter(base, adapter)
+    _save(job, merged.merge_and_unload(), folder)
 
 
 def publish(job: "Job", result: "RunResult") -> None:
@@ -125,34 +121,30 @@ def _pinned(cache: str, digest: str) -> str:
     return cache if "@sha256:" in cache else f"{cache}@{digest}"
 
 
-def save_model(
-    model: "PreTrainedModel",
-    student: Student,
-    folder: Path,
-    *,
-    dtype: str,
-    state: "dict[str, Tensor] | None",
+def _save(
+    job: "Job", model: "PreTrainedModel", folder: Path, state: "dict[str, Tensor] | None" = None
 ) -> None:
     """Write a model folder: weights, configuration, and the base's own tokenizer.
 
     An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in,
-    a whole model in `dtype`. `state` holds gathered weights where the model has only a part.
+    a whole model in `save_dtype`. `state` holds gathered weights where the model has only a part.
 
     Raises:
         OutputError: The folder cannot be written.
     """
     from safetensors import SafetensorError
 
+    base = job.student.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with no_bars():
             if hasattr(model, "peft_config"):
-                _write_adapter(model, student, folder, state)
+                _write_adapter(job, model, folder, state)
             else:
-                _write_whole(model, student, folder, dtype, state)
+                _write_whole(job, model, folder, state)
         for name in _TOKENIZER_FILES:
-            if (student.folder / name).is_file():
-                shutil.copyfile(student.folder / name, folder / name)
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
         # safetensors makes its files private; the user's own mask decides, as for the others.
         configuration = next(folder.glob("*config.json"))
         for weights in folder.glob("*.safetensors"):
@@ -166,15 +158,13 @@ def save_model(
         ) from error
 
 
-def _write_whole(
-    model: Any, student: Student, folder: Path, dtype: str, state: "dict[str, Tensor] | None"
-) -> None:
+def _write_whole(job: "Job", model: Any, folder: Path, state: "dict[str, Tensor] | None") -> None:
     import torch
 
-    stored = getattr(torch, dtype)
+    stored = getattr(torch, job.config.save_dtype)
     changed = {"dtype": stored}
     if hasattr(model.config, "use_cache"):  # the Trainer turned it off
-        base = read_json(student.folder / "config.json")
+        base = read_json(job.student.folder / "config.json")
         changed["use_cache"] = base.get("use_cache", type(model.config)().use_cache)
     kept = {name: getattr(model.config, name) for name in changed}
     state = _stored(model.state_dict() if state is None else state, stored)
@@ -201,12 +191,10 @@ def _stored(state: "dict[str, Tensor]", dtype: "torch.dtype") -> "dict[str, Tens
     return stored
 
 
-def _write_adapter(
-    model: Any, student: Student, folder: Path, state: "dict[str, Tensor] | None"
-) -> None:
+def _write_adapter(job: "Job", model: Any, folder: Path, state: "dict[str, Tensor] | None") -> None:
     settings = model.peft_config["default"]
     kept = settings.base_model_name_or_path
-    settings.base_model_name_or_path = student.name  # and not where it lies on this machine
+    settings.base_model_name_or_path = job.student.name  # and not where it lies on this machine
     try:
         # The embeddings are the base's; to decide that by itself, peft would ask the hub.
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
