@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from duet_unlearn.data.models.folder import eos_token_ids
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student
 from duet_unlearn.distill.training.checkpoint_selection import Evaluation, Rule
@@ -19,7 +18,8 @@ from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer
 from duet_unlearn.evaluation.results import EvalReport
-from duet_unlearn.evaluation.tasks import check_length, list_tasks, load_attacks, load_sets
+from duet_unlearn.evaluation.subjects import Subject
+from duet_unlearn.evaluation.tasks import list_tasks, load_attacks, load_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,9 +50,6 @@ class HeldOut:
         self._sets = load_sets(self._config.sources, limit=config.eval_limit)
         self._tasks = list_tasks(self._sets, self._attacks)
         self.rule = Rule(drop=config.eval_retain_drop, patience=config.early_stopping_patience)
-        self._prompts: list[list[int]] = []
-        self._tokenizer: Any = None
-        self._ends: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -71,12 +68,15 @@ class HeldOut:
         Raises:
             DataError: A query is too long for the student.
         """
-        self._tokenizer = tokenizer
-        self._ends = eos_token_ids(student.folder)
-        self._prompts = [task.render(renderer) for task in self._tasks]
-        tokens = self._config.max_new_tokens
-        for task, prompt in zip(self._tasks, self._prompts, strict=True):
-            check_length(task, len(prompt), _LABEL, student.max_length, tokens)
+        self._subject = Subject(
+            folder=student.folder,
+            adapter=None,
+            dtype=student.stored_dtype,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            rows={_LABEL: False},
+        )
+        self._prompts = self._subject.render(_LABEL, self._tasks, self._config.max_new_tokens)
 
     @property
     def texts(self) -> set[str]:
@@ -98,7 +98,7 @@ class HeldOut:
             answers = generate_answers(
                 model,
                 self._prompts[process::processes],
-                eos_token_ids=self._ends,
+                eos_token_ids=self._subject.ends,
                 max_new_tokens=self._config.max_new_tokens,
                 batch_size=self._config.batch_size,
             )
@@ -113,14 +113,13 @@ class HeldOut:
         return self._evaluate(everything, step)
 
     def _evaluate(self, answers: Sequence[Sequence[int]], step: int) -> Evaluation:
-        decoded = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
         report = EvalReport(
             config=self._config,
             prefix=None,
             attacks=self._attacks,
             sets=self._sets,
             tasks=self._tasks,
-            answers={_LABEL: [Answer(text=text.strip()) for text in decoded]},
+            answers={_LABEL: [Answer(text=self._subject.decode(ids)) for ids in answers]},
         )
         forget = report.mean(_LABEL, split="forget")
         retain = report.mean(_LABEL, split="retain")
