@@ -38,13 +38,14 @@ AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
 # With views a query is two sequences.
 AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 120
 
-_ASKED = ("eval_forget", "eval_retain", "eval_attacks")
-_OF_EVALUATIONS = ("eval_cache", "eval_limit", "eval_max_new_tokens", "eval_retain_drop")
+_OF_ANSWERS = (
+    *("eval_forget", "eval_retain", "eval_attacks"),
+    *("eval_max_new_tokens", "eval_retain_drop"),
+)
+_OF_EVALUATIONS = ("eval_cache", "eval_limit", "checkpoint_selection", "early_stopping_patience")
 # Refused unless another setting is given.
-_GOES_WITH = {
-    **dict.fromkeys((*_ASKED, *_OF_EVALUATIONS, "early_stopping_patience"), "eval_steps"),
-    "noise_beta": "noise_alpha",
-}
+_GOES_WITH = dict.fromkeys((*_OF_ANSWERS, *_OF_EVALUATIONS), "eval_steps")
+_GOES_WITH["noise_beta"] = "noise_alpha"
 
 
 @settings
@@ -385,8 +386,8 @@ class RunConfig(Settings):
         )
 
     def _check_evaluation(self) -> None:
-        for name in _ASKED:
-            if self.eval_cache and getattr(self, name):
+        for name in _OF_ANSWERS:
+            if self.eval_cache and not self.is_default(name):
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r} beside eval_cache ({self.eval_cache}); "
                     "give one of them: a student is chosen by recalls or by its loss"

@@ -40,6 +40,10 @@ def config_of(**settings) -> RunConfig:
         ({"noise_alpha": 1.5}, "noise_alpha is 1.5, expected a number, 0 to 1"),
         ({"noise_beta": 0.2}, "noise_beta is 0.2 without noise_alpha; give noise_alpha too"),
         ({"eval_limit": 8}, "eval_limit is 8 without eval_steps; give eval_steps too"),
+        (
+            {"checkpoint_selection": "last"},
+            "checkpoint_selection is 'last' without eval_steps; give eval_steps too",
+        ),
         ({"noise_beta": -1.0}, "noise_beta is -1.0, expected a number, 0 or more"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number, above 0, or auto"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a number, above 0, or auto"),

@@ -142,6 +142,8 @@ def test_what_does_not_go_together_is_refused(
 ):
     for settings, message in (
         ({"eval_forget": ("f",)}, "eval_forget is .* beside eval_cache .* give one of them"),
+        ({"eval_retain_drop": 5.0}, "eval_retain_drop is 5.0 beside eval_cache"),
+        ({"eval_max_new_tokens": 8}, "eval_max_new_tokens is 8 beside eval_cache"),
         ({"eval_steps": 0}, "eval_cache is .* without eval_steps; give eval_steps too"),
         ({"eval_cache": None}, "eval_forget is empty, .* goes with eval_cache"),
     ):
