@@ -37,12 +37,12 @@ def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
     path = Path(source)
     _check_file(path)
     if path.suffix.lower() == ".parquet":
-        return _parquet_rows(source, path, needs_one_of)
+        return _parquet_rows(path, needs_one_of)
     if path.suffix.lower() == ".csv":
-        return _csv_rows(source, path, needs_one_of)
+        return _csv_rows(path, needs_one_of)
     if path.suffix.lower() == ".json" and _starts_with_bracket(path):
-        return _array_rows(source, path)
-    return _line_rows(source, path)
+        return _array_rows(path)
+    return _line_rows(path)
 
 
 def _usable_columns(source: str, columns: Sequence[str], needs_one_of: Sequence[str]) -> list[str]:
@@ -115,12 +115,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise _unreadable(path, error) from None
 
 
-def _line_rows(source: str, path: Path) -> Rows:
+def _line_rows(path: Path) -> Rows:
     for number, line in _lines(path):
         if not line.strip():
             continue
         row = _parse(line.rstrip("\r\n"), path, number, "; expected one object a line")
-        yield f"{source}:{number}", _expect_object(row, f"{path}:{number}")
+        where = f"{path}:{number}"
+        yield where, _expect_object(row, where)
 
 
 def _parse(text: str, path: Path, first: int, hint: str = "") -> Any:
@@ -146,12 +147,13 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _array_rows(source: str, path: Path) -> Rows:
+def _array_rows(path: Path) -> Rows:
     """Items of a JSON array, the other thing that people save as `.json`."""
     text = "".join(line for _, line in _lines(path))
     items = _parse(text, path, 1)
     for number, item in enumerate(items, start=1):
-        yield f"{source} item {number}", _expect_object(item, f"{path} item {number}")
+        where = f"{path} item {number}"
+        yield where, _expect_object(item, where)
 
 
 def _expect_object(value: object, where: str) -> Row:
@@ -162,15 +164,15 @@ def _expect_object(value: object, where: str) -> Row:
     return value
 
 
-def _csv_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
+def _csv_rows(path: Path, needs_one_of: Sequence[str]) -> Rows:
     # Strict: an unclosed quote would otherwise swallow the rest of the file as one query.
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     csv.field_size_limit(_LONGEST_CELL)
     header: list[str] | None = None
-    first_line = 1
+    first_of_row = 1
     try:
         for fields in reader:
-            start, first_line = first_line, reader.line_num + 1
+            start, first_of_row = first_of_row, reader.line_num + 1
             if not fields:
                 continue
             if header is None:
@@ -184,12 +186,12 @@ def _csv_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
                     "header; quote a field that holds a comma"
                 )
             else:
-                yield f"{source}:{start}", dict(zip(header, fields, strict=True))
+                yield f"{path}:{start}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}:{first_line}: not CSV ({error})") from None
+        raise DataError(f"{path}:{first_of_row}: not CSV ({error})") from None
 
 
-def _parquet_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
+def _parquet_rows(path: Path, needs_one_of: Sequence[str]) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -199,7 +201,7 @@ def _parquet_rows(source: str, path: Path, needs_one_of: Sequence[str]) -> Rows:
             batches = file.iter_batches(batch_size=8192, columns=wanted)
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield f"{source} row {number}", row
+                yield f"{path} row {number}", row
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = first_line(error).rstrip(".")
         raise DataError(f"{path}: broken or cut-off Parquet ({reason}); copy it again") from None

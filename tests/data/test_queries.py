@@ -194,6 +194,13 @@ def test_a_bad_line_is_named(tmp_path, line, problem):
     assert error_of(source) == f"{source}:3: {problem}"
 
 
+def test_every_fault_names_its_file_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in ("nonsense", '{"query": ""}'):
+        write(tmp_path, "a.jsonl", '{"query": "Who?"}\n' + line)
+        assert error_of("./a.jsonl").startswith("a.jsonl:2: ")
+
+
 def test_json_that_python_cannot_hold_is_named(tmp_path):
     deep = write(tmp_path, "deep.jsonl", "[" * 200_000)
     assert error_of(deep).startswith(f"{deep}:1: not usable JSON (")
