@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
@@ -48,8 +47,7 @@ class Asker:
                 "use it in `duet-distill eval`"
             )
         self._attacks: tuple[Attack | None, ...] = (None, *without_answers(attacks))
-        prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
-        opened = open_subjects(config, prefix)
+        opened = open_subjects(config)
         self._subjects = [(subject, subject.load()) for subject in opened]
         self.streams = len(config.labels) == len(self._attacks) == 1
         """Whether a question has one answer, which can be shown while it is made."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.data.models.quantization import SCHEMES
+from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.measures import MEASURES, select_measures
 from duet_unlearn.evaluation.requirements import parse_requirements
@@ -126,6 +127,11 @@ class SubjectsConfig(Settings):
             raise ConfigurationError(f"{name} is set without a prefix; give --prefix as well")
         several = [line for line, rows in self.lines.items() if len(set(rows)) > 1]
         refuse_same_labels([*self.labels, *several])
+
+    @property
+    def resolved_prefix(self) -> str | None:
+        """The prefix's text, the topic in it; raises as `resolve_prefix` does."""
+        return None if self.prefix is None else resolve_prefix(self.prefix, self.topic)
 
     @property
     def prefixed_label(self) -> str | None:

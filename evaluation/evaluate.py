@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from duet_unlearn.data.models.loading import no_bars
-from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import EvalConfig
@@ -61,7 +60,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
             "one of the two out"
         )
     harness = Harness(config) if config.lm_eval else None
-    prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
+    prefix = config.resolved_prefix
     phrases = [phrase for source in config.refusals for phrase in load_phrases(source)]
     measures = select_measures(config.measures, (*REFUSAL_PHRASES, *phrases))
     attacks = load_attacks(config.attacks)
@@ -69,7 +68,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     if not all(query.answer for s in sets for query in s.queries):
         attacks = without_answers(attacks)
     tasks = list_tasks(sets, attacks)
-    subjects = open_subjects(config, prefix)
+    subjects = open_subjects(config)
     prompts = [
         {label: subject.render(label, tasks, config.max_new_tokens) for label in subject.rows}
         for subject in subjects

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.attacking.config import AttackConfig
 from duet_unlearn.distill.attacking.prompts import Prompt, open_prompts, render
@@ -53,8 +52,7 @@ def attack(config: AttackConfig) -> AttackReport:
     """
     train, asked = _split(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)
-    prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
-    subjects = open_subjects(config, prefix)
+    subjects = open_subjects(config)
     # All prompts first: a query that does not fit is found in seconds.
     rows = [
         [_open(config, subject, label, train, [*asked, *kept]) for label in subject.rows]
@@ -69,7 +67,11 @@ def attack(config: AttackConfig) -> AttackReport:
         del model
         free_memory()
     return AttackReport(
-        config=config, prefix=prefix, train=tuple(train), asked=(*asked, *kept), outcomes=outcomes
+        config=config,
+        prefix=config.resolved_prefix,
+        train=tuple(train),
+        asked=(*asked, *kept),
+        outcomes=outcomes,
     )
 
 

@@ -59,8 +59,8 @@ class Story:
 
     summary: str
     """A sentence or two; Markdown."""
-    tags: Sequence[str] = ("unlearning", "duet")
-    """What hubs find it by."""
+    tags: Sequence[str]
+    """What hubs find it by; a student with `unlearning` among them gets the card's caution."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further rows of the card's table."""
     record: Mapping[str, Any] = field(default_factory=dict)

@@ -100,6 +100,7 @@ class GradientDifference:
                 "after unlearning by gradient difference: trained to make the reference answers "
                 "of forget queries less likely and those of retain queries more likely."
             ),
+            tags=("unlearning", "gradient-difference"),
             facts={"loss": "NLL of retain answers less NLL of forget answers"},
             record={**self.identity, "view_families": []},
         )

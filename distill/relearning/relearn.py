@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.fine_tuning import fine_tune
@@ -33,8 +32,7 @@ def relearn(config: RelearnConfig) -> RelearnReport:
     """
     lessons = list_lessons(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)
-    prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
-    subjects = open_subjects(config, prefix)
+    subjects = open_subjects(config)
     curves: list[Curve] = []
     for subject in subjects:
         total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.probing.config import ProbeConfig
@@ -53,8 +52,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
         for query in spread(load_answered(getattr(config, split), split=split), config.limit)
     ]
     at = sum(query.split == "forget" for query in queries)
-    prefix = None if config.prefix is None else resolve_prefix(config.prefix, config.topic)
-    subjects = open_subjects(config, prefix)
+    subjects = open_subjects(config)
     tokens = [_first_tokens(subject, queries) for subject in subjects]
     tasks = [Task(set_name=query.split, query=query) for query in queries]
     prompts = [
@@ -85,7 +83,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
         free_memory()
     return ProbeReport(
         config=config,
-        prefix=prefix,
+        prefix=config.resolved_prefix,
         queries=tuple(queries),
         pairs={split: len(found) for split, found in pairs.items()},
         looks=tuple(looks),

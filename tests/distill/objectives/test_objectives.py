@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from duet_unlearn.data.models.loading import load_model
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
@@ -83,7 +84,9 @@ def test_gradient_difference_needs_answers_and_no_cache(descend, files, tiny_mod
     assert after["retain"] < before["retain"]
     told = json.loads((Path(result.out) / "duet_run.json").read_text())
     assert told["answers"] == told["identity"]["answers"]
-    assert "gradient difference" in (Path(result.out) / "README.md").read_text()
+    card = (Path(result.out) / "README.md").read_text()
+    assert "after unlearning by gradient difference" in card
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["unlearning", "gradient-difference"]
     assert descend().hit
 
 

@@ -21,7 +21,7 @@ def header_of(folder, *, base: str, licence: str | None, lora_rank: int | None =
             **{"trained": "everything", "trained_parameters": 1, "parameters": 1},
         },
     }
-    write_card(folder, run, Story(summary="forgot.", facts={}, record={}))
+    write_card(folder, run, Story(summary="forgot.", tags=("unlearning",)))
     return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
 
 
