@@ -100,28 +100,21 @@ class Engine(Protocol):
         """Free the model and end its processes; safe to call twice."""
 
 
-def check_signal(
-    signal: Signal,
-    *,
-    config: EngineConfig,
-    engine: str,
-    given: bool = False,
-    sampled: bool = False,
-) -> Signal:
+def check_signal(signal: Signal, prompt: Prompt, config: EngineConfig, engine: str) -> Signal:
     """Return the signal, or raise where it is not what a cache may hold.
 
     Args:
         signal: What an engine found.
-        config: What it was asked.
+        prompt: What it was asked. Where no response is given, that has to be as long as asked for;
+            where kept tokens are not drawn, no place is empty.
+        config: How it was started.
         engine: Its name.
-        given: Whether the response was; else it has to be as long as asked for.
-        sampled: Whether the kept tokens were; else no place is empty.
 
     Raises:
         DuetError: A value is not finite, or the response is shorter than the positions asked for
             without ending in an end-of-sequence token.
     """
-    filled = np.isfinite(signal.logits) | sampled
+    filled = np.isfinite(signal.logits) | (prompt.keep is not None)
     if not (filled.all() and np.isfinite(signal.logsumexp).all()):
         raise DuetError(
             f"{engine} engine: the teacher {config.model} gives logits that are not finite in "
@@ -129,7 +122,7 @@ def check_signal(
             "model masks part of its vocabulary"
         )
     length = len(signal.response_ids)
-    ended = given or int(signal.response_ids[-1]) in config.eos_token_ids
+    ended = prompt.given is not None or int(signal.response_ids[-1]) in config.eos_token_ids
     if length < config.positions and not ended:
         raise DuetError(
             f"{engine} engine: a response ended after {length} of {config.positions} positions "

@@ -84,7 +84,7 @@ class TransformersEngine:
         while window := sorted(itertools.islice(source, _WINDOW), key=_length):
             for kind in sorted(set(map(_kind, window))):
                 for batch in self._batches([prompt for prompt in window if _kind(prompt) == kind]):
-                    yield from self._run(batch, given=batch[0].given is not None)
+                    yield from self._run(batch)
 
     def responses(
         self, prompts: Iterable[AnyPrompt], max_new_tokens: int
@@ -118,9 +118,10 @@ class TransformersEngine:
         if batch:
             yield batch
 
-    def _run(self, batch: list[Prompt], *, given: bool) -> Iterator[tuple[int, Signal]]:
+    def _run(self, batch: list[Prompt]) -> Iterator[tuple[int, Signal]]:
+        run = self._decode if batch[0].given is None else self._score
         try:
-            signals = run_in_memory(self._score if given else self._decode, batch, _length)
+            signals = run_in_memory(run, batch, _length)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -129,14 +130,7 @@ class TransformersEngine:
                 f"prompts: {cause(error)}"
             ) from error
         for prompt, signal in zip(batch, signals, strict=True):
-            found = check_signal(
-                signal,
-                config=self._config,
-                engine=self.name,
-                given=given,
-                sampled=prompt.keep is not None,
-            )
-            yield prompt[0], found
+            yield prompt.number, check_signal(signal, prompt, self._config, self.name)
 
     def _decode(self, prompts: Sequence[Prompt]) -> list[Signal]:
         """Decode, or draw what has a seed, until every row ended or has all its positions."""

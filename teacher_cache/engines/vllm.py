@@ -87,19 +87,10 @@ class VllmEngine:
         Raises:
             DuetError: vLLM failed or its process died; the message says why.
         """
-        along: set[int] = set()
-        sampled: set[int] = set()
-
-        def noted() -> Iterator[Prompt]:
-            for prompt in itertools.starmap(Prompt, prompts):
-                along.update([] if prompt.given is None else [prompt.number])
-                sampled.update([] if prompt.keep is None else [prompt.number])
-                yield prompt
-
-        for indices, responses, captured in self._stream(noted(), None):
+        for asked, responses, captured in self._stream(prompts, None):
             ends = itertools.accumulate(map(len, responses))
-            for index, response, end in zip(indices, responses, ends, strict=True):
-                if index is None:
+            for prompt, response, end in zip(asked, responses, ends, strict=True):
+                if prompt is None:
                     continue
                 ids, logits, logsumexp = (part[end - len(response) : end] for part in captured)
                 found = Signal(
@@ -108,32 +99,23 @@ class VllmEngine:
                     logits=logits,
                     logsumexp=logsumexp,
                 )
-                yield (
-                    index,
-                    check_signal(
-                        found,
-                        config=self._config,
-                        engine=self.name,
-                        given=index in along,
-                        sampled=index in sampled,
-                    ),
-                )
+                yield prompt.number, check_signal(found, prompt, self._config, self.name)
 
     def responses(
         self, prompts: Iterable[tuple[int, Sequence[int]]], max_new_tokens: int
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield `(index, token ids)` of greedy answers; see `Engine.responses`."""
-        for indices, responses, _ in self._stream(prompts, max_new_tokens):
-            for index, ids in zip(indices, responses, strict=True):
-                if index is not None:
-                    yield index, cut_at_end(ids, self._config.eos_token_ids)
+        for asked, responses, _ in self._stream(prompts, max_new_tokens):
+            for prompt, ids in zip(asked, responses, strict=True):
+                if prompt is not None:
+                    yield prompt.number, cut_at_end(ids, self._config.eos_token_ids)
 
     def _stream(
         self, prompts: Iterable[AnyPrompt], max_new_tokens: int | None
-    ) -> Iterator[tuple[list[int | None], list[list[int]], Any]]:
-        """Yield indices of finished prompts, what was decoded for each, and what was captured.
+    ) -> Iterator[tuple[list[Prompt | None], list[list[int]], Any]]:
+        """Yield finished prompts, what was decoded for each, and what was captured.
 
-        An index is None for a row of an abandoned stream.
+        A prompt is None for a row of an abandoned stream.
 
         Args:
             prompts: What to run.
@@ -141,15 +123,15 @@ class VllmEngine:
         """
         # vLLM knows rows by numbers that are never used twice: whatever an abandoned stream
         # left in flight cannot be taken for a row of this one.
-        waiting: dict[int, int] = {}
-        source = iter(prompts)
+        waiting: dict[int, Prompt] = {}
+        source = itertools.starmap(Prompt, prompts)
         finished = None
         try:
             while True:
                 batch = []
                 for prompt in itertools.islice(source, _WINDOW - len(waiting)):
                     row = next(self._rows)
-                    waiting[row] = prompt[0]
+                    waiting[row] = prompt
                     batch.append((row, *map(_plain, prompt[1:])))
                 if batch:
                     self._send((batch, max_new_tokens))
