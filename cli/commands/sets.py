@@ -62,8 +62,8 @@ def diff_command(ctx: click.Context, a: str, b: str, as_json: bool) -> None:
     except DuetError as error:
         raise _Trouble(str(error)) from error
     if as_json:
-        print_json(difference.to_json())
+        print_json(difference)
     else:
         click.echo(render_difference(difference))
-    if not difference.same:
+    if not difference["same"]:
         ctx.exit(_DIFFERENT)

@@ -18,8 +18,8 @@ def test_the_same_queries_under_other_ids_are_the_same(cache_of_rows: MakeCache)
     a = cache_of_rows("a", ROWS)
     b = cache_of_rows("b", [(f"x{id_}", split, text) for id_, split, text in ROWS], shard_rows=1)
     difference = diff(str(a), str(b))
-    assert difference.same
-    assert difference.common == 3
+    assert difference["same"]
+    assert difference["common_queries"] == 3
     assert "recipe   the same" in render_difference(difference)
 
 
@@ -27,16 +27,17 @@ def test_queries_of_one_side_and_other_recipes_are_named(cache_of_rows: MakeCach
     a = cache_of_rows("a", [*ROWS, ("d", "forget", "two")])
     b = cache_of_rows("b", [ROWS[0], ("n", "retain", "new")], prefix="Forget all.")
     difference = diff(str(a), str(b))
-    assert not difference.same
-    assert difference.recipe == ('prefix: "Forget." / "Forget all."',)
-    assert difference.common == 1
+    assert not difference["same"]
+    assert difference["recipe"] == ['prefix: "Forget." / "Forget all."']
+    assert difference["common_queries"] == 1
     # `two` stands in both splits of A: a split is part of what a query is.
-    assert set(difference.only[0]) == {
+    assert {tuple(row.values()) for row in difference["a"]["only_here"]} == {
         ("b", "retain", "two"),
         ("c", "retain", "three"),
         ("d", "forget", "two"),
     }
-    assert difference.only[1] == (("n", "retain", "new"),)
+    new = {"query_id": "n", "split": "retain", "query": "new"}
+    assert difference["b"]["only_here"] == [new]
 
 
 def test_the_text_shows_a_few_and_the_document_all(cache_of_rows: MakeCache) -> None:

@@ -158,7 +158,7 @@ def test_the_same_seed_draws_the_same_however_the_work_is_cut(folder: Path, tmp_
     merge([str(tmp_path / f"part-{n}") for n in (1, 2)], tmp_path / "merged")
     make(tmp_path / "small", shard_rows=2, engine_args={"batch_rows": 1})
     for other in ("merged", "small"):
-        assert diff(str(folder / "cache"), str(tmp_path / other)).same
+        assert diff(str(folder / "cache"), str(tmp_path / other))["same"]
         rows = zip(
             CacheReader.open(folder / "cache"), CacheReader.open(tmp_path / other), strict=True
         )

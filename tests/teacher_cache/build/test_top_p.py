@@ -103,7 +103,7 @@ def test_a_cache_of_ragged_rows_does_what_others_do(folder: Path, tmp_path: Path
     for number in (1, 2):
         make(tmp_path / f"part-{number}", part=Part(count=2, number=number))
     merged = merge([str(tmp_path / f"part-{n}") for n in (1, 2)], tmp_path / "merged").manifest
-    assert diff(str(folder / "cache"), str(tmp_path / "merged")).same
+    assert diff(str(folder / "cache"), str(tmp_path / "merged"))["same"]
     assert verify(tmp_path / "merged").problems == ()
     cached = CacheReader.open(folder / "cache").manifest.splits["train"]
     assert merged.splits["train"].agrees_with(cached)
@@ -124,7 +124,7 @@ def test_a_cache_of_ragged_rows_does_what_others_do(folder: Path, tmp_path: Path
         in (folder / "cache/README.md").read_text()
     )
     other = make(tmp_path / "other", top_p=0.5)
-    assert diff(str(folder / "cache"), str(tmp_path / "other")).recipe == ("top_p: 0.9 / 0.5",)
+    assert diff(str(folder / "cache"), str(tmp_path / "other"))["recipe"] == ["top_p: 0.9 / 0.5"]
     assert other.manifest.recipe.version == 2
 
 

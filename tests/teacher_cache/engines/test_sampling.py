@@ -127,7 +127,7 @@ def test_the_same_seed_draws_the_same_however_the_work_is_cut(make: Make, tmp_pa
     assert rows == responses(small) == responses(again) == responses({**parts[0], **parts[1]})
     merged = merge([str(tmp_path / f"part-{n}") for n in (1, 2)], tmp_path / "merged")
     assert merged.manifest.num_rows == 18
-    assert diff(str(tmp_path / "cache"), str(tmp_path / "merged")).same
+    assert diff(str(tmp_path / "cache"), str(tmp_path / "merged"))["same"]
 
 
 def test_caches_differ_where_their_samples_do(make: Make, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_caches_differ_where_their_samples_do(make: Make, tmp_path: Path) -> Non
     assert len({recipe.recipe_id for recipe in recipes.values()}) == 4
     assert "seed" not in recipes["cache"].to_json()
     assert "temperature" not in recipes["greedy"].to_json()
-    assert diff(str(tmp_path / "cache"), str(tmp_path / "seed")).recipe == ("seed: None / 1",)
+    assert diff(str(tmp_path / "cache"), str(tmp_path / "seed"))["recipe"] == ["seed: None / 1"]
     for other in others.values():
         common = rows.keys() & other.keys()
         assert any(rows[key] != responses(other)[key] for key in common)

@@ -50,8 +50,7 @@ def use(cache: Path) -> None:
     render_summary(summarize(cache)).encode()
     report = verify(cache)
     "\n".join(report.problems).encode()
-    difference = diff(str(cache), str(cache))
-    json.dumps(difference.to_json(), ensure_ascii=False).encode()
+    json.dumps(diff(str(cache), str(cache)), ensure_ascii=False).encode()
     reader = CacheReader.open(cache)
     for index in range(reader.num_rows):
         reader.row(index)
