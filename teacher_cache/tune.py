@@ -252,45 +252,30 @@ class _Measurement:
         )
         plain = PromptRenderer(self.tokenizer)
         with Progress("tune", total, "answers") as progress:
-            base = self._say(engine, [plain.student_ids(q.messages) for q in self.asked], progress)
+            asked = [plain.student_ids(query.messages) for query in self.asked]
+            base = self._say(engine, asked, progress)
             shown = [plain.student_ids(retain.messages) for retain, _ in self.shown]
             examples = self._examples(self._say(engine, shown, progress))
             prompts = self._usable_prompts(self.candidates(examples))
             said: dict[Candidate, dict[int, str]] = {candidate: {} for candidate in prompts}
 
             def measure(candidate: Candidate, indices: Sequence[int]) -> Tuned:
-                asked = [prompts[candidate][index] for index in indices]
-                answers = self._say(engine, asked, progress)
+                steered = [prompts[candidate][index] for index in indices]
+                answers = self._say(engine, steered, progress)
                 said[candidate] |= dict(zip(indices, answers, strict=True))
                 return self._score(candidate, base, said[candidate])
 
             tuned = sorted((measure(candidate, few) for candidate in prompts), key=lambda t: t.rank)
             best = [measure(t.candidate, rest) if rest else t for t in tuned[:FINALISTS]]
-        firsts = self._first_tokens(engine)
-        best = [self._with_first_token(engine, t, prompts[t.candidate], firsts) for t in best]
+        firsts = self._first_tokens(engine, asked)
+        best = [_with_first_token(engine, t, prompts[t.candidate], firsts) for t in best]
         return base, [*sorted(best, key=lambda t: t.rank), *tuned[FINALISTS:]]
 
-    def _first_tokens(self, engine: Engine) -> dict[int, int]:
+    def _first_tokens(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> dict[int, int]:
         """Return the first token of the base's own answer to each forget query asked."""
-        plain = PromptRenderer(self.tokenizer)
-        forget = [(i, q) for i, q in enumerate(self.asked) if q.split == "forget"]
-        found = engine.signals((i, plain.student_ids(q.messages)) for i, q in forget)
+        forget = [i for i, query in enumerate(self.asked) if query.split == "forget"]
+        found = engine.signals((index, prompts[index]) for index in forget)
         return {index: int(signal.response_ids[0]) for index, signal in found}
-
-    def _with_first_token(
-        self,
-        engine: Engine,
-        tuned: Tuned,
-        prompts: Sequence[Sequence[int]],
-        firsts: Mapping[int, int],
-    ) -> Tuned:
-        """Return a candidate with what its prefix leaves to the base's first tokens."""
-        left = []
-        for index, signal in engine.signals((index, prompts[index]) for index in firsts):
-            at = signal.token_ids[0] == firsts[index]
-            logs = signal.logits[0][at].astype(float) - float(signal.logsumexp[0])
-            left.append(float(np.exp(logs).sum()))  # beyond the Top-K next to nothing is left
-        return replace(tuned, first_token=POINTS * sum(left) / len(left))
 
     def _rounds(self) -> tuple[list[int], list[int]]:
         """Return which queries all candidates are asked, and which the best of them alone."""
@@ -347,6 +332,18 @@ class _Measurement:
             retain=score(entry for entry in asked if entry[0].split == "retain"),
             said=tuple(answer for *_, answer in asked),
         )
+
+
+def _with_first_token(
+    engine: Engine, tuned: Tuned, prompts: Sequence[Sequence[int]], firsts: Mapping[int, int]
+) -> Tuned:
+    """Return a candidate with what its prefix leaves to the base's first tokens."""
+    left = []
+    for index, signal in engine.signals((index, prompts[index]) for index in firsts):
+        at = signal.token_ids[0] == firsts[index]
+        logs = signal.logits[0][at].astype(float) - float(signal.logsumexp[0])
+        left.append(float(np.exp(logs).sum()))  # beyond the Top-K next to nothing is left
+    return replace(tuned, first_token=POINTS * sum(left) / len(left))
 
 
 def _question(query: Query) -> str:
