@@ -71,10 +71,8 @@ def check_teacher(
         for index, ids in teacher.responses(list(enumerate(prompts)), max_new_tokens):
             said[index] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             progress.update()
-    answers = zip(asked, said[: len(asked)], said[len(asked) :], strict=True)
-    compared: dict[str, list[Asked]] = {split: [] for split in splits}
-    for entry in answers:
-        compared[entry[0].split].append(entry)
+    answers = list(zip(asked, said[: len(asked)], said[len(asked) :], strict=True))
+    compared = {split: [entry for entry in answers if entry[0].split == split] for split in splits}
     scores = {split: score(entries) for split, entries in compared.items()}
     _warn(scores, compared)
     return {
