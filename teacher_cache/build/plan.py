@@ -100,7 +100,7 @@ def check_shard_rows(shard_rows: int, top_k: int, positions: int) -> None:
         )
 
 
-@dataclass(frozen=True, order=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """Part `number` of `count` of a set of queries; numbers begin with 1.
 
