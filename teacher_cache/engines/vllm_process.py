@@ -13,6 +13,7 @@ ended requests; or `("failed", kind, reason)`.
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ import numpy.typing as npt
 
 from duet_unlearn.data.models.folder import context_length, read_config
 from duet_unlearn.errors import ConfigurationError
-from duet_unlearn.teacher_cache.engines.base import EngineConfig, cause
+from duet_unlearn.teacher_cache.engines.base import EngineConfig, Prompt, cause
 from duet_unlearn.teacher_cache.engines.options import published_options
 
 _CAPTURE = "duet_unlearn.teacher_cache.engines.vllm_capture"
@@ -146,12 +147,9 @@ class Host:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._engine, self._vllm_config = start_engine(config)
-        self._open: dict[int, dict[int, Position] | None] = {}
-        """What was captured of each row under way, by position; None for one that only decodes."""
-        self._given: dict[int, list[int]] = {}
-        """Responses that were given, of rows under way."""
-        self._drawn, self._sampled = set[int](), set[int]()
-        """Rows under way whose decoded tokens are drawn, and whose kept tokens alone are."""
+        self._open: dict[int, tuple[Prompt, dict[int, Position] | None]] = {}
+        """Rows under way: what was asked, and what was captured of each by position; None for one
+        that only decodes."""
         self._engine.collective_rpc("duet_watch")
         self._check_capture()
 
@@ -167,38 +165,29 @@ class Host:
                     return
                 if message is None:
                     self._engine.abort_request([str(row) for row in self._open])
-                    for rows in (self._open, self._given, self._drawn, self._sampled):
-                        rows.clear()
+                    self._open.clear()
                 else:
                     prompts, new_tokens = message
-                    for row, ids, *given in prompts:
-                        self._add(row, ids, new_tokens, *given)
+                    for prompt in itertools.starmap(Prompt, prompts):
+                        self._add(prompt, new_tokens)
                 idle = not self._engine.has_unfinished_requests()
             finished = [output for output in self._engine.step() if output.finished]
             steps += 1
             # A step along given responses captures many positions.
-            if finished or self._given or steps % _FETCH_EVERY == 0:
+            has_given = any(prompt.given is not None for prompt, _ in self._open.values())
+            if finished or has_given or steps % _FETCH_EVERY == 0:
                 self._fetch()
             if finished:
                 answer(("finished", self._finish(finished)))
 
-    def _add(
-        self,
-        row: int,
-        ids: list[int],
-        new_tokens: int | None,
-        given: list[int] | None = None,
-        named: list[int] | None = None,
-        seed: int | None = None,
-        keep: int | None = None,
-        **options: Any,
-    ) -> None:
+    def _add(self, prompt: Prompt, new_tokens: int | None, **options: Any) -> None:
         """Queue a prompt: to decode so many tokens, or to capture signals where that is None."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
         from duet_unlearn.teacher_cache.engines import vllm_capture as names
 
+        row, ids, given, named, seed, keep = prompt
         capture = new_tokens is None
         own = {names.KEEP: keep, names.TOP_K: self._config.top_k}
         params: dict[str, Any] = {
@@ -210,12 +199,8 @@ class Host:
             "extra_args": own | {names.ROW: row} if capture else None,
         }
         if seed is not None:
-            self._drawn.add(row)
             params["extra_args"][names.DRAWS] = (seed, self._config.temperature)
-        elif keep is not None:
-            self._sampled.add(row)
         if given is not None:
-            self._given[row] = given
             ids = [*ids, *given[:-1]]
             params |= {
                 "max_tokens": 1,
@@ -227,8 +212,10 @@ class Host:
                     **own,
                 },
             }
-        self._open[row] = {} if capture else None
-        self._engine.add_request(str(row), tokens_input(ids), SamplingParams(**params | options))
+        self._open[row] = prompt, {} if capture else None
+        self._engine.add_request(
+            str(row), tokens_input(list(ids)), SamplingParams(**params | options)
+        )
 
     def _fetch(self) -> None:
         """Take over what the workers captured; later passes over a position replace earlier."""
@@ -242,7 +229,8 @@ class Host:
             found = zip(ids, logits, logsumexps, strict=True)
             for row, position, captured in zip(rows, positions, found, strict=True):
                 # A row may have finished or been dropped while vLLM ran one step ahead.
-                if (kept := self._open.get(row)) is not None:
+                _, kept = self._open.get(row, (None, None))
+                if kept is not None:
                     kept[position] = captured
 
     def _finish(self, outputs: list[Any]) -> Finished:
@@ -252,36 +240,38 @@ class Host:
             RuntimeError: A position is missing, or its strongest token is not the decoded one:
                 captured rows and requests do not belong together.
         """
-        answers = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs}
-        given = {row: self._given.pop(row) for row in answers if row in self._given}
-        answers |= given
-        kept = [self._open.pop(row) for row in answers]
+        rows = [int(output.request_id) for output in outputs]
+        prompts, kept = zip(*map(self._open.pop, rows), strict=True)
+        answers = [
+            list(output.outputs[0].token_ids if prompt.given is None else prompt.given)
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
         positions: list[Position] = []
-        for captured, answer in zip(kept, answers.values(), strict=True):
+        for captured, answer in zip(kept, answers, strict=True):
             if captured is None:
-                return list(answers), list(answers.values()), None
+                return rows, answers, None
             if missing := set(range(len(answer))) - captured.keys():
                 raise RuntimeError(f"no logits were captured at position {min(missing)}")
             positions += [captured[position] for position in range(len(answer))]
         ids_NK, logits_NK, logsumexp_N = map(np.stack, zip(*positions, strict=True))
-        decoded_N = np.array([token for answer in answers.values() for token in answer])
+        decoded_N = np.array([token for answer in answers for token in answer])
         # A greedy token has the largest logit: one of those tied with the first, if more than
         # one is. Where all K are tied, it may be one that did not fit. Others may be any.
         tied_NK = logits_NK == logits_NK[:, :1]
         found_N = (tied_NK & (ids_NK == decoded_N[:, None])).any(axis=1) | tied_NK.all(axis=1)
+        lengths = [len(answer) for answer in answers]
+        is_free = [prompt.given is not None or prompt.seed is not None for prompt in prompts]
+        found_N |= np.repeat(is_free, lengths)
         # Of sampled ones, that with more than half of the draws.
+        is_sampled = [prompt.keep is not None for prompt in prompts]
         is_unsure_N = np.exp(logits_NK[:, 0]) <= logits_NK.shape[1] / 2 + 1
-        lengths = [*map(len, answers.values())]
-        for some, holds in ((given.keys() | self._drawn, True), (self._sampled, is_unsure_N)):
-            found_N |= holds & np.repeat([row in some for row in answers], lengths)
-        self._drawn -= answers.keys()
-        self._sampled -= answers.keys()
+        found_N |= is_unsure_N & np.repeat(is_sampled, lengths)
         if not (found_N | ~np.isfinite(logsumexp_N)).all():
             at = int(np.argmin(found_N))
             raise RuntimeError(
                 f"captured logits rank {ids_NK[at, 0]} first where {decoded_N[at]} was decoded"
             )
-        return list(answers), list(answers.values()), (ids_NK, logits_NK, logsumexp_N)
+        return rows, answers, (ids_NK, logits_NK, logsumexp_N)
 
     def _check_capture(self) -> None:
         """Run one prompt both ways: what we capture must be vLLM's own raw logits.
@@ -291,7 +281,7 @@ class Host:
         """
         asked = min(4, self._config.top_k)
         options: dict[str, Any] = {"max_tokens": 1, "logprobs": asked, "flat_logprobs": True}
-        output, captured = self._run_alone([0, 1, 2, 3], **options)
+        output, captured = self._run_alone(Prompt(-1, [0, 1, 2, 3]), **options)
         [ids], [logits], [logsumexp] = (array.tolist() for array in captured)
         flat = output.outputs[0].logprobs
         raw = dict(zip(flat.token_ids, flat.logprobs, strict=True))
@@ -304,17 +294,15 @@ class Host:
             )
         if abs(logsumexp) < 1e-5:
             raise RuntimeError("this vLLM gives log-probabilities where raw logits were asked for")
-        _, along = self._run_alone([0, 1], [2, 3, 0])
+        _, along = self._run_alone(Prompt(-1, [0, 1], [2, 3, 0]))
         if not abs(float(along[2][-1]) - logsumexp) <= 1e-3 * max(1.0, abs(logsumexp)):
             raise RuntimeError(
                 "this vLLM hands over other hidden states than those it samples from"
             )
 
-    def _run_alone(
-        self, ids: list[int], given: list[int] | None = None, **options: Any
-    ) -> tuple[Any, tuple[Any, Any, Any]]:
+    def _run_alone(self, prompt: Prompt, **options: Any) -> tuple[Any, tuple[Any, Any, Any]]:
         """Return vLLM's output for one prompt, and what was captured of it."""
-        self._add(-1, ids, None, given, **options)
+        self._add(prompt, None, **options)
         outputs: list[Any] = []
         while not outputs:
             outputs = [output for output in self._engine.step() if output.finished]
