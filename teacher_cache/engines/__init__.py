@@ -2,13 +2,13 @@
 
 import logging
 from importlib.util import find_spec
+from typing import get_args
 
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
+from duet_unlearn.teacher_cache.engines.options import EngineName
 
 logger = logging.getLogger(__name__)
-
-ENGINES = ("auto", "vllm", "transformers")
 
 
 def resolve_engine_name(name: str) -> str:
@@ -17,8 +17,8 @@ def resolve_engine_name(name: str) -> str:
     Raises:
         ConfigurationError: There is no such engine, or vLLM is asked for and not installed.
     """
-    if name not in ENGINES:
-        raise ConfigurationError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
+    if name not in (known := get_args(EngineName)):
+        raise ConfigurationError(f"engine {name!r}: expected one of {', '.join(known)}")
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
         from duet_unlearn.teacher_cache.engines.vllm import MISSING
