@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from duet_unlearn.data.prompts import PromptRenderer
@@ -18,12 +17,11 @@ from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.build.responses import load_given
 from duet_unlearn.teacher_cache.build.teacher import ShardPrompts
+from duet_unlearn.teacher_cache.engines.base import TokenIds
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import SPLITS
 
 logger = logging.getLogger(__name__)
-
-TokenIds = npt.NDArray[np.int32]
 
 
 def load_query_set(config: BuildConfig) -> list[Query]:
@@ -174,40 +172,37 @@ def render_prompts(
     student: dict[int, dict[int, TokenIds]] = {index: {} for index in wanted}
     teacher = {index: ShardPrompts(index=index, prompts={}) for index in wanted}
     longest, longest_query = 0, queries[0]
-    bar = tqdm(total=len(queries), desc="prompts", unit=" queries", disable=None, leave=False)
-    with bar:
-        for index, shard in enumerate(shards):
-            kept = wanted.get(index, ())
-            for number, query in enumerate(shard):
-                if recipe.keep == "sampled" and number in kept:
-                    teacher[index].keeps[number] = row_seed(recipe.seed, query.text, "keep")
-                given = query.given
-                if given is not None:
-                    # What is read and scored of it is no longer than the context.
-                    length = len(given.prompt_ids) + len(given.response_ids)
-                    longest = max(longest, length - positions)
-                    if number in kept:
-                        student[index][number] = teacher[index].prompts[number] = given.prompt_ids
-                        teacher[index].given[number] = given.response_ids
-                    bar.update()
-                    continue
-                if query.view is not None:
-                    # In a shape, what counts is what the plain base says.
-                    plain_ids = steered_ids = query.view.render(query.messages, renderer)
-                else:
-                    plain_ids = steered_ids = renderer.student_ids(query.messages)
-                    if query.split == "forget" or recipe.retain_prefix:
-                        steered_ids = renderer.teacher_ids(query.messages)
-                if len(steered_ids) > longest:
-                    longest, longest_query = len(steered_ids), query
-                if number in kept:
-                    student[index][number] = np.array(plain_ids, np.int32)
-                    teacher[index].prompts[number] = np.array(steered_ids, np.int32)
-                    if recipe.strength > 0 and query.split == "forget":
-                        teacher[index].plain[number] = student[index][number]
-                    if recipe.temperature and query.split == "train":
-                        teacher[index].seeds[number] = row_seed(recipe.seed, query.text)
-                bar.update()
+    places = ((index, number) for index, shard in enumerate(shards) for number in range(len(shard)))
+    with tqdm(queries, desc="prompts", unit=" queries", disable=None, leave=False) as bar:
+        for (index, number), query in zip(places, bar, strict=True):
+            is_wanted = number in wanted.get(index, ())
+            if recipe.keep == "sampled" and is_wanted:
+                teacher[index].keeps[number] = row_seed(recipe.seed, query.text, "keep")
+            given = query.given
+            if given is not None:
+                # What is read and scored of it is no longer than the context.
+                length = len(given.prompt_ids) + len(given.response_ids)
+                longest = max(longest, length - positions)
+                if is_wanted:
+                    student[index][number] = teacher[index].prompts[number] = given.prompt_ids
+                    teacher[index].given[number] = given.response_ids
+                continue
+            if query.view is not None:
+                # In a shape, what counts is what the plain base says.
+                plain_ids = steered_ids = query.view.render(query.messages, renderer)
+            else:
+                plain_ids = steered_ids = renderer.student_ids(query.messages)
+                if query.split == "forget" or recipe.retain_prefix:
+                    steered_ids = renderer.teacher_ids(query.messages)
+            if len(steered_ids) > longest:
+                longest, longest_query = len(steered_ids), query
+            if is_wanted:
+                student[index][number] = np.array(plain_ids, np.int32)
+                teacher[index].prompts[number] = np.array(steered_ids, np.int32)
+                if recipe.strength > 0 and query.split == "forget":
+                    teacher[index].plain[number] = student[index][number]
+                if recipe.temperature and query.split == "train":
+                    teacher[index].seeds[number] = row_seed(recipe.seed, query.text)
     if context is not None and longest + positions > context:
         query = longest_query
         if positions >= context:

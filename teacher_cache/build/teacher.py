@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from duet_unlearn.teacher_cache.engines.base import Engine, Prompt
+from duet_unlearn.teacher_cache.engines.base import Engine, Prompt, TokenIds
 from duet_unlearn.teacher_cache.format.signal import Signal
 
 Prompts = Sequence[tuple[int, Sequence[int]]]
@@ -28,11 +27,11 @@ class ShardPrompts:
 
     index: int
     """Which shard."""
-    prompts: dict[int, npt.NDArray[np.int32]]
+    prompts: dict[int, TokenIds]
     """By number in the shard, each `[P]`."""
-    given: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    given: dict[int, TokenIds] = field(default_factory=dict)
     """Responses to score in place of decoding some, `[T]`."""
-    plain: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    plain: dict[int, TokenIds] = field(default_factory=dict)
     """Of prompts whose steering is to be strengthened, what they are without prefix, `[P]`."""
     seeds: dict[int, int] = field(default_factory=dict)
     """Of prompts whose responses are drawn; others are decoded greedily."""
