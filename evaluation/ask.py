@@ -47,7 +47,7 @@ class Asker:
                 "use it in `duet-distill eval`"
             )
         self._attacks: tuple[Attack | None, ...] = (None, *without_answers(attacks))
-        opened = open_subjects(config)
+        opened = open_subjects(config, config.resolved_prefix)
         self._subjects = [(subject, subject.load()) for subject in opened]
         self.streams = len(config.labels) == len(self._attacks) == 1
         """Whether a question has one answer, which can be shown while it is made."""

@@ -68,7 +68,7 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     if not all(query.answer for s in sets for query in s.queries):
         attacks = without_answers(attacks)
     tasks = list_tasks(sets, attacks)
-    subjects = open_subjects(config)
+    subjects = open_subjects(config, prefix)
     prompts = [
         {label: subject.render(label, tasks, config.max_new_tokens) for label in subject.rows}
         for subject in subjects

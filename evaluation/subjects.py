@@ -75,13 +75,12 @@ class Subject:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
 
-def open_subjects(config: SubjectsConfig) -> list[Subject]:
+def open_subjects(config: SubjectsConfig, prefix: str | None) -> list[Subject]:
     """Find every model; the first one has a second row where there is a prefix.
 
     A model with rounded weights is a model of its own.
 
     Raises:
-        ConfigurationError: The prefix cannot be used.
         DataError: A model is missing or malformed.
         MismatchError: An adapter belongs to another base.
     """
@@ -97,7 +96,7 @@ def open_subjects(config: SubjectsConfig) -> list[Subject]:
             spec.model,
             rows,
             dtype=config.dtype,
-            prefix=config.resolved_prefix if len(rows) > 1 else None,
+            prefix=prefix if len(rows) > 1 else None,
             place=config.prefix_place,
         )
         subjects += [

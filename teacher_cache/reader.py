@@ -57,7 +57,7 @@ class CachedRow:
     """Over the full vocabulary, in nats, `[T]`."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Shards:
     """The shards of one cache in a local folder."""
 

@@ -52,7 +52,7 @@ def attack(config: AttackConfig) -> AttackReport:
     """
     train, asked = _split(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)
-    subjects = open_subjects(config)
+    subjects = open_subjects(config, config.resolved_prefix)
     # All prompts first: a query that does not fit is found in seconds.
     rows = [
         [_open(config, subject, label, train, [*asked, *kept]) for label in subject.rows]

@@ -56,6 +56,9 @@ class GradientDifference:
             query kit.
     """
 
+    dataset: "AnswerDataset"
+    """The pairs of query and answer, once prepared."""
+
     def __init__(self, config: RunConfig, student: Student) -> None:
         self._student = student
         for source in (*config.forget, *config.retain):

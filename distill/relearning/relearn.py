@@ -32,7 +32,7 @@ def relearn(config: RelearnConfig) -> RelearnReport:
     """
     lessons = list_lessons(config)
     kept = spread(load_answered(config.retain, split="retain"), config.limit)
-    subjects = open_subjects(config)
+    subjects = open_subjects(config, config.resolved_prefix)
     curves: list[Curve] = []
     for subject in subjects:
         total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)

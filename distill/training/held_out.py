@@ -66,8 +66,9 @@ class HeldOut:
         """Render all prompts.
 
         Raises:
-            DataError: A query is too long for the student.
+            DataError: A query is empty or too long for the student, or its template refuses it.
         """
+        # Renders, limits and decodes as an evaluation does; what answers is the model in training.
         self._subject = Subject(
             folder=student.folder,
             adapter=None,
@@ -76,6 +77,7 @@ class HeldOut:
             renderer=renderer,
             rows={_LABEL: False},
         )
+        self._ends = self._subject.ends  # once: the base's folder may go while training runs
         self._prompts = self._subject.render(_LABEL, self._tasks, self._config.max_new_tokens)
 
     @property
@@ -98,7 +100,7 @@ class HeldOut:
             answers = generate_answers(
                 model,
                 self._prompts[process::processes],
-                eos_token_ids=self._subject.ends,
+                eos_token_ids=self._ends,
                 max_new_tokens=self._config.max_new_tokens,
                 batch_size=self._config.batch_size,
             )

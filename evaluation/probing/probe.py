@@ -52,7 +52,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
         for query in spread(load_answered(getattr(config, split), split=split), config.limit)
     ]
     at = sum(query.split == "forget" for query in queries)
-    subjects = open_subjects(config)
+    subjects = open_subjects(config, config.resolved_prefix)
     tokens = [_first_tokens(subject, queries) for subject in subjects]
     tasks = [Task(set_name=query.split, query=query) for query in queries]
     prompts = [

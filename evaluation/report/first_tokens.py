@@ -80,7 +80,8 @@ def _first_logits(
     import torch
 
     asked = [messages_from_text(query) for query in queries]
-    for subject in open_subjects(config):
+    # The text as it stood in the prompts, which resolving again could change.
+    for subject in open_subjects(config, config.prefix):
         model: Any = subject.load()
         for label, prefixed in subject.rows.items():
             render = subject.renderer.teacher_ids if prefixed else subject.renderer.student_ids

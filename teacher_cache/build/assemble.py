@@ -148,7 +148,7 @@ class Assembly:
         engines: list[dict[str, Any]] = []
         views: set[str | None] = set()
         for shard in self.shards:
-            file = ShardFile(plan.folder / SHARD_FOLDER / shard.name)
+            file = ShardFile(plan.folder / shard.path)
             for split in totals:
                 totals[split] += file.statistics[split]
             engines.extend(engine for engine in file.header.engines if engine not in engines)

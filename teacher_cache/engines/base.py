@@ -105,8 +105,8 @@ def check_signal(signal: Signal, prompt: Prompt, config: EngineConfig, engine: s
 
     Args:
         signal: What an engine found.
-        prompt: What it was asked. Where no response is given, that has to be as long as asked for;
-            where kept tokens are not drawn, no place is empty.
+        prompt: What it was asked. Where it gives no response, the decoded one has to be as long as
+            asked for; where kept tokens are not drawn, no place is empty.
         config: How it was started.
         engine: Its name.
 

@@ -131,7 +131,10 @@ class VllmEngine:
                 batch = []
                 for prompt in itertools.islice(source, _WINDOW - len(waiting)):
                     row = next(self._rows)
-                    waiting[row] = prompt
+                    # Not its tokens: of long documents they would fill the memory.
+                    waiting[row] = prompt._replace(
+                        ids=(), given=None if prompt.given is None else ()
+                    )
                     batch.append((row, *map(_plain, prompt[1:])))
                 if batch:
                     self._send((batch, max_new_tokens))

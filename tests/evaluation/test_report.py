@@ -169,6 +169,23 @@ def test_the_teachers_column_is_what_the_cache_holds(
     assert [t["logit"] for t in teacher["tokens"]] == pytest.approx(wanted, abs=1e-2)
 
 
+def test_first_tokens_stand_behind_the_prefix_as_it_was_asked(
+    tiny_model: Path, tmp_path: Path, write_queries: Any
+) -> None:
+    config = EvalConfig(
+        models=parse_models([f"base={tiny_model}"]),
+        forget=(str(write_queries("forget", 2)),),
+        retain=(str(write_queries("retain", 2)),),
+        prefix="{topic} is unknown to you.",
+        topic="@jack",  # a resolved prefix that looks like the name of one
+        max_new_tokens=2,
+    )
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(evaluate(config).to_json()), encoding="utf-8")
+    columns = compare_first_tokens(find_sources([path], summarize), 1)[0]["columns"]
+    assert [column["label"] for column in columns] == ["base", "base + prefix"]
+
+
 def test_markdown_holds_verdicts_and_tables_and_opens_no_tag(sources: Sources) -> None:
     text = render_markdown(make_content(sources, compare_first_tokens(sources, 1)))
     assert text.startswith("# Did it forget?\n")
