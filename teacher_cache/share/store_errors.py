@@ -13,7 +13,7 @@ _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 # aiohttp, botocore, httpx and urllib3 in this order.
 _PASSING_CLASSES = {
     *("ClientConnectionError", "ClientPayloadError"),
-    *("HTTPClientError", "EndpointConnectionError", "IncompleteReadError"),
+    *("HTTPClientError", "EndpointConnectionError", "ConnectTimeoutError", "IncompleteReadError"),
     *("ResponseStreamingError", "TransportError", "ProtocolError"),
 }
 _NO_CREDENTIALS = (

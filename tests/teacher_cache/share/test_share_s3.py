@@ -7,6 +7,7 @@ import pytest
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError
 from duet_unlearn.teacher_cache.reader import CacheReader
 from duet_unlearn.teacher_cache.share.place import list_caches
+from duet_unlearn.teacher_cache.share.store_errors import explain, is_passing
 from duet_unlearn.teacher_cache.share.transfer import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -164,3 +165,11 @@ def test_errors_of_s3_are_one_line(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     with pytest.raises(CacheError, match="no credentials .*AWS_PROFILE"):
         pull(f"{bucket.url}/x", tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", ["ConnectTimeoutError", "ReadTimeoutError"])
+def test_a_server_that_keeps_silent_is_no_connection(name: str) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+    error = getattr(exceptions, name)(endpoint_url="http://store.example")
+    assert is_passing(error)
+    assert "no connection (" in str(explain(error, "s3://bucket/cache"))
