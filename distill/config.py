@@ -5,6 +5,16 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from duet_unlearn.distill.auto import (
+    AUTO,
+    BATCH,
+    LORA_BATCH_IN_VIEWS,
+    LORA_PASSES_IN_VIEWS,
+    LORA_STEPS,
+    LORA_STEPS_IN_VIEWS,
+    MOST_PASSES,
+    STEPS,
+)
 from duet_unlearn.distill.model.trainable import check_trained
 from duet_unlearn.distill.objectives import OBJECTIVES
 from duet_unlearn.distill.training.arguments import check_trainer_args
@@ -20,7 +30,6 @@ from duet_unlearn.settings import (
     settings,
 )
 
-AUTO = "auto"
 Auto = Literal["auto"]
 # The losses with the one setting that each takes.
 LOSS_OPTIONS: dict[str, str | None] = {
@@ -28,20 +37,8 @@ LOSS_OPTIONS: dict[str, str | None] = {
     **{"kl-tail": None, "reverse-kl": "temperature", "jsd": None},
 }
 
-# Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
-# 2e-5 at 2,560. Measured: docs/decisions/0010-training-defaults.md.
-AUTO_LEARNING_RATE_TIMES_WIDTH = 0.0512
-# An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
-AUTO_LORA_TIMES = 10
-# How far a run goes follows from the steps that were enough where it was measured.
-AUTO_STEPS, AUTO_LORA_STEPS, AUTO_MOST_EPOCHS = 300, 70, 20
-# With views a query is two sequences.
-AUTO_BATCH, AUTO_LORA_BATCH_IN_VIEWS, AUTO_LORA_STEPS_IN_VIEWS = 16, 8, 120
-
-_OF_ANSWERS = (
-    *("eval_forget", "eval_retain", "eval_attacks"),
-    *("eval_max_new_tokens", "eval_retain_drop"),
-)
+_ASKED = ("eval_forget", "eval_retain", "eval_attacks")
+_OF_ANSWERS = (*_ASKED, "eval_max_new_tokens", "eval_retain_drop")
 _OF_EVALUATIONS = ("eval_cache", "eval_limit", "checkpoint_selection", "early_stopping_patience")
 # Refused unless another setting is given.
 _GOES_WITH = dict.fromkeys((*_OF_ANSWERS, *_OF_EVALUATIONS), "eval_steps")
@@ -190,8 +187,9 @@ class RunConfig(Settings):
     epochs: Count | Auto = setting(
         default=AUTO,
         aliases=("num-train-epochs", "num-epochs"),
-        help=f"Passes over the queries; auto: {AUTO_STEPS} steps, with LoRA {AUTO_LORA_STEPS}, "
-        f"{AUTO_LORA_STEPS_IN_VIEWS} with views, but 1 to {AUTO_MOST_EPOCHS} passes.",
+        help=f"Passes over the queries; auto: {STEPS} steps, with LoRA {LORA_STEPS}, "
+        f"{LORA_STEPS_IN_VIEWS} with views, but 1 to {MOST_PASSES} passes, "
+        f"{LORA_PASSES_IN_VIEWS} or more for LoRA with views.",
     )
     max_steps: Count | None = setting(
         default=None, help="Stop after this many optimizer steps, whatever --epochs says."
@@ -200,7 +198,7 @@ class RunConfig(Settings):
         default=AUTO,
         aliases=("per-device-train-batch-size", "train-batch-size"),
         help="Queries per optimizer step, over all processes and micro-batches; auto is "
-        f"{AUTO_BATCH}, with LoRA and views {AUTO_LORA_BATCH_IN_VIEWS}.",
+        f"{BATCH}, with LoRA and views {LORA_BATCH_IN_VIEWS}.",
     )
     weight_decay: NotNegative = setting(default=0.0, help="AdamW's weight decay.")
     max_grad_norm: NotNegative = setting(
@@ -327,37 +325,6 @@ class RunConfig(Settings):
                 f"most batch_size ({self.batch_size}): a micro-batch needs at least one query"
             )
 
-    def resolved(
-        self, *, hidden_size: int, stored_dtype: str, fast_dtype: str, rows: int, in_views: bool
-    ) -> "RunConfig":
-        """Return these settings with every `auto` replaced but that of `precision`.
-
-        The width and dtypes are the student's, as stored and as this machine computes it fastest,
-        rows the queries of an epoch; `in_views`: each query is also trained in a view.
-        """
-        lora, rank = self.lora_rank is not None, self.lora_rank or 0
-        rate, batch = self.learning_rate, self.batch_size
-        epochs, steps = self.epochs, self.max_steps
-        if rate == AUTO:
-            rate = (AUTO_LORA_TIMES if lora else 1) * AUTO_LEARNING_RATE_TIMES_WIDTH / hidden_size
-        if batch == AUTO:
-            batch = AUTO_LORA_BATCH_IN_VIEWS if lora and in_views else AUTO_BATCH
-        if epochs == AUTO:
-            lora_steps = AUTO_LORA_STEPS_IN_VIEWS if in_views else AUTO_LORA_STEPS
-            wanted, a_pass = lora_steps if lora else AUTO_STEPS, -(-rows // int(batch))
-            steps = steps or min(max(wanted, a_pass), AUTO_MOST_EPOCHS * a_pass)
-            epochs = -(-steps // a_pass)
-        halved = lora and fast_dtype == "bfloat16" and self.precision in (AUTO, "bf16")
-        return self.replaced(
-            learning_rate=rate,
-            epochs=epochs,
-            max_steps=steps,
-            batch_size=batch,
-            lora_alpha=2.0 * rank if lora and self.lora_alpha is None else self.lora_alpha,
-            dtype=("bfloat16" if halved else "float32") if self.dtype == AUTO else self.dtype,
-            save_dtype=stored_dtype if self.save_dtype == AUTO else self.save_dtype,
-        )
-
     def _check_objective(self) -> None:
         kind = OBJECTIVES[self.objective]
         for name in kind.inputs:
@@ -390,7 +357,7 @@ class RunConfig(Settings):
             if self.eval_cache and not self.is_default(name):
                 raise ConfigurationError(
                     f"{name} is {getattr(self, name)!r} beside eval_cache ({self.eval_cache}); "
-                    "give one of them: a student is chosen by recalls or by its loss"
+                    "give one of them: a student is judged by its answers or by its loss"
                 )
         for name in ("eval_forget", "eval_retain"):
             if self.eval_steps and not self.eval_cache and not getattr(self, name):

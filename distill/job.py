@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from duet_unlearn.data.models.loading import fastest_dtype
+from duet_unlearn.distill.auto import resolve_auto
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.student import Student, open_student
 from duet_unlearn.distill.objectives.base import Objective, open_objective
@@ -88,7 +89,8 @@ class Job:
 
 def resolve_config(config: RunConfig, student: Student, objective: Objective) -> RunConfig:
     """Return the settings with all replaced that student and inputs decide."""
-    return config.replaced(**objective.settings).resolved(
+    return resolve_auto(
+        config.replaced(**objective.settings),
         hidden_size=student.hidden_size,
         stored_dtype=student.stored_dtype,
         fast_dtype=fastest_dtype(student.folder),

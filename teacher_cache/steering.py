@@ -37,8 +37,6 @@ STRENGTH = 1.0
 """By how much the proposed cache moves forget rows away from the base; see `build --strength`."""
 VIEWS = ("@view-shapes",)
 """Shapes to cache with any prefix: a student that never met them refuses in chats alone."""
-VIEWS_PER_QUERY = 3
-"""In how many of them each retain query is cached: every pass over the queries draws one."""
 POSITIONS = 12
 """Decoding steps to cache with any prefix: a kept answer as far as what was asked for."""
 
@@ -113,7 +111,6 @@ class Tuned:
             "retain_prefix": self.retain_prefix,
             "strength": STRENGTH,
             "views": list(VIEWS),
-            "views_per_query": VIEWS_PER_QUERY,
             "positions": POSITIONS,
             "steers": self.steers,
             **{f"forget_{key}": value for key, value in self.forget.to_json().items()},

@@ -364,7 +364,6 @@ class _Chosen(pydantic.BaseModel, strict=True):
     retain_prefix: bool
     strength: float = 0.0
     views: tuple[str, ...] = ()
-    views_per_query: int | None = None
     positions: int = 1
 
 

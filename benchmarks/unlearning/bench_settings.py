@@ -29,9 +29,10 @@ from typing import Any
 from demo_students import COLUMNS, RULE, WIDTH, build_cache, measure, train_student
 
 from duet_unlearn.data.shape_catalogue import VIEWS
-from duet_unlearn.distill.config import AUTO_LEARNING_RATE_TIMES_WIDTH, LOSS_OPTIONS
+from duet_unlearn.distill.auto import LEARNING_RATE_TIMES_WIDTH
+from duet_unlearn.distill.config import LOSS_OPTIONS
 
-AUTO_RATE = AUTO_LEARNING_RATE_TIMES_WIDTH / WIDTH
+AUTO_RATE = LEARNING_RATE_TIMES_WIDTH / WIDTH
 LOGIT_LOSSES = ("huber", "mse")
 WITHOUT_AND_WITH: tuple[tuple[str, ...], ...] = ((), ("@remember",))
 TRAINED: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (

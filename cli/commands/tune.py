@@ -9,7 +9,7 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, measuring, print_json
-from duet_unlearn.teacher_cache.steering import POSITIONS, RULE, STRENGTH, VIEWS, VIEWS_PER_QUERY
+from duet_unlearn.teacher_cache.steering import POSITIONS, RULE, STRENGTH, VIEWS
 from duet_unlearn.teacher_cache.tune import TuneConfig
 from duet_unlearn.urls import visible
 
@@ -99,7 +99,7 @@ def build_line(result: "TuneResult") -> str:
     words.append("--retain-prefix" if best.retain_prefix else "--no-retain-prefix")
     words += ["--strength", f"{STRENGTH:g}"]
     words += [word for view in VIEWS for word in ("--view", view)]
-    words += ["--views-per-query", str(VIEWS_PER_QUERY), "--positions", str(POSITIONS)]
+    words += ["--positions", str(POSITIONS)]
     if config.engine != "auto":
         words += ["--engine", config.engine]
     if config.teacher_dtype != "auto":

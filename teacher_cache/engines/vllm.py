@@ -132,9 +132,8 @@ class VllmEngine:
                 for prompt in itertools.islice(source, _WINDOW - len(waiting)):
                     row = next(self._rows)
                     # Not its tokens: of long documents they would fill the memory.
-                    waiting[row] = prompt._replace(
-                        ids=(), given=None if prompt.given is None else ()
-                    )
+                    given = None if prompt.given is None else ()
+                    waiting[row] = prompt._replace(ids=(), given=given, named=None)
                     batch.append((row, *map(_plain, prompt[1:])))
                 if batch:
                     self._send((batch, max_new_tokens))

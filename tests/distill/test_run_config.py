@@ -1,5 +1,6 @@
 import pytest
 
+from duet_unlearn.distill.auto import resolve_auto
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.trainable import parse_layers
 from duet_unlearn.errors import ConfigurationError
@@ -69,7 +70,8 @@ def resolved(
     in_views=False,
     **settings,
 ) -> RunConfig:
-    return config_of(**settings).resolved(
+    return resolve_auto(
+        config_of(**settings),
         in_views=in_views,
         hidden_size=hidden_size,
         stored_dtype=stored_dtype,
@@ -94,6 +96,7 @@ def test_the_automatic_learning_rate_falls_with_the_width():
         (368, {"lora_rank": 16}, 4, 70),  # 23 steps an epoch
         (236, {"lora_rank": 16}, 5, 70),
         (405, {"lora_rank": 16, "in_views": True}, 3, 120),  # 51 steps of 8
+        (644, {"lora_rank": 16, "in_views": True}, 2, 162),  # two passes of 81
         (236, {"in_views": True}, 20, 300),
         (10**6, {"epochs": 7}, 7, None),
         (236, {"max_steps": 500}, 34, 500),

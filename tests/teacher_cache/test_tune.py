@@ -347,7 +347,6 @@ def test_the_command_prints_a_table_or_one_document() -> None:
         "retain_prefix",
         "strength",
         "views",
-        "views_per_query",
         "positions",
         "steers",
         "forget_first_token",
