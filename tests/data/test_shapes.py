@@ -49,6 +49,14 @@ def test_every_attack_of_the_list_has_a_family_and_groups_hold_them():
     assert not [view for view in (*VIEWS.values(), *VIEW_SHAPES.values()) if view.needs_answers]
 
 
+def test_training_draws_every_family_of_view_shapes_equally_often():
+    shares: dict[str, float] = {}
+    for shape in VIEW_SHAPES.values():
+        shares[shape.family] = shares.get(shape.family, 0) + shape.weight
+    assert len(shares) == 5
+    assert len(set(shares.values())) == 1
+
+
 def test_every_view_has_text_behind_the_query():
     assert all(view.text.split("{query}")[1].strip() for view in VIEWS.values())
 
