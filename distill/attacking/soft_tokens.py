@@ -67,7 +67,9 @@ def train_soft_prompt(
     start as the embedding of the spacers of a suffix.
 
     Args:
-        config: Its `soft_tokens` are N; the seed decides the order of the prompts.
+        config: Its `soft_tokens` are N, `soft_steps` those of Adam, `soft_rate` its rate over the
+            root mean square of the embedding's entries, `batch_size` the prompts of a step; the
+            seed decides the order of the prompts.
         model: In evaluation mode, its weights frozen.
         prompts: What to answer.
         on_step: Is given 1 after each step.

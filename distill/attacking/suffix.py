@@ -27,7 +27,9 @@ class SuffixSearch:
     """The search for one model and row.
 
     Args:
-        config: How many steps, training queries and candidates; the seed decides all that is drawn.
+        config: How many steps it takes (`suffix_steps`), how many training queries a step looks at
+            (`suffix_queries`) and suffixes it tries (`candidates`), and the most prompts of a pass
+            (`batch_size`); the seed decides all that is drawn.
         subject: Whose prompts.
         label: Which row of it.
         model: In evaluation mode, its weights frozen.

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -150,18 +151,29 @@ def test_first_tokens_of_all_rows_stand_beside_the_cached_ones(
     assert len(make_content(sources, found)["first_tokens"]) == len(found)
 
 
+@pytest.fixture
+def behind(tiny_model: Path, tmp_path: Path, write_queries: Any) -> Callable[..., Path]:
+    """Evaluate the base plainly and behind a prefix, and return the written evaluation."""
+
+    def evaluated(**settings: Any) -> Path:
+        config = EvalConfig(
+            models=parse_models([f"base={tiny_model}"]),
+            forget=(str(write_queries("forget", 2)),),
+            retain=(str(write_queries("retain", 2)),),
+            max_new_tokens=2,
+            **settings,
+        )
+        path = tmp_path / "eval.json"
+        path.write_text(json.dumps(evaluate(config).to_json()), encoding="utf-8")
+        return path
+
+    return evaluated
+
+
 def test_the_teachers_column_is_what_the_cache_holds(
-    tiny_cache: Path, tiny_model: Path, tmp_path: Path, write_queries: Any
+    behind: Callable[..., Path], tiny_cache: Path
 ) -> None:
-    config = EvalConfig(
-        models=parse_models([f"base={tiny_model}"]),
-        forget=(str(write_queries("forget", 2)),),
-        retain=(str(write_queries("retain", 2)),),
-        prefix="You have forgotten the lantern.",
-        max_new_tokens=2,
-    )
-    path = tmp_path / "eval.json"
-    path.write_text(json.dumps(evaluate(config).to_json()), encoding="utf-8")
+    path = behind(prefix="You have forgotten the lantern.")
     found = compare_first_tokens(find_sources([path, tiny_cache], summarize), 0)
     _, teacher, cached = next(f for f in found if f["split"] == "forget")["columns"]
     assert [t["id"] for t in teacher["tokens"]] == [t["id"] for t in cached["tokens"]]
@@ -170,18 +182,10 @@ def test_the_teachers_column_is_what_the_cache_holds(
 
 
 def test_first_tokens_stand_behind_the_prefix_as_it_was_asked(
-    tiny_model: Path, tmp_path: Path, write_queries: Any
+    behind: Callable[..., Path],
 ) -> None:
-    config = EvalConfig(
-        models=parse_models([f"base={tiny_model}"]),
-        forget=(str(write_queries("forget", 2)),),
-        retain=(str(write_queries("retain", 2)),),
-        prefix="{topic} is unknown to you.",
-        topic="@jack",  # a resolved prefix that looks like the name of one
-        max_new_tokens=2,
-    )
-    path = tmp_path / "eval.json"
-    path.write_text(json.dumps(evaluate(config).to_json()), encoding="utf-8")
+    # A resolved prefix that looks like the name of one.
+    path = behind(prefix="{topic} is unknown to you.", topic="@jack")
     columns = compare_first_tokens(find_sources([path], summarize), 1)[0]["columns"]
     assert [column["label"] for column in columns] == ["base", "base + prefix"]
 
