@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from duet_unlearn.data.insertions import common_head, insertion_places
 from duet_unlearn.data.messages import Message
@@ -29,13 +29,15 @@ from duet_unlearn.errors import ConfigurationError, DataError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLACES", "TEMPLATE_DATE", "PromptRenderer", "load_tokenizer"]
+__all__ = ["PLACES", "TEMPLATE_DATE", "Place", "PromptRenderer", "load_tokenizer"]
 
 TEMPLATE_DATE = "2024-07-26"
 """The day that chat templates take for today (ISO): a cache must not depend on its build day.
 It is the day on which Llama 3's template falls back where there is no clock."""
 
-PLACES = ("system", "user", "raw")
+Place = Literal["system", "user", "raw"]
+"""Where a prefix may stand."""
+PLACES: tuple[Place, ...] = get_args(Place)
 SEPARATOR = "\n\n"
 """Between the prefix and the text that follows it in the same turn."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.data.models.quantization import SCHEMES
 from duet_unlearn.data.prefixes import resolve_prefix
+from duet_unlearn.data.prompts import Place
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.measures import MEASURES, select_measures
 from duet_unlearn.evaluation.requirements import parse_requirements
@@ -110,9 +111,7 @@ class SubjectsConfig(Settings):
         help="Steering prefix: adds a row for the first MODEL with it.",
     )
     topic: str | None = setting(default=None, help="What fills {topic} in the prefix.")
-    prefix_place: Literal["system", "user", "raw"] = setting(
-        default="system", help="Where the prefix stands."
-    )
+    prefix_place: Place = setting(default="system", help="Where the prefix stands.")
     dtype: Dtype = setting(
         default="auto",
         help="Dtype to compute in; auto is the stored one where the hardware is fast in it, else "

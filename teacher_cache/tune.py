@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
@@ -26,7 +26,7 @@ from duet_unlearn.data.models.folder import (
 )
 from duet_unlearn.data.models.loading import Dtype
 from duet_unlearn.data.prefixes import CATALOGUE, PrefixTemplate, list_examples, load_prefixes
-from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
+from duet_unlearn.data.prompts import Place, PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.config import refuse_empty
@@ -78,7 +78,7 @@ class TuneConfig(Settings):
         help="Your own wordings beside the built-in ones, one per line, with {topic} and "
         "{examples} where these go.",
     )
-    places: tuple[Literal["system", "user", "raw"], ...] = setting(
+    places: tuple[Place, ...] = setting(
         default=("system", "user"),
         flag="--prefix-place",
         help="Where to try them. Repeatable.  [default: system, user]",

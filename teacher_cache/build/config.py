@@ -18,7 +18,7 @@ from duet_unlearn.data.models.folder import (
     read_config,
 )
 from duet_unlearn.data.models.loading import Dtype
-from duet_unlearn.data.prompts import TEMPLATE_DATE
+from duet_unlearn.data.prompts import TEMPLATE_DATE, Place
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.settings import Count, NotNegative, Positive, Settings, Whole, setting, settings
 from duet_unlearn.teacher_cache.build.plan import Part, check_shard_rows
@@ -74,7 +74,7 @@ class BuildConfig(Settings):
     prefix: str | None = setting(
         group="How to steer", flag=None, help="The steering prefix in full; None steers nothing."
     )
-    prefix_place: Literal["system", "user", "raw"] = setting(
+    prefix_place: Place = setting(
         default="system",
         help="Where the prefix goes: system turn, front of the user turn, or in front of it all.",
     )

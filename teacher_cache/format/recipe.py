@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import pydantic
 
 from duet_unlearn.data.models.fingerprint import sha256_json
+from duet_unlearn.data.prompts import PLACES
 from duet_unlearn.errors import ConfigurationError, CorruptCacheError
 from duet_unlearn.teacher_cache.format.schema import COUNTS, KEEPS, SHARD_COLUMNS, SPLITS
 from duet_unlearn.teacher_cache.format.strict_json import checked, with_entries
 
 _CHOICES = {
-    "prefix_place": ("system", "user", "raw"),
+    "prefix_place": PLACES,
     "logit_dtype": ("float16", "float32"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
     "scored": ("assistant", "all"),

@@ -30,18 +30,20 @@ def collect_samples(
     """Return samples of every split: query, response and ten strongest tokens at position 0."""
     wanted = dict.fromkeys(SPLITS, QUERIES_PER_SPLIT)
     samples = []
-    for shard in shards:
-        if not any(wanted[split] and count for split, count in shard.rows.items()):
-            continue
+
+    def adds(shard: ShardEntry) -> bool:
+        return any(wanted[split] and count for split, count in shard.rows.items())
+
+    for shard in filter(adds, shards):
         file = ShardFile(cache / shard.path)
         for group in file.row_groups():
             for row in range(group.num_rows):
                 if wanted[group.split(row)] and split_view(group.query(row))[0] is None:
                     wanted[group.split(row)] -= 1
                     samples.append(_sample(group, row, tokenizer))
+            if not adds(shard):
+                break
         file.close()
-        if not any(wanted.values()):
-            break
     return tuple(sorted(samples, key=lambda sample: SPLITS.index(sample["split"])))
 
 
