@@ -62,7 +62,8 @@ class TuneConfig(Settings):
     teacher: str = setting(group="What to steer", metavar="MODEL", help="Model folder or hub id.")
     forget: tuple[str, ...] = setting(
         metavar="FILE",
-        help="Queries to forget: JSONL, CSV, Parquet or hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
+        help="Queries to forget: JSONL, CSV, Parquet, a kit such as @harry-potter, or "
+        "hub:NAME[:CONFIG][:SPLIT]. Repeatable.",
     )
     retain: tuple[str, ...] = setting(
         metavar="FILE", help="Queries to keep, same formats. Repeatable."

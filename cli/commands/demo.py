@@ -19,9 +19,8 @@ _NEXT = """
 What to try next
   duet-cache inspect {cache}
       what the prefix did to the teacher's strongest tokens
-  duet-cache build --teacher MODEL --forget forget.jsonl --retain retain.jsonl \\
-      --prefix @explicit --topic "Harry Potter" --out my-cache
-      the same on your own model and queries
+  duet-cache tune --teacher MODEL --forget forget.jsonl --retain retain.jsonl --topic "Harry Potter"
+      the prefix that works on your own model, and the line that builds a cache with it
   duet-distill run {cache} --student MODEL --view FILE --out my-student
       train other wrappers from the same cache: they cost no teacher time
 Open {report} in a browser: verdict, attacks, first tokens, every answer."""

@@ -407,7 +407,7 @@ def all_cases() -> list[Case]:
                 it = shlex.quote(instead)
                 if words.startswith("duet-distill plan") and instead in _CONFIGURATIONS:
                     continue
-                cases.append(Case(f"something else for a {kind}", words.replace("{it}", it)))
+                cases.append(Case(f"wrong {kind}", words.replace("{it}", it)))
     cases += [Case("plan: nothing is written", words, codes=(0,)) for words in _PLANNED]
     for place in shlex.split(_NO_PLACE_FOR_A_DEMO):
         words = DEMO.replace("{new}", shlex.quote(place))
