@@ -125,7 +125,8 @@ def merge(caches: Sequence[str], out: Path, *, shard_rows: int = 1024) -> MergeR
     if manifest is None:
         with claimed_folder(out, is_cache_folder), build_lock(out):
             make_folder(out / SHARD_FOLDER)
-            manifest = _write(plan, shards, source, readers)
+            differ = selection.renamed > 0
+            manifest = _write(plan, shards, source, readers, ids_differ=differ)
     differing = _count_differing(source, selection.repeats, recipe)
     _report(selection, differing)
     return MergeResult(
@@ -174,6 +175,8 @@ def _write(
     shards: Sequence[Sequence[_MergedRow]],
     source: RowSource,
     readers: Sequence[CacheReader],
+    *,
+    ids_differ: bool,
 ) -> Manifest:
     assembly = Assembly(plan)
     places = {
@@ -191,18 +194,23 @@ def _write(
             assembly.write(index, rows, tuple(planned.engines(index)))
     except KeyboardInterrupt:
         raise assembly.stopped() from None
-    kept = ((row.split, row.query_id) for part in shards for row in part)
-    return assembly.finish(readers[0].manifest.teacher, _samples(readers, kept))
+    kept = ((row.split, row.query_id, row.place[0]) for part in shards for row in part)
+    samples = _samples(readers, kept, ids_differ=ids_differ)
+    return assembly.finish(readers[0].manifest.teacher, samples)
 
 
-def _samples(readers: Sequence[CacheReader], kept: Iterable[tuple[str, str]]) -> Samples:
+def _samples(
+    readers: Sequence[CacheReader], kept: Iterable[tuple[str, str, int]], *, ids_differ: bool
+) -> Samples:
     """Return samples of the sources that are samples of the merged cache too.
 
-    Their tokens are decoded already, so that merging needs no tokenizer.
+    Their tokens are decoded already, so that merging needs no tokenizer. Where an id stands for
+    different queries (`ids_differ`), a sample has to come from the cache that its row comes from.
     """
+    kept = ((split, query_id, ids_differ * index) for split, query_id, index in kept)
     samples = {
-        (sample["split"], sample["query_id"]): sample
-        for reader in reversed(readers)
+        (sample["split"], sample["query_id"], ids_differ * index): sample
+        for index, reader in reversed(list(enumerate(readers)))
         for sample in reader.manifest.samples
     }
     there = [key for key in kept if key in samples]

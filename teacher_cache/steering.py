@@ -91,7 +91,7 @@ class Tuned:
     @property
     def steers(self) -> bool:
         """Whether the base forgets behind it: at most a fifth of its answers comes back."""
-        return self.forget.recall <= FIFTH
+        return self.forget.queries > 0 and self.forget.recall <= FIFTH
 
     @property
     def rank(self) -> tuple[float, bool, float, float, float]:
@@ -141,6 +141,12 @@ def recall_of(asked: Asked) -> float | None:
     if not told or (query.split == "forget" and is_refusal(plain)):
         return None
     return rouge_l_recall(told, _beyond(query.text, said))
+
+
+NOTHING_TOLD = (
+    "without a prefix the base refuses every forget query that was asked, or says nothing beyond "
+    "its words: no prefix can be measured, and nothing forgotten; take queries that it answers"
+)
 
 
 def _beyond(query: str, answer: str) -> str:

@@ -1,5 +1,6 @@
 """The rows of a cache as a torch dataset, for training code of one's own."""
 
+import copy
 import os
 from typing import Any
 
@@ -30,7 +31,8 @@ class TorchRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         # A loader's processes cannot share the place in a file that one of them reads from.
         if self._reader is None or self._reader[0] != os.getpid():
-            self._reader = (os.getpid(), CacheReader(self._shards))
+            # The copy leaves out connections, which a fork would share.
+            self._reader = (os.getpid(), CacheReader(copy.copy(self._shards)))
         row = self._reader[1][index]
         ids = {name: getattr(row, name) for name in ("prompt_ids", "response_ids", "token_ids")}
         return {

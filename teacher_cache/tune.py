@@ -37,6 +37,7 @@ from duet_unlearn.teacher_cache.engines import open_engine, options
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.steering import (
     ANSWER_TOKENS,
+    NOTHING_TOLD,
     POINTS,
     RULE,
     Candidate,
@@ -146,7 +147,9 @@ def tune(
     with closing(factory(measurement.engine_config())) as engine:
         base, tuned = measurement.run(engine)
         description = engine.describe()
-    if not tuned[0].steers:
+    if not tuned[0].forget.queries:
+        logger.warning(NOTHING_TOLD)
+    elif not tuned[0].steers:
         logger.warning(
             "none of %d candidates steers this model: behind the best one %.0f%% of the base's "
             "answers to forget queries still come back; add wordings with --prefixes, more "
@@ -228,7 +231,17 @@ class _Measurement:
             len(ids) for c in self.candidates(blank) for ids in self._prompts(c)
         )
         context = context_length(read_config(self.model))
-        return longest if context is None else min(longest, context - self.config.max_new_tokens)
+        if context is None:
+            return longest
+        room = context - self.config.max_new_tokens
+        plain = PromptRenderer(self.tokenizer)
+        for query in (*self.asked, *(retain for retain, _ in self.shown)):
+            if (length := len(plain.student_ids(query.messages))) > room:
+                raise DataError(
+                    f"query {query.query_id}: {length} tokens do not leave room for an answer in "
+                    f"the {context} that the teacher reads; shorten it or lower --max-new-tokens"
+                )
+        return min(longest, room)
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs."""
@@ -292,11 +305,8 @@ class _Measurement:
         for candidate in candidates:
             if max(map(len, found[candidate])) > self.longest:
                 del found[candidate]
-                logger.warning(
-                    "not tried: %s in place %s, longer than the teacher reads",
-                    candidate.name,
-                    candidate.place,
-                )
+                name, place = candidate.name, candidate.place
+                logger.warning("not tried: %s in %s, longer than the teacher reads", name, place)
         if not found:
             raise ConfigurationError(
                 f"every candidate is longer than the {self.longest} tokens that the teacher reads; "

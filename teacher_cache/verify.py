@@ -12,7 +12,7 @@ from duet_unlearn.data.queries import fingerprint_hashes, hash_row
 from duet_unlearn.errors import CorruptCacheError
 from duet_unlearn.teacher_cache.format.manifest import Manifest, ShardEntry
 from duet_unlearn.teacher_cache.format.quarantine import ensure_sound
-from duet_unlearn.teacher_cache.format.row_group import Identity, text_key
+from duet_unlearn.teacher_cache.format.row_group import Identity, row_group_problems, text_key
 from duet_unlearn.teacher_cache.format.schema import SHARD_FOLDER, SPLITS
 from duet_unlearn.teacher_cache.format.statistics import SplitStatistics, group_statistics
 from duet_unlearn.teacher_cache.reader import check_bytes, open_shard, read_pinned
@@ -49,7 +49,8 @@ def verify(cache: str | Path) -> VerifyReport:
             problems = (problem.replace(str(shards.folder), url) for problem in report.problems)
             return dataclasses.replace(report, problems=tuple(problems))
     folder, manifest = read_pinned(cache)
-    names = {path.name for path in (folder / SHARD_FOLDER).glob("*")}
+    # What begins with a dot is no part of a cache: a stopped push leaves such files.
+    names = {path.name for path in (folder / SHARD_FOLDER).glob("[!.]*")}
     return _verify(folder, manifest, names, lambda _: contextlib.nullcontext())
 
 
@@ -98,6 +99,8 @@ def _check_shard(
     rows: list[Identity] = []
     sums = {split: SplitStatistics() for split in SPLITS}
     for group in file.row_groups():
+        for problem in row_group_problems(group, manifest.recipe):
+            raise CorruptCacheError(f"{path}: {problem}; build or get the shard again")
         rows.extend(group.identities())
         for split, found in group_statistics(group).items():
             sums[split] += found

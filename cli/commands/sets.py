@@ -59,7 +59,7 @@ def diff_command(ctx: click.Context, a: str, b: str, as_json: bool) -> None:
 
     try:
         difference = diff(a, b)
-    except DuetError as error:
+    except (DuetError, OSError) as error:
         raise _Trouble(str(error)) from error
     if as_json:
         print_json(difference)

@@ -175,7 +175,7 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
         value = source.get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) for i in ids):
+            if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise DataError(f"model {folder}: eos_token_id is {value!r}, expected token ids")
             return tuple(sorted(set(ids)))
     return ()

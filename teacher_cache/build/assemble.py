@@ -185,7 +185,7 @@ def _finished_shards(plan: PlannedCache) -> dict[int, ShardEntry]:
     count = len(plan.shards)
     expected = {shard_path(plan.folder, index, count): index for index in range(count)}
     entries = {}
-    paths = sorted((plan.folder / SHARD_FOLDER).glob("*.parquet"))
+    paths = sorted((plan.folder / SHARD_FOLDER).glob("[!.]*.parquet"))
     problems = find_problems(paths, plan.recipe, queries=plan.queries)
     for path, problem in zip(paths, problems, strict=True):
         if problem is not None:

@@ -6,7 +6,7 @@ keeps the shards that belong to the same recipe and queries and computes the res
 comes last and makes the cache a finished one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,7 +148,7 @@ class _Build:
                 if len(places[index]) == len(self.shards[index]):
                     self._write(index, {}, ())
             wanted = {
-                index: [n for n in range(len(self.shards[index])) if n not in places[index]]
+                index: {n for n in range(len(self.shards[index])) if n not in places[index]}
                 for index in assembly.unfinished
             }
             if wanted:
@@ -165,7 +165,7 @@ class _Build:
         )
 
     def _compute(
-        self, wanted: Mapping[int, Sequence[int]], engine_factory: EngineFactory | None
+        self, wanted: Mapping[int, Collection[int]], engine_factory: EngineFactory | None
     ) -> None:
         """Run the teacher on the rows that no cache holds, given by shard and number in it."""
         context = context_length(read_config(self.model))

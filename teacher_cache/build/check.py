@@ -14,6 +14,7 @@ from duet_unlearn.progress import Progress
 from duet_unlearn.teacher_cache.build.teacher import Teacher
 from duet_unlearn.teacher_cache.steering import (
     FIFTH,
+    NOTHING_TOLD,
     POINTS,
     Asked,
     Steering,
@@ -86,6 +87,8 @@ def check_teacher(
 def _warn(scores: Mapping[str, Steering], compared: Mapping[str, Sequence[Asked]]) -> None:
     """Log what makes a teacher a bad one, with its worst example and what to try."""
     forget, retain = scores["forget"], scores.get("retain")
+    if compared["forget"] and not forget.queries:
+        logger.warning("%s", NOTHING_TOLD)
     if forget.queries and forget.recall > FIFTH:
         logger.warning(
             "this teacher does not forget: behind the prefix %.0f%% of the base's answers to %d "

@@ -110,6 +110,9 @@ class TransformersEngine:
             if prompt.given is not None:
                 held = (len(batch) + 1) * max(len(p.given or ()) for p in (*batch, prompt))
                 full = full or held > self._batch_positions
+            elif self._config.positions > 1:  # whose keys and values are kept while it decodes
+                reach = length + self._config.positions
+                full = full or (len(batch) + 1) * reach > 4 * most
             mixed = not self._can_pad and batch and _length(batch[0]) != length
             if batch and (full or mixed):
                 yield batch

@@ -190,11 +190,17 @@ def _limit(memory: int, seconds: int) -> None:
     with contextlib.suppress(ImportError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        def lower(kind: int, soft: int, hard: int) -> None:
+            allowed = resource.getrlimit(kind)[1]
+            if allowed != resource.RLIM_INFINITY:
+                soft, hard = min(soft, allowed), min(hard, allowed)
+            resource.setrlimit(kind, (soft, hard))
+
+        lower(resource.RLIMIT_CORE, 0, 0)
+        lower(resource.RLIMIT_CPU, seconds, seconds + 5)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        lower(resource.RLIMIT_AS, limit, limit)
 
 
 def main() -> None:

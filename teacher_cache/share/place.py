@@ -4,6 +4,7 @@ A manifest vouches for the shards beside it. Without one, a place is empty or ho
 part of the very cache that is to come: only that proves that a copy was stopped there.
 """
 
+import logging
 import posixpath
 from collections import deque
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from duet_unlearn.teacher_cache.format.manifest import (
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER
 from duet_unlearn.teacher_cache.share.store import Store
 from duet_unlearn.urls import is_url, redact_url
+
+logger = logging.getLogger(__name__)
 
 _ANOTHER_PLACE = "choose another place for this cache, such as a new folder below it"
 # How far below a URL a cache may lie, and how many folders are looked into: a bucket may hold
@@ -161,7 +164,10 @@ def list_caches(url: str) -> tuple[ListedCache, ...]:
     Raises:
         CacheError: The place cannot be listed.
     """
-    store = Store(parse_location(url)[0])
+    place, pin = parse_location(url)
+    if pin is not None:
+        raise CacheError(f"{url}: a digest names one cache; list takes the place that holds some")
+    store = Store(place)
     if not store.read_only:
         with ThreadPoolExecutor() as pool:
             listed = pool.map(lambda name: _read(store, name), sorted(_cache_folders(store)))
@@ -197,7 +203,13 @@ def _cache_folders(store: Store) -> Iterator[str]:
                 f"{store.url}: more than {_MOST_FOLDERS} folders; give a URL further down"
             )
         folder, depth = waiting.popleft()
-        entries = store.list(folder)
+        try:
+            entries = store.list(folder)
+        except CacheError as error:
+            if not folder:
+                raise
+            logger.warning("%s; passed over", error)
+            continue
         if MANIFEST_NAME in entries:
             yield folder
         elif depth < _DEPTH:

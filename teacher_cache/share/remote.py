@@ -113,7 +113,9 @@ class RemoteShards(Shards):
 
     def names(self) -> set[str]:
         """Return the names in the folder of shards at the URL; none where nothing can be listed."""
-        return set() if self.store.read_only else set(self.store.list(SHARD_FOLDER))
+        if self.store.read_only:
+            return set()
+        return {name for name in self.store.list(SHARD_FOLDER) if not name.startswith(".")}
 
 
 def kept_folder(digest: str) -> Path:

@@ -11,6 +11,7 @@ import pytest
 from duet_unlearn.errors import ConfigurationError, MismatchError, StoppedError
 from duet_unlearn.teacher_cache.build import row_source
 from duet_unlearn.teacher_cache.build.assemble import Assembly
+from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.format.row_group import RowGroup
 from duet_unlearn.teacher_cache.format.shard import ShardFile
 from duet_unlearn.teacher_cache.merge import merge
@@ -150,6 +151,9 @@ def test_an_id_that_stands_for_two_queries_is_replaced(
     assert ids["one"] == "1"
     assert ids["another"].startswith("q-")
     assert ids["x"] == "3"
+    shown = {s["query"]: s["query_id"] for s in read_manifest(tmp_path / "out").samples}
+    assert all(ids[text] == query_id for text, query_id in shown.items())
+    assert shown["one"] == "1"
     assert "1 queries have an id that stands for another query" in project_log.text
     assert verify(tmp_path / "out").problems == ()
 

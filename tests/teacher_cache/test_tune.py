@@ -213,6 +213,28 @@ def test_a_model_that_none_steers_is_named(
     assert "none of 1 candidates steers this model: behind the best one 100%" in caplog.text
 
 
+def test_where_the_base_tells_nothing_no_prefix_is_called_good(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent(ObedientEngine):
+        def _says(self, prompt: str) -> str:
+            return REFUSES
+
+    found = tune(TuneConfig(**settings, examples=0), Silent)
+    assert not any(tuned.steers for tuned in found.tuned)
+    assert "no prefix can be measured" in caplog.text
+
+
+def test_a_query_without_room_for_its_answer_is_named_before_the_engine_starts(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def never(_: EngineConfig) -> TransformersEngine:
+        raise AssertionError
+
+    with pytest.raises(DataError, match="do not leave room for an answer"):
+        tune(TuneConfig(**settings, max_new_tokens=100_000), never)
+
+
 def test_the_engine_is_closed_when_it_fails(settings: dict[str, Any]) -> None:
     engines = []
 

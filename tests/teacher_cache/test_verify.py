@@ -174,6 +174,23 @@ def test_damage_is_found_and_its_shard_is_named(
     assert whole or any(".parquet" in problem for problem in problems)
 
 
+def test_a_cache_that_this_machine_has_checked_once_is_held_to_the_rules_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "ensure_sound", lambda *_: None)
+
+    def repeat(values: list[Any]) -> None:
+        values[0][1] = values[0][0]
+
+    _rewrite(cache, "token_ids", repeat)
+    assert any("a token id twice" in problem for problem in verify(cache).problems)
+
+
+def test_what_a_stopped_push_left_is_no_part_of_a_cache(cache: Path) -> None:
+    (cache / "shards" / ".00000-of-00002.parquet.ab12.tmp").write_bytes(b"half")
+    assert verify(cache).problems == ()
+
+
 def test_all_bad_shards_are_named(cache: Path) -> None:
     for index in range(2):
         _shard(cache, index).write_bytes(b"PAR1")

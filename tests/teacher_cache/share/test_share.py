@@ -19,6 +19,7 @@ from duet_unlearn.errors import (
 )
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
 from duet_unlearn.teacher_cache.share.place import list_caches, parse_location
+from duet_unlearn.teacher_cache.share.store import Store
 from duet_unlearn.teacher_cache.share.transfer import pull, push
 from duet_unlearn.teacher_cache.verify import verify
 
@@ -211,6 +212,24 @@ def test_list_finds_caches_at_any_depth_and_names_damaged_ones(
     assert "not the manifest of a teacher cache" in str(broken.problem)
     assert [cache.name for cache in list_caches(str(shared_cache))] == ["."]
     assert list_caches(str(tmp_path / "nowhere")) == ()
+    with pytest.raises(CacheError, match="a digest names one cache"):
+        list_caches(f"{tmp_path / 'all/b'}@{b.manifest.digest}")
+
+
+def test_a_folder_that_cannot_be_listed_hides_no_other(
+    shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(shared_cache, str(tmp_path / "all/b"))
+    (tmp_path / "all/lost+found").mkdir()
+    listed = Store.list
+
+    def refuse(self: Store, folder: str) -> dict[str, int | None]:
+        if folder == "lost+found":
+            raise CacheError("no permission")
+        return listed(self, folder)
+
+    monkeypatch.setattr(Store, "list", refuse)
+    assert [cache.name for cache in list_caches(str(tmp_path / "all"))] == ["b"]
 
 
 def test_a_manifest_that_lies_about_names_is_refused(shared_cache: Path, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from torch.utils.data import DataLoader, Subset
 
+from duet_unlearn import open_cache
 from duet_unlearn.cli.cache import main
 from duet_unlearn.errors import CacheError, CorruptCacheError, MismatchError, OutputError
 from duet_unlearn.teacher_cache.format.manifest import read_manifest
@@ -240,3 +242,14 @@ def test_an_interrupted_pull_ends_at_once_while_the_network_stands_still(
     assert not (tmp_path / "here/manifest.json").exists()
     assert not list((tmp_path / "here").rglob("*.tmp"))
     assert pull(web.url, tmp_path / "here").moved_shards >= 1
+
+
+def test_a_loaders_processes_do_not_share_a_connection_that_is_open(
+    web, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUET_CACHE_HOME", str(tmp_path))
+    dataset = open_cache(web.url).torch_dataset()
+    assert dataset[0]["query_id"]
+    last = len(dataset) - 1  # of a shard that has to be fetched
+    loader = DataLoader(Subset(dataset, [last]), batch_size=None, num_workers=1)
+    assert [row["query_id"] for row in loader] == [dataset[last]["query_id"]]
