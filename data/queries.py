@@ -1,9 +1,9 @@
 """Query sets: what a user would ask, read from a file, a hub dataset or a kit.
 
 A row holds its query in `query`, `question` or `messages` (the first of the three that has a
-value), and may hold `id`, `answer`, `kind` and `wrong_answers`. Text is kept exactly as it is
-written: no stripping, no Unicode normalisation, because the cache stores the tokens of this very
-text.
+value), and may hold `id`, `answer`, `aliases`, `kind` and `wrong_answers`. Text is kept exactly as
+it is written: no stripping, no Unicode normalisation, because the cache stores the tokens of this
+very text.
 A bad row is an error that names the file and the line, never a row that is quietly left out.
 """
 
@@ -67,6 +67,8 @@ class Query:
     """The reference answer. Evaluation reads it; it never enters a cache."""
     kind: str | None = None
     """A label by which evaluation scores parts of a split apart."""
+    aliases: tuple[str, ...] = ()
+    """Other forms of the answer that are as right: `dwarves` beside `dwarf`."""
     wrong_answers: tuple[str, ...] = ()
     """Answers that are wrong, for the truth ratio; evaluation alone reads them."""
 
@@ -113,6 +115,11 @@ class Query:
         turns = zip(self.messages, contents, strict=True)
         messages = tuple(Message(role=turn["role"], content=content) for turn, content in turns)
         return replace(self, messages=messages)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The reference answer and its other forms; a response scores by the one it is next to."""
+        return (self.answer or "", *self.aliases)
 
     @property
     def text(self) -> str:
@@ -225,6 +232,7 @@ def _query_from_row(row: Mapping[str, object], split: str, messages: tuple[Messa
         messages=messages,
         answer=_label(row, "answer"),
         kind=_label(row, "kind"),
+        aliases=_texts(row, "aliases"),
         wrong_answers=_texts(row, "wrong_answers"),
     )
 

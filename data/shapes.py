@@ -14,6 +14,7 @@ of the reference answer). Only an evaluation can fill the last three, since it a
 """
 
 import contextlib
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -46,8 +47,10 @@ EXAMPLES: Pairs = (
 )
 """What stands in `{examples}` where no others are given."""
 
-_KIND = re.compile(r"\[(begun|raw|turns)\]\s*")
+_KIND = re.compile(r"\[(begun|raw|turns)\]\s*", re.IGNORECASE)
 _MARK = re.compile(r"\[(weight|family)\b[ :=]*([^\]]*)\]\s*", re.IGNORECASE)
+_WORD = re.compile(r"\[(\w+)\]")
+_MARKS = ("begun", "raw", "turns", "weight", "family")
 _SLOT = re.compile(r"\{(?:query|examples|facts|hint|choices)\}")
 _TURN_BORDER = "||"
 
@@ -99,7 +102,7 @@ class Shape:
     def kind(self) -> str:
         """`user`, `begun`, `raw` or `turns`."""
         mark = _KIND.match(self.text)
-        return mark[1] if mark else "user"
+        return mark[1].lower() if mark else "user"
 
     @property
     def slots(self) -> frozenset[str]:
@@ -238,6 +241,13 @@ def _split_marks(line: str) -> tuple[Mapping[str, str], str]:
     while mark := _MARK.match(line):
         marks[mark[1].lower()] = mark[2].strip()
         line = line[mark.end() :]
+    kind, word = _KIND.match(line), _WORD.match(line)
+    if kind and _MARK.match(line[kind.end() :]):
+        raise ConfigurationError(f"shape: weight and family stand in front of {kind[0].strip()}")
+    if word and not kind and (near := difflib.get_close_matches(word[1].lower(), _MARKS, n=1)):
+        raise ConfigurationError(
+            f"shape: {word[0]} is no mark; expected [{near[0]}], or another word for text"
+        )
     return marks, line
 
 

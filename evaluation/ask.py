@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duet_unlearn.data.messages import check_text
 from duet_unlearn.data.queries import Query
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.answers import stream_answers
 from duet_unlearn.evaluation.config import AskConfig
 from duet_unlearn.evaluation.subjects import open_subjects
@@ -60,8 +61,12 @@ class Asker:
             on_text: is given the pieces of an answer as they come, where `streams` holds.
 
         Raises:
-            DataError: the question is too long for a model.
+            DataError: the question is too long for a model, or holds bytes that are no UTF-8.
         """
+        try:
+            check_text(question, "question")
+        except ValueError as error:
+            raise DataError(f"{error}") from None
         query = Query.from_text(question, split="general")
         show = on_text if self.streams else None
         for attack in self._attacks:

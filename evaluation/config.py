@@ -260,11 +260,20 @@ class EvalConfig(AskConfig):
         refuse_empty(self, "forget", "retain")
         if self.lm_eval_path is not None and not self.lm_eval:
             raise ConfigurationError("lm_eval_path is set without a task; give --lm-eval as well")
+        if not self.is_default("samples") and "sampled_recall" not in self.measures:
+            raise ConfigurationError(
+                "samples is set, but nothing is sampled; give --measure sampled_recall as well"
+            )
         select_measures(self.measures)
         for part in parse_requirements(self.require) if self.require else ():
             if MEASURES[part.measure].needs != "text" and part.measure not in self.measures:
                 raise ConfigurationError(
                     f"--require {part.text}: give --measure {part.measure} as well"
+                )
+            if part.row and part.row not in (*self.lines, *self.labels):
+                raise ConfigurationError(
+                    f"--require {part.text}: no row {part.row!r}; there are "
+                    f"{', '.join(self.labels)}"
                 )
             if part.what.startswith("worst") and not self.attacks:
                 raise ConfigurationError(f"--require {part.text}: give --attacks as well")

@@ -23,6 +23,7 @@ from duet_unlearn.evaluation.harness import Harness, Scores
 from duet_unlearn.evaluation.measures import Answer, select_measures
 from duet_unlearn.evaluation.measures.refusal import REFUSAL_PHRASES, load_phrases
 from duet_unlearn.evaluation.passes import add_passes
+from duet_unlearn.evaluation.requirements import check_names
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.subjects import Prompt, Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import (
@@ -65,6 +66,8 @@ def evaluate(config: EvalConfig, respond: Respond | None = None) -> EvalReport:
     measures = select_measures(config.measures, (*REFUSAL_PHRASES, *phrases))
     attacks = load_attacks(config.attacks)
     sets = load_sets(config.sources, limit=config.limit, answered=config.answers == "file")
+    if config.require:
+        check_names(config.require, sets)
     if not all(query.answer for s in sets for query in s.queries):
         attacks = without_answers(attacks)
     tasks = list_tasks(sets, attacks)

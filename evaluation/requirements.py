@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from duet_unlearn.evaluation.measures import MEASURES, RECALL
 
 if TYPE_CHECKING:
     from duet_unlearn.evaluation.results import EvalReport
+    from duet_unlearn.evaluation.tasks import QuerySet
 
 _FORM = re.compile(
     r"(?:(?P<row>[^:<>]+):)?\s*(?P<what>[^:<>=]+?)\s*"
@@ -44,17 +45,13 @@ class Requirement:
         """Yield what does not hold, with the number that was found.
 
         Raises:
-            ConfigurationError: The evaluation has no such row or number.
+            ConfigurationError: The evaluation has no such number.
         """
         # Without a row it is about all but base and base + prefix, or about the only model.
         config = report.config
         trained = [label for spec in config.models[1:] for label in config.rows_of(spec)]
         trained = trained or list(report.labels[:1])
         for row in config.lines.get(self.row, (self.row,)) if self.row else trained:
-            if row not in report.labels:
-                raise ConfigurationError(
-                    f"--require {self.text}: no row {row!r}; there are {', '.join(report.labels)}"
-                )
             found = self._number(report, row)
             if not _SIGNS[self.sign](found, self.limit):
                 yield f"{row}: {self.what} is {found:.1f}, required {self.sign} {self.limit:g}"
@@ -72,12 +69,23 @@ class Requirement:
                 "queries, or for retain none breaks base + prefix; leave it out, or name others"
             )
         if number is None:
-            names = dict.fromkeys(n for s in report.sets for n in (s.split, s.name))
+            raise ConfigurationError(f"--require {self.text}: nothing was measured of it")
+        return number
+
+
+def check_names(text: str, sets: "Sequence[QuerySet]") -> None:
+    """Refuse, before anything is asked, what is about no set of the evaluation.
+
+    Raises:
+        ConfigurationError: A part names something else.
+    """
+    names = dict.fromkeys(name for s in sets for name in (s.split, s.name))
+    for part in parse_requirements(text):
+        if part.what not in (*names, *_WORST):
             raise ConfigurationError(
-                f"--require {self.text}: nothing was measured of it; expected one of "
+                f"--require {part.text}: {part.what!r} is not measured; expected one of "
                 f"{', '.join(names)}, worst or worst-retain (with --attacks)"
             )
-        return number
 
 
 def parse_requirements(text: str) -> tuple[Requirement, ...]:

@@ -43,7 +43,7 @@ class Difference:
     low: float
     high: float
     p: float
-    """Two-sided: McNemar's exact test where every score is 0 or 1, else a paired bootstrap."""
+    """Two-sided: McNemar's exact test where every score is 0 or 1, else by flipped signs."""
     ks_p: float
     """Of the two-sample Kolmogorov-Smirnov test: do the scores have one distribution? Of the truth
     ratio (R itself, which the score cuts off at 1) on a forget set, against a model that never saw
@@ -88,7 +88,7 @@ def summarize(scores: Scores) -> Number | None:
     known = scores[~np.isnan(scores)]
     if not known.size:
         return None
-    low, high = _open_ended(known) or _interval(known)
+    low, high = _interval(known, lowest=0.0)
     mean = POINTS * float(known.sum() / known.size)
     return Number(mean=mean, count=known.size, low=low, high=high)
 
@@ -100,14 +100,14 @@ def compare(scores: Scores, against: Scores) -> Difference | None:
     if not first.size:
         return None
     changes = first - second
-    low, high = _interval(changes)
+    low, high = _interval(changes, lowest=-1.0)
     binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
     return Difference(
         mean=POINTS * float(changes.mean()),
         count=int(changes.size),
         low=low,
         high=high,
-        p=_mcnemar(changes) if binary else _bootstrap_p(changes),
+        p=_mcnemar(changes) if binary else _sign_flip_p(changes),
         ks_p=kolmogorov_smirnov_p(first, second),
     )
 
@@ -136,30 +136,25 @@ def separate(scores: Scores, against: Scores) -> Separation:
     )
 
 
-def _open_ended(scores: Scores) -> tuple[float, float] | None:
-    """Return Clopper and Pearson's interval, in points, where all scores are 0 or all are 1.
-
-    There every resample is the same and would promise certainty; in truth 0 of 144 leaves up to
-    2.5 points open.
-    """
-    if np.ptp(scores) or scores[0] not in (0.0, 1.0):
-        return None
-    low, high = _clopper_pearson(float(scores[0]), scores.size)
-    return POINTS * low, POINTS * high
-
-
 def _clopper_pearson(share: float, count: int) -> tuple[float, float]:
     """Return the exact interval, 0 to 1, where the share is 0 or 1."""
     open_share = 1 - _TAIL ** (1 / count)
     return (0.0, open_share) if share == 0 else (1 - open_share, 1.0)
 
 
-def _interval(values: Scores) -> tuple[float, float]:
-    if np.ptp(values) == 0:  # every resample is the same
-        return POINTS * float(values[0]), POINTS * float(values[0])
+def _interval(values: Scores, lowest: float) -> tuple[float, float]:
+    """Return the interval of a mean of values from `lowest` to 1, in points.
+
+    Where all are the same, every resample is and would promise certainty; in truth 0 of 144 leaves
+    2.5% of queries open (Clopper and Pearson), whose values may be any.
+    """
+    if np.ptp(values) == 0:
+        value, open_share = float(values[0]), _clopper_pearson(0.0, values.size)[1]
+        seen = value * (1 - open_share)
+        return POINTS * (seen + lowest * open_share), POINTS * (seen + open_share)
     if values.size > _MOST_RESAMPLED:
         mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(values.size)
-        return POINTS * (mean - half), POINTS * (mean + half)
+        return POINTS * max(mean - half, lowest), POINTS * min(mean + half, 1.0)
     low, high = np.quantile(_draws(values.size) @ values, (_TAIL, 1 - _TAIL))
     return POINTS * float(low), POINTS * float(high)
 
@@ -172,15 +167,16 @@ def _mcnemar(changes: Scores) -> float:
     return min(1.0, 2 * ways / (1 << changed))
 
 
-def _bootstrap_p(changes: Scores) -> float:
-    """The share of resamples beyond the mean, of changes moved to a mean of zero."""
-    if np.ptp(changes) == 0:
-        return 1.0 if changes[0] == 0 else 1 / (RESAMPLES + 1)
+def _sign_flip_p(changes: Scores) -> float:
+    """Fisher's randomization test: without a difference, each change is as likely the other way."""
     mean = float(changes.mean())
     if changes.size > _MOST_RESAMPLED:
+        if np.ptp(changes) == 0:
+            return 1.0 if mean == 0 else 1 / (RESAMPLES + 1)
         error = float(changes.std(ddof=1)) / math.sqrt(changes.size)
         return math.erfc(abs(mean) / error / math.sqrt(2))
-    beyond = np.abs(_draws(changes.size) @ (changes - mean)) >= abs(mean) - 1e-12
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, changes.size))
+    beyond = np.abs(signs @ changes) / changes.size >= abs(mean) - 1e-12
     return float((1 + beyond.sum()) / (RESAMPLES + 1))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.data.query_files import SUFFIXES, open_rows
 from duet_unlearn.data.shapes import EXAMPLES, OWN_FAMILY, Shape, Shown, load_shapes
 from duet_unlearn.errors import DataError
+from duet_unlearn.evaluation.measures.overlap import contains_answer
 from duet_unlearn.evaluation.measures.words import split_words
 
 if TYPE_CHECKING:
@@ -208,6 +210,16 @@ def list_tasks(sets: Sequence[QuerySet], attacks: Sequence[Attack]) -> tuple[Tas
         for query in s.queries
         if attack.wordings is None or query.text in attack.wordings
     ]
+    counts = Counter(task.attack_name for task in attacked)
+    asked = sum(len(pool) for pool in pools.values())
+    for attack in attacks:
+        if (found := counts[attack.name]) < asked:
+            logger.warning(
+                "attack %s: asks %d of %d queries, those whose text is in its column `query`",
+                attack.name,
+                found,
+                asked,
+            )
     return (*plain, *attacked)
 
 
@@ -246,8 +258,15 @@ def _shown(attack: Attack, query: Query, pools: dict[str, list[Query]]) -> Shown
     )
 
 
+def _tells(shown: Query, asked: Query) -> bool:
+    return contains_answer(asked.answer or "", f"{shown.messages[-1]['content']} {shown.answer}")
+
+
 def _pairs(query: Query, pool: Sequence[Query], generator: random.Random) -> list[tuple[str, str]]:
-    """Other queries with their answers, none of which has the answer that is asked for."""
+    """Other queries with their answers, none of which tells the answer that is asked for."""
     others = [q for q in pool if q.answer and q.answer != query.answer]
     taken = generator.sample(others, min(_SHOWN_PAIRS, len(others)))
+    if any(_tells(q, query) for q in taken):
+        others = [q for q in others if not _tells(q, query)]
+        taken = generator.sample(others, min(_SHOWN_PAIRS, len(others)))
     return [(q.messages[-1]["content"], q.answer or "") for q in taken]

@@ -57,6 +57,9 @@ def test_what_is_published_names_no_folder_of_this_machine() -> None:
     assert published_name(f"/home/me/caches/hp@{DIGEST}") == f"hp@{DIGEST}"
     assert published_name("~/caches/hp") == "hp"
     assert published_name("caches/hp") == "caches/hp"
+    assert published_name("hub:/home/me/sets/hp:train") == "hub:hp:train"
+    assert published_name("hub:org/hp:train") == "hub:org/hp:train"
+    assert published_name(f"file:///home/me/caches/hp@{DIGEST}") == f"hp@{DIGEST}"
     assert published_name("org/model") == "org/model"
     assert published_name("https://me:x@host/hp") == "https://host/hp"
 

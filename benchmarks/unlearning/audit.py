@@ -118,7 +118,11 @@ def list_commands(asked: argparse.Namespace, out: Path) -> dict[str, list[str]]:
         print('quantized: left out, install "duet-unlearn[quantize]"')
         del commands["quantized"]
     flags = QUICK if asked.quick else SHORT if asked.short else FULL
-    own = dict(text.split("=", 1) for text in asked.flags)
+    own = dict(text.partition("=")[::2] for text in asked.flags)
+    if unknown := own.keys() - commands.keys():
+        sys.exit(
+            f"--flags: no test {sorted(unknown)[0]!r}; give TEST=FLAGS, of {', '.join(commands)}"
+        )
     return {
         name: [
             *words,
@@ -202,7 +206,8 @@ def run_step(
     record = out / COMMANDS
     done = json.loads(record.read_text(encoding="utf-8"))["commands"] if record.exists() else {}
     print(f"\n$ duet-{module.rpartition('.')[2]} {shlex.join(words)}", flush=True)
-    if keep and done.get(name, {}).get("command") == words:
+    made = output or Path(words[words.index("--out") + 1])
+    if keep and made.exists() and done.get(name, {}).get("command") == words:
         print(f"# {name} is there already", flush=True)
         return True
     started = time.perf_counter()

@@ -7,6 +7,7 @@ import click
 from duet_unlearn.cli.errors import harmless
 from duet_unlearn.cli.options import FolderPath
 from duet_unlearn.cli.output import check_target, json_option, print_json, write_target
+from duet_unlearn.errors import ConfigurationError
 
 
 @click.command("report")
@@ -53,6 +54,10 @@ def report_command(
 
     check_target(out, f'content="{GENERATOR}"')
     if markdown is not None:
+        if markdown.resolve() == out.resolve():
+            raise ConfigurationError(
+                f"--markdown {markdown}: the page goes there; name another file"
+            )
         check_target(markdown, "\nduet-unlearn ")  # its last line
     sources = find_sources(paths, summarize)
     compared = compare_first_tokens(sources, first_tokens) if first_tokens else []

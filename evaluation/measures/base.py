@@ -1,6 +1,6 @@
 """What a measure sees and what it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,3 +51,8 @@ class Measure:
     made where a measure on it is named."""
     uncut: Score | None = field(default=None, repr=False)
     """What two models' distributions are compared on, where `score` cuts it off."""
+
+    def best(self, references: Sequence[str], answer: Answer) -> float | None:
+        """Return the score against the reference that gives most; None where there is none."""
+        scores = [self.score(reference, answer) for reference in references]
+        return max((score for score in scores if score is not None), default=None)

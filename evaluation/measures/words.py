@@ -1,7 +1,8 @@
 """Words of a text in any script: what all measures on text compare.
 
 `rouge-score`'s own tokenizer drops every letter beyond `a-z0-9`, so that a Russian or Chinese
-answer would always score zero. On ASCII text the words here are its tokens.
+answer would always score zero. On ASCII text the words here are its tokens, but that numbers up to
+twenty are digits however they are written: who says `7` has said `seven`.
 """
 
 import functools
@@ -9,6 +10,11 @@ import re
 import unicodedata
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
+_COUNTED = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+_COUNTED += " fifteen sixteen seventeen eighteen nineteen twenty"
+_NUMBERS = {word: str(number) for number, word in enumerate(_COUNTED.split())}
+# Normalisation would glue them to a number in front: 9\u00be became 93\u20444.
+_FRACTION = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
 
 # Scripts that put no space between words; there a letter with its marks is the token, which is
 # what character-level ROUGE for Chinese does.
@@ -25,9 +31,13 @@ def split_words(text: str) -> tuple[str, ...]:
     In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) every
     letter is a word.
     """
+    text = _FRACTION.sub(" ", text)
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    if folded.isascii():
-        return tuple(_ASCII_WORD.findall(folded))
+    words = _ASCII_WORD.findall(folded) if folded.isascii() else _words_of_any_script(folded)
+    return tuple(_NUMBERS.get(word, word) for word in words)
+
+
+def _words_of_any_script(folded: str) -> list[str]:
     words: list[str] = []
     in_word = in_spaced_word = False
     for character in folded:
@@ -45,4 +55,4 @@ def split_words(text: str) -> tuple[str, ...]:
             words[-1] += character
         else:
             in_word = in_spaced_word = False
-    return tuple(words)
+    return words

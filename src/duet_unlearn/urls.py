@@ -52,6 +52,11 @@ def published_name(name: str) -> str:
     A URL loses its secrets and an absolute local path all but its last part: where a file lay on
     one machine helps nobody elsewhere, and tells who trained there.
     """
+    scheme, colon, rest = name.partition(":")
+    if scheme == "hub" and colon:  # which may be a folder
+        return f"hub:{published_name(rest)}"
+    if scheme.lower() in ("file", "local") and rest.startswith("//"):
+        return published_name(rest[2:])
     if is_url(name):
         return redact_url(name)
     path, pin, digest = name.partition("@sha256:")

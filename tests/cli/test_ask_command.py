@@ -68,6 +68,7 @@ def test_failures_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
         ((tmp_path / "gone", QUESTION), "no such folder"),
         ((tiny_model, QUESTION, "--attacks", "@multiple-choice"), "shows reference answers"),
         ((tiny_model, "x " * 300), "lower --max-new-tokens"),
+        ((tiny_model, "caf\udce9, what is it?"), "question"),
     ]:
         result = ask(*arguments)
         assert result.exit_code == 1

@@ -41,6 +41,7 @@ def test_failures_are_one_line_and_write_nothing(folder: Path) -> None:
         ([folder, "--out", foreign], "nothing in it shows that duet-unlearn wrote it"),
         ([folder, "--out", folder / "x.html", "--markdown", foreign], "nothing in it shows"),
         ([folder, "--out", folder], "a folder"),
+        ([folder, "--out", folder / "x.html", "--markdown", folder / "x.html"], "the page goes"),
         ([folder, "--out", folder / "no" / "x.html"], "make it first"),
         ([folder / "gone", "--out", folder / "x.html"], "cannot be read"),
     ]

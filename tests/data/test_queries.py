@@ -469,3 +469,10 @@ def test_a_long_cell_of_a_csv_file_is_text(tmp_path):
     text = "word " * 40_000  # the csv module stops at 131,072 characters by itself
     (query,) = load_queries(write(tmp_path, "a.csv", f"query\n{text}\n"), split="forget")
     assert query.text == text
+
+
+def test_other_forms_of_an_answer_stand_beside_it(tmp_path):
+    row = {"query": "Who?", "answer": "dwarf", "aliases": ["dwarves", "dwarfs"]}
+    (query,) = load_queries(write(tmp_path, "a.jsonl", json.dumps(row)), split="retain")
+    assert query.references == ("dwarf", "dwarves", "dwarfs")
+    assert query.answer == "dwarf"

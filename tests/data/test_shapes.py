@@ -218,6 +218,16 @@ def test_marked_lines_of_a_file(tmp_path):
     )
 
 
+@pytest.mark.parametrize("line", ["[raw] [weight 2] Q: {query}", "[begin] Well, {query}"])
+def test_a_mark_that_is_none_is_not_taken_for_text(tmp_path, line):
+    path = tmp_path / "mine.txt"
+    path.write_text(f"[NOTICE: no limits] {{query}}\n[Raw] Q: {{query}}\n{line}\n")
+    with pytest.raises(DataError, match=r"mine\.txt, line 3: "):
+        load_shapes(str(path))
+    path.write_text("[NOTICE: no limits] {query}\n[Raw] Q: {query}\n")
+    assert [shape.kind for shape in load_shapes(str(path))] == ["user", "raw"]
+
+
 @pytest.mark.parametrize(
     "line", ["[begun]", "[begun] {query} is", "[raw] no slot", "[turns] a || {query}", "[turns] a"]
 )

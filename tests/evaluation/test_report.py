@@ -253,9 +253,12 @@ def test_stress_tests_have_their_sections_and_their_text_is_text(sources: Source
         make_content(sources)
 
 
-def _document(**worst: Any) -> dict[str, Any]:
+def _document(*, small: float | None = None, **worst: Any) -> dict[str, Any]:
     """A forget and a retain set, a base that knows all, and a student."""
     means = {"base": (100.0, 90.0), "student": (0.0, 90.0)}
+    found = worst.get("worst_forget_recall", 5.0)
+    drawn_out = {} if found is None else {"forget": found}
+    drawn_out |= {} if small is None else {"small": small}
     interval = {"rouge_l_recall": {"low": 0.0, "high": 3.0, "queries": 100}}
     return {
         "config": {},
@@ -284,6 +287,19 @@ def _document(**worst: Any) -> dict[str, Any]:
             }
             for label, both in means.items()
             for name, mean in zip(("forget", "retain"), both, strict=True)
+        ]
+        + [
+            {
+                "model": "student",
+                "attack": "begun-plainly",
+                "set": name,
+                "kind": None,
+                "queries": queries,
+                "rouge_l_recall": drawn_out.get(name, 0.0),
+                "intervals": {},
+            }
+            for name, queries in (("forget", 100), ("small", 10))
+            if name in drawn_out
         ],
     }
 
@@ -315,6 +331,18 @@ def test_the_verdict_claims_no_more_than_was_measured(change, state, headline) -
     assert verdict["headline"].startswith(headline)
     if change.get("worst_forget_recall", 5.0) is not None:
         assert "Of 2 attacks in 2 families the worst (begun-answer) draws out" in verdict["text"]
+
+
+def test_a_set_that_comes_back_whole_is_not_hidden_behind_a_large_one() -> None:
+    document = _document(small=50.0)  # 5 points of both sets together
+    document["sets"].append({"name": "small", "split": "forget", "kinds": []})
+    for label, mean in (("base", 60.0), ("student", 0.0)):
+        (plain,) = [s for s in document["scores"] if s["attack"] is None and s["model"] == label][
+            :1
+        ]
+        document["scores"].append({**plain, "set": "small", "rouge_l_recall": mean})
+    (verdict,) = judge(document, make_overview(document, Sources()))
+    assert verdict["headline"] == "hidden, not forgotten: attacks bring it back"
 
 
 @pytest.mark.parametrize("worst", [5.0, None])

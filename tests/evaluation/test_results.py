@@ -11,7 +11,11 @@ from duet_unlearn.errors import ConfigurationError, RequirementError
 from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer, select_measures
 from duet_unlearn.evaluation.measures.base import Likelihood
-from duet_unlearn.evaluation.requirements import check_requirements, parse_requirements
+from duet_unlearn.evaluation.requirements import (
+    check_names,
+    check_requirements,
+    parse_requirements,
+)
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.table import WIDTH, format_report
 from duet_unlearn.evaluation.tasks import Attack, QuerySet, Task
@@ -418,6 +422,6 @@ def test_requirements_about_nothing_are_refused(report: EvalReport) -> None:
     with pytest.raises(ConfigurationError, match=r"worst is rouge_l_recall alone; leave .refusal"):
         parse_requirements("worst.refusal>90")
     with pytest.raises(ConfigurationError, match="no row 'gone'; there are base"):
-        check_requirements("gone:forget<5", report)
+        dataclasses.replace(report.config, require="gone:forget<5")
     with pytest.raises(ConfigurationError, match="expected one of forget, retain, general, worst"):
-        check_requirements("forgotten<5", report)
+        check_names("forget<5,forgotten<5", report.sets)

@@ -29,10 +29,12 @@ def test_many_queries_need_no_resampling() -> None:
     assert alike.p == pytest.approx(1.0)
 
 
-def test_equal_scores_have_no_interval_and_none_no_number() -> None:
-    number = summarize(np.array([0.5, 0.5]))
+def test_equal_scores_promise_no_certainty_and_none_no_number() -> None:
+    number = summarize(np.full(20, 0.5))
     assert number is not None
-    assert (number.low, number.mean, number.high) == (50.0, 50.0, 50.0)
+    open_share = 1 - 0.025 ** (1 / 20)  # what 20 queries may have missed could score 0 or 1
+    assert (number.low, number.mean) == (pytest.approx(50 * (1 - open_share)), 50.0)
+    assert number.high == pytest.approx(50 * (1 + open_share))
     assert summarize(np.array([math.nan])) is None
     none_of_144 = summarize(np.zeros(144))
     assert none_of_144 is not None
@@ -55,7 +57,28 @@ def test_mcnemar_by_hand() -> None:
     assert same.p == 1.0
 
 
-def test_a_paired_bootstrap_tells_a_shift_from_noise() -> None:
+def test_differences_that_are_all_alike_promise_no_certainty() -> None:
+    gone = compare(np.zeros(64), np.ones(64))
+    assert gone is not None
+    assert (gone.low, gone.mean) == (-100.0, -100.0)
+    assert -100 < gone.high < -80
+    same = compare(np.full(64, 0.5), np.full(64, 0.5))
+    assert same is not None
+    assert same.low < 0 < same.high
+    assert same.p == 1.0
+
+
+def test_a_few_queries_prove_nothing() -> None:
+    for count in (1, 2, 3):
+        found = compare(np.full(count, 0.5), np.zeros(count))
+        assert found is not None
+        assert found.p > 0.2
+    rare = summarize(np.array([1.0] + [0.0] * 2999))
+    assert rare is not None
+    assert rare.low == 0.0
+
+
+def test_flipped_signs_tell_a_shift_from_noise() -> None:
     generator = np.random.default_rng(1)
     base = generator.random(80)
     shifted = compare(base * 0.5, base)

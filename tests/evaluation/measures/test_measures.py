@@ -83,6 +83,20 @@ def test_ascii_words_are_those_of_rouge_score(text: str) -> None:
     assert split_words(text) == tuple(DefaultTokenizer().tokenize(text))
 
 
+def test_numbers_are_told_in_words_or_digits() -> None:
+    assert rouge_l_recall("seven", "There are 7.") == 1.0
+    assert exact_match("12", "Twelve")
+    assert not contains_answer("seven", "17 or seventy")
+    assert rouge_l_recall("9", "Platform 9¾.") == 1.0
+    assert rouge_l_recall("9", "Nine and Three-Quarters") == 1.0
+
+
+def test_a_response_scores_by_the_form_of_the_answer_that_it_gives() -> None:
+    measure = MEASURES["contains_answer"]
+    assert measure.best(("dwarf", "dwarves"), Answer(text="The dwarves.")) == 1.0
+    assert measure.best(("dwarf",), Answer(text="The dwarves.")) == 0.0
+
+
 def test_containment_ignores_case_punctuation_and_blanks_but_not_word_borders() -> None:
     assert contains_answer("J. K.  Rowling", "written by j k rowling (1997)")
     assert contains_answer("北京", "首都是北京。")
