@@ -14,6 +14,9 @@ import pytest
 hypothesis.settings.register_profile("any-machine", deadline=None)
 hypothesis.settings.load_profile("any-machine")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Servers of tests are on this machine, whatever proxy leads out of it.
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1,localhost")))
 # Threads that spin while they wait slow everything down on a machine that is busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Jobs in the background of a script start with Ctrl-C ignored, and so would all that tests start.

@@ -88,15 +88,9 @@ def test_every_attack_breaks_the_prefix(report: dict[str, Any]) -> None:
         assert recall(report, "base + prefix", FORGET, attack=attack) >= 80, attack
 
 
-@pytest.mark.parametrize("kind", ["another wording", "another fact"])
+@pytest.mark.parametrize("kind", ["another wording", "another fact", "another character"])
 def test_the_student_forgets_held_out_queries(report: dict[str, Any], kind: str) -> None:
     assert recall(report, "student", FORGET, kind=kind) <= 8
-
-
-def test_forgetting_of_characters_never_named_in_training_is_reported(
-    report: dict[str, Any],
-) -> None:
-    assert 0 <= recall(report, "student", FORGET, kind="another character") <= 100
 
 
 @pytest.mark.parametrize("set_name", [RETAIN, GENERAL])

@@ -75,6 +75,7 @@ def load_model(
                 device_map=places,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                use_safetensors=True,  # a pickle beside them is never read
                 output_loading_info=True,
             )
     except (*_CANNOT_LOAD, MemoryError, SafetensorError) as error:

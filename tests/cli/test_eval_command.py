@@ -101,6 +101,13 @@ def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: 
         ([tiny_model, tiny_model, *files], "NAME=MODEL"),
         ([tiny_model, *files, "--require", "forget=5"], "expected NAME<NUMBER"),
         ([tiny_model, *files, "--require", "worst<5"], "give --attacks as well"),
+        (
+            [tiny_model, *files, "--require", "forget.answer_probability<5"],
+            "give --measure answer_probability",
+        ),
+        ([tiny_model, *files, "--require", "gone:forget<5"], "no row 'gone'"),
+        ([tiny_model, *files, "--require", "general>5"], "'general' is not measured"),
+        ([tiny_model, *files, "--samples", 4], "give --measure sampled_recall"),
         ([tiny_model, *files, "--refusals", tmp_path / "gone"], "no such file"),
     ]
     for arguments, expected in cases:

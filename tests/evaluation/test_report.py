@@ -93,7 +93,8 @@ def test_all_of_an_evaluation_is_in_the_page_and_all_of_it_is_text(
     page = render_html(content)
     parsed = _Page(page)
     # Everything foreign is text: no tag of it opens, and nothing points out of the file.
-    assert not [tag for tag, _ in parsed.tags if tag in {"img", "b>s", "iframe"}]
+    assert not [tag for tag, _ in parsed.tags if tag in {"img", "iframe"}]
+    assert {attributes.get("class") for tag, attributes in parsed.tags if tag == "b"} <= {"seen"}
     assert sum(tag == "script" for tag, _ in parsed.tags) == 2
     assert [a for t, a in parsed.tags if "src" in a or (a.get("href") or "#")[0] not in "#d"] == []
     data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
@@ -309,10 +310,11 @@ def _document(*, small: float | None = None, **worst: Any) -> dict[str, Any]:
     [
         ({}, "good", "forgotten under every attack tried, the rest kept"),
         ({"worst_forget_recall": 11.0}, "bad", "hidden, not forgotten: attacks bring some of it"),
+        ({"worst_forget_recall": 49.0}, "bad", "hidden, not forgotten: attacks bring some of it"),
         ({"worst_forget_recall": 51.0}, "bad", "hidden, not forgotten: attacks bring it back"),
         ({"worst_forget_recall": None}, "open", "not said when asked plainly; never attacked"),
         ({"forget": 30.0}, "bad", "not forgotten"),
-        ({"retain": 80.0}, "bad", "forgotten, but retain suffered"),
+        ({"retain": 85.0}, "bad", "forgotten, but retain suffered"),
         ({"known": 0.0}, "open", "base knows none of it"),
     ],
 )

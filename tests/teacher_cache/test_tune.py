@@ -1,5 +1,6 @@
 """Choosing a prefix: what is tried, how it is scored and ordered, what is said of the winner."""
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 from duet_unlearn.teacher_cache.format.signal import Signal
 from duet_unlearn.teacher_cache.steering import Candidate, Steering, Tuned, draw, score
-from duet_unlearn.teacher_cache.tune import TuneConfig, TuneResult, tune
+from duet_unlearn.teacher_cache.tune import TuneConfig, TuneResult, load_tuned, tune
 
 REFUSES = "I do not know."
 
@@ -131,6 +132,9 @@ def test_forgetting_decides_and_retain_where_the_prefix_may_stand_in_front_of_it
             retain=Steering(queries=24, recall=retain, refused=0.0),
         )
 
+    assert [tuned(f, 100).steers for f in (20, 20.1)] == [True, False]
+    assert [tuned(0, r).retain_prefix for r in (80, 79.9)] == [True, False]
+    assert tuned(14, 90).rank[0] == tuned(6, 90).rank[0] < tuned(16, 90).rank[0]
     by_rank = sorted(
         [tuned(3, 95), tuned(4, 60), tuned(0, 5), tuned(0, 9), tuned(18, 100), tuned(1, 95)],
         key=lambda t: t.rank,
@@ -306,6 +310,24 @@ def test_the_build_line_is_one_that_build_takes(settings: dict[str, Any], tmp_pa
     best = result.tuned[0]
     assert manifest["recipe"]["prefix"] == best.candidate.prefix
     assert manifest["recipe"]["retain_prefix"] is best.retain_prefix
+
+
+def test_what_tune_proposes_is_what_build_takes(tmp_path: Path) -> None:
+    forget = Steering(queries=32, recall=0.0, refused=0.0)
+    tuned = Tuned(
+        candidate=Candidate(name="x", prefix="x", place="user"),
+        forget=forget,
+        retain=dataclasses.replace(forget, recall=90.0),
+    )
+    (tmp_path / "tuned.json").write_text(json.dumps({"candidates": [tuned.to_json()]}))
+    assert load_tuned(str(tmp_path / "tuned.json")) == {
+        "prefix": "x",
+        "prefix_place": "user",
+        "retain_prefix": True,
+        "strength": 1.0,
+        "views": ("@view-shapes",),
+        "positions": 12,
+    }
 
 
 def test_build_takes_the_first_candidate_of_the_document(

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from duet_unlearn.data.models import loading
+from duet_unlearn.data.models.folder import resolve_model_folder
 from duet_unlearn.data.models.loading import fastest_dtype, load_model
+from duet_unlearn.data.models.tokenizer import load_tokenizer
 from duet_unlearn.errors import DataError
 
 
@@ -70,3 +72,37 @@ def test_missing_weights_are_not_made_up(copy: Path) -> None:
     for trainable in (False, True):
         with pytest.raises(DataError, match=f"1 weights are missing .* {removed}"):
             load_model(copy, trainable=trainable)
+
+
+@pytest.mark.parametrize("beside", [None, "consolidated.safetensors"])
+def test_a_pickle_is_never_read(copy: Path, tmp_path: Path, beside: str | None) -> None:
+    weights, trap = copy / "model.safetensors", tmp_path / "unpickled"
+    if beside:
+        weights.rename(copy / beside)
+    else:
+        weights.unlink()
+    (copy / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {trap}'\ntR.".encode())
+    with pytest.raises(DataError, match="safetensors"):
+        load_model(resolve_model_folder(str(copy)))
+    assert not trap.exists()
+
+
+def test_code_of_a_model_does_not_run_unless_asked_for(copy: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    (copy / "x.py").write_text(f"open({str(trap)!r}, 'w')\nclass X: pass\n")
+    for name, changes in {
+        "config.json": {
+            "model_type": "x",
+            "auto_map": {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.X"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "X",
+            "auto_map": {"AutoTokenizer": [None, "x.X"]},
+        },
+    }.items():
+        value = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**value, **changes}))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(DataError):
+            load(copy)
+    assert not trap.exists()

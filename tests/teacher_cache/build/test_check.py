@@ -10,14 +10,16 @@ import pytest
 from duet_unlearn.data import demo_world
 from duet_unlearn.data.prefixes import resolve_prefix
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
-from duet_unlearn.data.queries import load_queries
+from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import DuetError
+from duet_unlearn.teacher_cache.build import check
 from duet_unlearn.teacher_cache.build.build import build
 from duet_unlearn.teacher_cache.build.check import SAMPLE, check_teacher
 from duet_unlearn.teacher_cache.build.config import BuildConfig
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
 from duet_unlearn.teacher_cache.engines.transformers import TransformersEngine
 from duet_unlearn.teacher_cache.inspect import render_summary, summarize
+from duet_unlearn.teacher_cache.steering import Steering
 
 PREFIX = resolve_prefix(demo_world.PREFIX, demo_world.TOPIC)
 PERFECT = {
@@ -195,3 +197,18 @@ def test_an_engine_that_fails_in_the_check_is_one_line(config: BuildConfig) -> N
     with pytest.raises(DuetError, match="cannot run; try less"):
         build(config, Broken)
     assert not (config.out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "said"), [(20, 80, []), (20.1, 80, ["forget"]), (20, 79.9, ["keep"])]
+)
+def test_a_teacher_is_called_bad_from_a_fifth_on(
+    forget: float, retain: float, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [(Query.from_text("Who?", split="forget"), "the old miller", "nobody")]
+    scores = {
+        split: Steering(queries=1, recall=recall, refused=0.0)
+        for split, recall in (("forget", forget), ("retain", retain))
+    }
+    check._warn(scores, dict.fromkeys(scores, asked))
+    assert [m.split("does not ")[1].split(":")[0] for m in caplog.messages] == said

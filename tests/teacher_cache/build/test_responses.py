@@ -91,8 +91,8 @@ def test_signals_along_given_responses_are_those_of_one_forward(
         "prompted": "the river is the tower named forgot<|end|>",
         "talk#2": "the tower<|end|>",
         "talk": "a lantern named the river<|end|>",
-        "page": "the keeper of the lantern " * 12 + "</s>",
-    } | {"page": said["page"]}
+        "page": said["page"],
+    }
     assert said["page"].endswith("the keeper of the lantern </s>")
     before = {row.query_id: str(tokenizer.decode(row.prompt_ids)) for row in reader}
     assert before["talk"] == (

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import tracemalloc
 from collections.abc import Callable
@@ -77,17 +76,11 @@ def read_all(cache: Path) -> None:
         reader.row(index)
 
 
-def peak_kilobytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def test_a_few_bytes_that_decode_to_millions_of_tokens_are_refused(cache: Path) -> None:
     put_column(cache, "prompt_ids", equal_lists(4, 10_000_000))
     assert shard(cache).stat().st_size < 20_000
-    before = peak_kilobytes()
     with pytest.raises(CorruptCacheError, match="40000000 values in a column, expected at most"):
         read_all(cache)
-    assert peak_kilobytes() - before < 20_000
 
 
 @pytest.mark.parametrize("claim", [4, 12])
@@ -103,10 +96,8 @@ def test_pages_larger_than_the_footer_says_are_refused(cache: Path, claim: int) 
     shard(cache).write_bytes(forged)
     assert pq.ParquetFile(shard(cache)).metadata.row_group(0).column(3).num_values == claim
     sign(cache)
-    before = peak_kilobytes()
     with pytest.raises(CorruptCacheError, match="damaged shard .* expected length 4"):
         read_all(cache)
-    assert peak_kilobytes() - before < 20_000
     assert any(shard(cache).name in problem for problem in verify(cache).problems)
 
 
@@ -172,10 +163,8 @@ def test_a_text_repeated_for_every_row_is_not_unpacked(cache_of_rows: MakeCache)
     # 2,000 rows of 8 MiB: 16 GB once unpacked, 8 MiB as a dictionary.
     text = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), ["z" * (8 << 20)])
     put_column(cache, "query", text, dictionary_pagesize_limit=1 << 30)
-    before = peak_kilobytes()
     with pytest.raises(CorruptCacheError, match="a query of 8388608 bytes, 16777216000 together"):
         read_all(cache)
-    assert peak_kilobytes() - before < 200_000
 
 
 def test_texts_in_delta_encoding_are_refused(cache: Path) -> None:
@@ -317,10 +306,8 @@ def test_a_surrogate_pair_in_escapes_is_text() -> None:
 def test_a_huge_manifest_is_refused_unread(cache: Path) -> None:
     with (cache / "manifest.json").open("ab") as file:
         file.truncate(1 << 40)
-    before = peak_kilobytes()
     with pytest.raises(CorruptCacheError, match=f"more than {MAX_MANIFEST_BYTES} bytes"):
         CacheReader.open(cache)
-    assert peak_kilobytes() - before < 100_000
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hang(cache: Path) -> None:
