@@ -9,6 +9,7 @@ behind each.
 Which of them steers a model is a matter of that model: `teacher_cache.tune` measures it.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def resolve_prefix(text_or_name: str, topic: str | None = None) -> str:
             "give what it chose with --prefix-from FILE"
         )
     if TOPIC_SLOT not in text:
+        if odd := re.search(r"\{\s*topic\s*\}", text, re.IGNORECASE):
+            raise ConfigurationError(f"{source} has {odd[0]} in it; the slot is {TOPIC_SLOT}")
         return text
     # A literal "{topic}" in a prompt would steer towards nothing, so it never passes silently.
     if topic is None:

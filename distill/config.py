@@ -225,6 +225,7 @@ class RunConfig(Settings):
     gradient_checkpointing: bool = setting(
         default=False,
         flag="--gradient-checkpointing/--no-gradient-checkpointing",
+        decides=False,
         help="Recompute activations in the backward pass: less memory, more time.",
     )
     precision: Literal["auto", "float32", "bf16", "fp16"] = setting(

@@ -294,7 +294,7 @@ def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str])
     of_run = {
         name: getattr(config, name)
         for name in fields(RunConfig)
-        if not name.startswith(("eval_", "early_"))
+        if not name.startswith(("eval_", "early_", "checkpoint_"))
     }
     count = min(config.measure + WARM_UP_STEPS, steps)
     logger.info("measuring: %d steps", count)

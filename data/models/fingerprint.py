@@ -97,10 +97,12 @@ def _header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
         raise DataError(f"{path}: not a safetensors file ({error}); copy the file again") from error
 
 
-def config_fingerprint(folder: Path) -> str:
-    """Fingerprint `config.json` without the entries that decide no logit."""
+def config_fingerprint(folder: Path, *, with_code: bool = False) -> str:
+    """Fingerprint `config.json` without the entries that decide no logit, and code beside it."""
     config = read_json(folder / "config.json")
-    return sha256_json({k: v for k, v in config.items() if k not in _VOLATILE_CONFIG})
+    kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG}
+    code = {f.name: sha256_file(f) for f in sorted(folder.glob("*.py"))} if with_code else {}
+    return sha256_json([kept, code] if code else kept)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

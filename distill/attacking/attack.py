@@ -24,7 +24,7 @@ from duet_unlearn.distill.attacking.suffix import SuffixSearch
 from duet_unlearn.distill.relearning.lessons import untaught
 from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.answers import generate_answers, score_references
-from duet_unlearn.evaluation.measures.overlap import contains_answer, rouge_l_recall
+from duet_unlearn.evaluation.measures.overlap import best_of, contains_answer, rouge_l_recall
 from duet_unlearn.evaluation.statistics import summarize, summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Task, load_answered, spread
@@ -154,9 +154,9 @@ def _ask(
     )
     logs = [log for likelihood in fitted for log in likelihood.log_probabilities]
     texts = [row.subject.decode(answer) for answer in answers]
-    said = [(p.query.answer or "", text) for p, text in zip(row.asked, texts, strict=True)]
-    recalls = np.array([rouge_l_recall(*pair) for pair in said])
-    named = np.array([float(contains_answer(*pair)) for pair in said])
+    said = [(p.query.references, text) for p, text in zip(row.asked, texts, strict=True)]
+    recalls = np.array([best_of(rouge_l_recall, *pair) for pair in said])
+    named = np.array([best_of(contains_answer, *pair) for pair in said])
     to_forget = np.array([prompt.query.split == "forget" for prompt in row.asked])
     return Outcome(
         model=row.label,

@@ -33,5 +33,9 @@ def perturb(model: nn.Module, *, alpha: float, beta: float, seed: int) -> None:
             if parameter.ndim > 1:
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 drawn = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                noise = nn.init.xavier_uniform_(torch.empty(parameter.shape), generator=drawn)
+                noise = torch.empty(parameter.shape)
+                # Experts are many matrices in one tensor, which is no kernel of a convolution.
+                apart = parameter.ndim == 3 and "experts" in name
+                for matrix in noise if apart else (noise,):
+                    nn.init.xavier_uniform_(matrix, generator=drawn)
                 parameter.add_(noise.to(parameter), alpha=alpha * beta)

@@ -314,7 +314,7 @@ class StudentScores:
             next(model.parameters()).dtype.itemsize < _SINGLE_BYTES
             or torch.is_autocast_enabled(padded.device.type)
             # accelerate's autocast is in the forward, and over when this is asked.
-            or hasattr(model, "_original_forward")
+            or any(hasattr(module, "_original_forward") for module in model.modules())
         )
         tolerance = _TOLERANCE_HALF if rounded else _TOLERANCE
         return float((in_tree - padded).norm()) <= tolerance * float(padded.norm())

@@ -99,8 +99,10 @@ def may_merge(model: nn.Module) -> bool:
     if (config := getattr(model, "config", None)) is None:
         return False
     config = config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    full = set(kinds) == {"full_attention"} if kinds else not getattr(config, "sliding_window", 0)
+    # GPT-Neo has a name of its own for it.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    everywhere = {"full_attention", "global"}
+    full = set(kinds) <= everywhere if kinds else not getattr(config, "sliding_window", 0)
     return full and not getattr(model, "_is_stateful", False) and _attention(model) in _MASKED
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from duet_unlearn.data.models.adapters import new_adapter
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.lessons import Pair
+from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.evaluation.answers import fits_memory, pad
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def fine_tune(
         found = []
         for step in range(max(steps) + 1):
             if step in steps:
+                if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+                    raise ConfigurationError(
+                        f"rate {rate:g}: weights are no numbers after {step} steps; lower --rates, "
+                        "or train in --dtype float32 or bfloat16"
+                    )
                 found.append(look(trained.eval(), step))
             if step == max(steps):
                 break

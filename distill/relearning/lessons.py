@@ -116,13 +116,12 @@ def _open_lesson(config: RelearnConfig, source: str, forget: Sequence[Query]) ->
 def untaught(queries: Sequence[Query], taught: Sequence[Query]) -> list[Query]:
     """Return the queries of which neither the text nor the answer is taught."""
     texts = {query.text for query in taught}
-    answers = {_plain(query) for query in taught}
-    return [q for q in queries if q.text not in texts and _plain(q) not in answers]
+    answers = {answer for query in taught for answer in _plain(query)}
+    return [q for q in queries if q.text not in texts and answers.isdisjoint(_plain(q))]
 
 
-def _plain(query: Query) -> tuple[str, ...]:
-    answer = query.answer or ""
-    return split_words(answer) or (answer.strip(),)
+def _plain(query: Query) -> set[tuple[str, ...]]:
+    return {split_words(answer) or (answer.strip(),) for answer in query.references}
 
 
 def _paragraphs(source: str) -> tuple[str, ...]:

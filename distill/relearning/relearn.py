@@ -16,7 +16,7 @@ from duet_unlearn.distill.relearning.fine_tuning import fine_tune
 from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons
 from duet_unlearn.distill.relearning.results import Curve, Look, RelearnReport
 from duet_unlearn.evaluation.answers import generate_answers
-from duet_unlearn.evaluation.measures.overlap import contains_answer, rouge_l_recall
+from duet_unlearn.evaluation.measures.overlap import best_of, contains_answer, rouge_l_recall
 from duet_unlearn.evaluation.statistics import Number, summarize_all
 from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Task, load_answered, spread
@@ -113,5 +113,5 @@ def _score(step: int, queries: Sequence[Query], texts: Sequence[str], asked: int
 
 
 def _mean(score: Callable[[str, str], float], said: Sequence[tuple[Query, str]]) -> Number:
-    scores = [score(query.answer or "", text) for query, text in said]
+    scores = [best_of(score, query.references, text) for query, text in said]
     return summarize_all(np.array(scores, dtype=float))

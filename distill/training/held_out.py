@@ -19,7 +19,7 @@ from duet_unlearn.evaluation.config import EvalConfig, ModelSpec
 from duet_unlearn.evaluation.measures import Answer
 from duet_unlearn.evaluation.results import EvalReport
 from duet_unlearn.evaluation.subjects import Subject
-from duet_unlearn.evaluation.tasks import list_tasks, load_attacks, load_sets
+from duet_unlearn.evaluation.tasks import Task, list_tasks, load_attacks, load_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,10 +54,7 @@ class HeldOut:
     @property
     def fingerprint(self) -> str:
         """Of everything that is asked and expected."""
-        asked = [
-            [t.query.split, t.query.text, t.query.answer, t.attack.text if t.attack else None]
-            for t in self._tasks
-        ]
+        asked = [[t.query.split, t.query.text, t.query.references, _asked(t)] for t in self._tasks]
         return "sha256:" + hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def prepare(
@@ -151,3 +148,10 @@ def undisturbed(model: "PreTrainedModel") -> Iterator[None]:
         model.train(training)
         for owner, settings in kept:
             owner.generation_config = settings
+
+
+def _asked(task: Task) -> Any:
+    """The text of the attack's shape, or the conversation that the attack has for the query."""
+    if task.attack is None or task.attack.wordings is None:
+        return task.attack and task.attack.text
+    return task.attack.wordings[task.query.text]

@@ -1,6 +1,7 @@
 """Measures of how much of the reference answer stands in what a model says."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 from duet_unlearn.evaluation.measures.base import Answer
 from duet_unlearn.evaluation.measures.words import split_words
@@ -41,6 +42,11 @@ def contains_answer(reference: str, response: str) -> bool:
     if not wanted:  # a sign or an emoji: nothing is left to normalise
         return reference.strip() in response
     return f" {' '.join(wanted)} " in f" {' '.join(split_words(response))} "
+
+
+def best_of(score: Callable[[str, str], float], references: Sequence[str], response: str) -> float:
+    """Return the score against the reference that gives most."""
+    return max(float(score(reference, response)) for reference in references)
 
 
 def exact_match(reference: str, response: str) -> bool:

@@ -66,3 +66,9 @@ def test_empty_prefix_is_refused(text):
 def test_empty_topic_is_refused():
     with pytest.raises(ConfigurationError, match="--topic is empty"):
         resolve_prefix("@explicit", " ")
+
+
+@pytest.mark.parametrize("slot", ["{Topic}", "{ topic }"])
+def test_a_slot_that_is_nearly_right_is_no_text(slot):
+    with pytest.raises(ConfigurationError, match=r"the slot is \{topic\}"):
+        resolve_prefix(f"You have forgotten {slot}.", "Bob")

@@ -189,6 +189,18 @@ def test_measured_steps_leave_nothing_behind(planned, tmp_path, monkeypatch):
     assert list(scratch.iterdir()) == []
 
 
+def test_settings_of_evaluations_are_none_of_the_measured_run(planned, write_queries):
+    measured = planned(
+        measure=1,
+        max_steps=4,
+        eval_steps=2,
+        eval_forget=(str(write_queries("forget", 4)),),
+        eval_retain=(str(write_queries("retain", 4, "river")),),
+        checkpoint_selection="last",
+    ).measured
+    assert measured.steps == 1
+
+
 def test_run_keeps_its_peak_and_its_steps_time(train):
     result = train("student", max_steps=3)
     told = json.loads((Path(result.out) / "duet_run.json").read_text())["result"]

@@ -36,6 +36,15 @@ def test_vectors_shrink_and_matrices_get_noise_of_the_stated_scale():
     assert abs(float(noise.mean())) < 0.2 * bound
 
 
+def test_every_expert_gets_the_noise_of_a_matrix_of_its_own():
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.up = nn.Parameter(torch.zeros(6, 40, 20))
+    perturb(model, alpha=1.0, beta=1.0, seed=3)
+    bound = math.sqrt(6 / (40 + 20))
+    assert float(model.experts.up.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
 def test_a_tied_matrix_is_changed_once():
     before, after = noised(0.5, 0.0)
     assert torch.equal(after["embed.weight"], before["embed.weight"] * 0.5)

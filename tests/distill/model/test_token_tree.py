@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duet_unlearn.distill.batches.dataset import Example, collate
 from duet_unlearn.distill.model import token_tree
 from duet_unlearn.distill.model.sparse_head import StudentScores
-from duet_unlearn.distill.model.token_tree import merge
+from duet_unlearn.distill.model.token_tree import may_merge, merge
 
 VOCABULARY, TOP_K, HIDDEN = 211, 4, 32
 HEADER = (7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
@@ -187,6 +187,18 @@ def test_what_does_not_read_a_tree_reads_rows_or_agrees(
 
 def test_a_sliding_window_merges_nothing(batch: dict) -> None:
     assert scores_and_gradient(sliding(), batch)[2] == batch["input_ids"].numel()
+
+
+@pytest.mark.parametrize(("kinds", "may"), [(["global"], True), (["global", "local"], False)])
+def test_layers_of_gpt_neo_that_see_a_window_merge_nothing(kinds: list[str], may: bool) -> None:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    sizes = {"hidden_size": HIDDEN, "num_layers": 2, "num_heads": 2, "vocab_size": VOCABULARY}
+    attention = [[kinds, 2 // len(kinds)]]
+    model = GPTNeoForCausalLM(
+        GPTNeoConfig(**sizes, attention_types=attention, attn_implementation="eager")
+    )
+    assert may_merge(model) is may
 
 
 def test_a_student_that_heeds_no_positions_is_found_out(

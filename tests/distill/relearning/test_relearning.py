@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from duet_unlearn.cli.distill import main
 from duet_unlearn.data import demo_world as world
 from duet_unlearn.data.models.loading import load_model, no_bars
-from duet_unlearn.data.queries import load_queries
+from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.fine_tuning import answer_loss, fine_tune
-from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons
+from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons, untaught
 from duet_unlearn.distill.relearning.relearn import relearn, teach
 from duet_unlearn.errors import ConfigurationError, DataError
 from duet_unlearn.evaluation.config import parse_models
@@ -133,6 +133,28 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(tiny_model: Path) -> None:
             rows = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
         logs += [float(rows[len(prompt) - 1 + at, token]) for at, token in enumerate(answer)]
     assert answer_loss(model, pairs).item() == pytest.approx(-sum(logs) / 5, abs=1e-5)
+
+
+def test_weights_that_are_no_numbers_are_no_verdict(hiding: Path, tmp_path: Path) -> None:
+    words = [
+        *("relearn", f"student={hiding}", "--forget", world.FORGET_HELDOUT, "--limit", 4),
+        *("--teach", world.FORGET, "--rates", "1e-3", "--steps", "2", "--dtype", "float16"),
+        *("--out", tmp_path / "relearn.json"),
+    ]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 1
+    assert "weights are no numbers after 2 steps" in result.stderr
+
+
+def test_another_form_of_a_taught_answer_is_taught() -> None:
+    taught = Query.from_text("Who?", split="forget")
+    taught, asked = (
+        dataclasses.replace(taught, answer=answer, aliases=aliases)
+        for answer, aliases in (("dwarf", ("dwarves",)), ("dwarves", ()))
+    )
+    other = Query.from_text("To which people?", split="forget")
+    other = dataclasses.replace(other, answer=asked.answer)
+    assert untaught([other], [taught]) == []
 
 
 def test_queries_with_a_taught_answer_are_not_asked() -> None:

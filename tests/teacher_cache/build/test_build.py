@@ -455,6 +455,24 @@ def test_special_tokens_that_the_template_prints_are_in_the_recipe(
         run(config, teacher=str(model))
 
 
+def test_code_of_a_model_that_may_run_is_in_the_recipe(
+    config: BuildConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "modeling_x.py").write_text("SCALE = 1\n")
+    run(config, teacher=str(model), trust_remote_code=True)
+    (model / "modeling_x.py").write_text("SCALE = 2\n")
+    with pytest.raises(MismatchError, match="config"):
+        run(config, teacher=str(model), trust_remote_code=True)
+
+
+def test_what_says_nothing_without_a_prefix_makes_no_other_recipe(config: BuildConfig) -> None:
+    plain = dataclasses.replace(config, prefix=None, forget=(), train=config.retain, retain=())
+    odd = dataclasses.replace(plain, prefix_place="user", retain_prefix=False)
+    folder = Path(config.teacher)
+    assert make_recipe(odd, folder) == make_recipe(plain, folder)
+
+
 def test_other_weights_of_the_same_size_and_time_are_another_recipe(
     config: BuildConfig, tiny_model: Path, tmp_path: Path
 ) -> None:
