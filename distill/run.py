@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,6 +142,10 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
     return result
 
 
+# What the Trainer reads a checkpoint with.
+_READS = ("_load_", "load_from_json")
+
+
 class _DamagedCheckpointError(Exception):
     """A checkpoint could not be read."""
 
@@ -167,8 +172,10 @@ def _run_trainer(trainer: "DuetTrainer", checkpoint: Path | None, config: RunCon
                 "--gradient-accumulation-steps (the result stays the same), "
                 "--gradient-checkpointing, --lora-rank or --dtype bfloat16"
             ) from error
-        # Whatever a torn file makes its reader raise, it does before the first step.
-        if checkpoint is not None and not trainer.schedule.begun:
+        # A torn file makes its reader raise anything; other errors say nothing of the file.
+        frames = traceback.extract_tb(error.__traceback__)
+        reading = any(frame.name.startswith(_READS) for frame in frames)
+        if checkpoint is not None and reading and not trainer.schedule.begun:
             raise _DamagedCheckpointError(first_line(error)) from error
         raise
 

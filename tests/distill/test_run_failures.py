@@ -101,6 +101,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(train, stop_at_pass, t
         assert weights_of(again.out) == weights_of(undisturbed.out)
 
 
+def test_what_fails_before_a_step_costs_no_checkpoint(train, stop_at_pass, tmp_path, monkeypatch):
+    def die() -> None:
+        raise OSError("the machine is gone")
+
+    with stop_at_pass(8, die), pytest.raises(OSError, match="gone"):
+        train(save_steps=3)
+
+    def no_tracker(*_: object, **__: object) -> None:
+        raise ImportError("no login")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DuetTrainer, "create_optimizer", no_tracker)
+        with pytest.raises(ImportError, match="no login"):
+            train(save_steps=3)
+    kept = {path.name for path in (tmp_path / "student.unfinished").glob("*checkpoint-*")}
+    assert kept == {"checkpoint-3", "checkpoint-6"}
+    train(save_steps=3)
+
+
 @pytest.mark.parametrize(
     "error",
     [
