@@ -145,7 +145,10 @@ def _answered_by(tasks: Sequence[Task], base: Sequence[Answer]) -> tuple[Task, .
         dataclasses.replace(
             task,
             query=dataclasses.replace(
-                task.query, answer=said[task.set_name, task.query.query_id], wrong_answers=()
+                task.query,
+                answer=said[task.set_name, task.query.query_id],
+                aliases=(),
+                wrong_answers=(),
             ),
         )
         for task in tasks

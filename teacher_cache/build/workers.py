@@ -95,8 +95,12 @@ class Worker:
                 f"duet-unlearn is {__version__} there and {job.version} here; install the same"
             )
         model = resolve_model_folder(job.teacher)
-        for name, fingerprint in (("weights", weights_fingerprint), ("config", config_fingerprint)):
-            found, expected = fingerprint(model), getattr(job.recipe, name)
+        with_code = job.engine_config.trust_remote_code
+        for name, found in (
+            ("weights", weights_fingerprint(model)),
+            ("config", config_fingerprint(model, with_code=with_code)),
+        ):
+            expected = getattr(job.recipe, name)
             if found != expected:
                 raise MismatchError(
                     f"model {model} has other {name} there ({found[:19]}) than here "
