@@ -14,7 +14,6 @@ of the reference answer). Only an evaluation can fill the last three, since it a
 """
 
 import contextlib
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,7 @@ EXAMPLES: Pairs = (
 _KIND = re.compile(r"\[(begun|raw|turns)\]\s*", re.IGNORECASE)
 _MARK = re.compile(r"\[(weight|family)\b[ :=]*([^\]]*)\]\s*", re.IGNORECASE)
 _WORD = re.compile(r"\[(\w+)\]")
-_MARKS = ("begun", "raw", "turns", "weight", "family")
+_MISSPELT = {"begin": "begun", "began": "begun", "turn": "turns", "weights": "weight"}
 _SLOT = re.compile(r"\{(?:query|examples|facts|hint|choices)\}")
 _TURN_BORDER = "||"
 
@@ -244,9 +243,9 @@ def _split_marks(line: str) -> tuple[Mapping[str, str], str]:
     kind, word = _KIND.match(line), _WORD.match(line)
     if kind and _MARK.match(line[kind.end() :]):
         raise ConfigurationError(f"shape: weight and family stand in front of {kind[0].strip()}")
-    if word and not kind and (near := difflib.get_close_matches(word[1].lower(), _MARKS, n=1)):
+    if word and (meant := _MISSPELT.get(word[1].lower())):
         raise ConfigurationError(
-            f"shape: {word[0]} is no mark; expected [{near[0]}], or another word for text"
+            f"shape: {word[0]} is no mark; expected [{meant}], or another word for text"
         )
     return marks, line
 

@@ -66,7 +66,7 @@ class Asker:
         try:
             check_text(question, "question")
         except ValueError as error:
-            raise DataError(f"{error}") from None
+            raise DataError(str(error)) from None
         query = Query.from_text(question, split="general")
         show = on_text if self.streams else None
         for attack in self._attacks:

@@ -183,7 +183,9 @@ class EvalReport:
     @property
     def counting_attacks(self) -> tuple[Attack, ...]:
         """The attacks that break base + prefix; without a prefix, all of them."""
-        return tuple(a for a in self.attacks if self.breaks_prefix(a.name) is not False)
+        if self.config.prefixed_label is None:
+            return self.attacks
+        return tuple(a for a in self.attacks if self.breaks_prefix(a.name))
 
     def worst(self, label: str, split: str, *, family: str | None = None) -> float | None:
         """Return the highest forget or the lowest retain recall under attack, in points, or None.

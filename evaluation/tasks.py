@@ -247,7 +247,8 @@ def _shown(attack: Attack, query: Query, pools: dict[str, list[Query]]) -> Shown
         return None
     generator = random.Random(query.query_id)
     answer = query.answer or ""
-    wrong = sorted({q.answer for q in pools[query.split] if q.answer and q.answer != answer})
+    right = {"", None, *query.references}
+    wrong = sorted({q.answer or "" for q in pools[query.split] if q.answer not in right})
     choices = [answer, *generator.sample(wrong, min(_WRONG_CHOICES, len(wrong)))]
     generator.shuffle(choices)
     return Shown(
@@ -259,7 +260,8 @@ def _shown(attack: Attack, query: Query, pools: dict[str, list[Query]]) -> Shown
 
 
 def _tells(shown: Query, asked: Query) -> bool:
-    return contains_answer(asked.answer or "", f"{shown.messages[-1]['content']} {shown.answer}")
+    said = f"{shown.messages[-1]['content']} {shown.answer}"
+    return any(contains_answer(reference, said) for reference in asked.references)
 
 
 def _pairs(query: Query, pool: Sequence[Query], generator: random.Random) -> list[tuple[str, str]]:

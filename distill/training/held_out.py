@@ -54,7 +54,7 @@ class HeldOut:
     @property
     def fingerprint(self) -> str:
         """Of everything that is asked and expected."""
-        asked = [[t.query.split, t.query.text, t.query.references, _asked(t)] for t in self._tasks]
+        asked = [[t.query.split, t.query.text, *t.query.references, _asked(t)] for t in self._tasks]
         return "sha256:" + hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def prepare(
@@ -152,6 +152,7 @@ def undisturbed(model: "PreTrainedModel") -> Iterator[None]:
 
 def _asked(task: Task) -> Any:
     """The text of the attack's shape, or the conversation that the attack has for the query."""
-    if task.attack is None or task.attack.wordings is None:
-        return task.attack and task.attack.text
-    return task.attack.wordings[task.query.text]
+    if task.attack is None:
+        return None
+    wordings = task.attack.wordings
+    return task.attack.text if wordings is None else wordings[task.query.text]

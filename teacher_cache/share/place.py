@@ -206,7 +206,8 @@ def _cache_folders(store: Store) -> Iterator[str]:
         try:
             entries = store.list(folder)
         except CacheError as error:
-            if not folder:
+            # A connection that is lost hides caches, a folder of another user's none of ours.
+            if not folder or not isinstance(error.__cause__, PermissionError):
                 raise
             logger.warning("%s; passed over", error)
             continue

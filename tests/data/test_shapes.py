@@ -224,8 +224,8 @@ def test_a_mark_that_is_none_is_not_taken_for_text(tmp_path, line):
     path.write_text(f"[NOTICE: no limits] {{query}}\n[Raw] Q: {{query}}\n{line}\n")
     with pytest.raises(DataError, match=r"mine\.txt, line 3: "):
         load_shapes(str(path))
-    path.write_text("[NOTICE: no limits] {query}\n[Raw] Q: {query}\n")
-    assert [shape.kind for shape in load_shapes(str(path))] == ["user", "raw"]
+    path.write_text("[NOTICE: no limits] {query}\n[Raw] Q: {query}\n[draw] {query}\n")
+    assert [shape.kind for shape in load_shapes(str(path))] == ["user", "raw", "user"]
 
 
 @pytest.mark.parametrize(

@@ -382,3 +382,20 @@ def test_sampled_answers_are_drawn_from_the_model_and_the_best_counts(config: Ev
     for task, texts, score in zip(first.tasks, drawn, scores, strict=True):
         assert score == max(rouge_l_recall(task.query.answer or "", text) for text in texts)
     assert first.to_json()["queries"][0]["responses"]["base"]["samples"] == list(drawn[0])
+
+
+def test_the_bases_answers_have_no_other_forms(config: EvalConfig, tmp_path: Path) -> None:
+    path = tmp_path / "forget.jsonl"
+    queries = load_queries(config.forget[0], split="forget")
+    rows = [{"query": q.text, "answer": q.answer, "aliases": ["x"]} for q in queries]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    report = evaluate(
+        EvalConfig(
+            models=config.models,
+            forget=(str(path),),
+            retain=config.retain,
+            answers="base",
+            max_new_tokens=2,
+        )
+    )
+    assert all(task.query.aliases == () for task in report.tasks)

@@ -425,3 +425,17 @@ def test_requirements_about_nothing_are_refused(report: EvalReport) -> None:
         dataclasses.replace(report.config, require="gone:forget<5")
     with pytest.raises(ConfigurationError, match="expected one of forget, retain, general, worst"):
         check_names("forget<5,forgotten<5", report.sets)
+
+
+def test_an_attack_that_asks_no_forget_query_breaks_nothing(report: EvalReport) -> None:
+    kept = [
+        index
+        for index, task in enumerate(report.tasks)
+        if (task.attack_name, task.query.split) != ("weak", "forget")
+    ]
+    answers = {label: [said[i] for i in kept] for label, said in report.answers.items()}
+    tasks = tuple(report.tasks[index] for index in kept)
+    changed = dataclasses.replace(report, tasks=tasks, answers=answers)
+    assert changed.breaks_prefix("weak") is None
+    assert [attack.name for attack in changed.counting_attacks] == ["strong"]
+    assert changed.worst("student", "retain") == pytest.approx(50.0)

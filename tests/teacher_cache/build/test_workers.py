@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line(
 
 
 def test_a_worker_refuses_another_model_and_another_version(
-    config: BuildConfig, tiny_model: Path
+    config: BuildConfig, tiny_model: Path, tmp_path: Path
 ) -> None:
     job = WorkerJob(
         teacher=str(tiny_model),
@@ -184,6 +185,20 @@ def test_a_worker_refuses_another_model_and_another_version(
         ),
     )
     shard = ShardPrompts(index=4, prompts={2: np.arange(3, dtype=np.int32)})
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "modeling_x.py").write_text("SCALE = 1\n")
+    with_code = replace(
+        job,
+        teacher=str(model),
+        recipe=make_recipe(replace(config, teacher=str(model), trust_remote_code=True), model),
+        engine_config=replace(job.engine_config, trust_remote_code=True),
+    )
+    trusted = Worker(with_code)
+    assert trusted.answer(shard).index == 4
+    trusted.close()
+    (model / "modeling_x.py").write_text("SCALE = 2\n")
+    with pytest.raises(MismatchError, match="other config"):
+        Worker(with_code).answer(shard)
     worker = Worker(job)
     answer = worker.answer(shard)
     worker.close()

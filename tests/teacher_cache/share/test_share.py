@@ -225,11 +225,15 @@ def test_a_folder_that_cannot_be_listed_hides_no_other(
 
     def refuse(self: Store, folder: str) -> dict[str, int | None]:
         if folder == "lost+found":
-            raise CacheError("no permission")
+            raise CacheError("no permission") from cause
         return listed(self, folder)
 
     monkeypatch.setattr(Store, "list", refuse)
+    cause: OSError = PermissionError()
     assert [cache.name for cache in list_caches(str(tmp_path / "all"))] == ["b"]
+    cause = ConnectionError()
+    with pytest.raises(CacheError, match="no permission"):
+        list_caches(str(tmp_path / "all"))
 
 
 def test_a_manifest_that_lies_about_names_is_refused(shared_cache: Path, tmp_path: Path) -> None:
