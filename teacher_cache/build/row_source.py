@@ -28,7 +28,7 @@ Place = tuple[int, int]
 WINDOW_BYTES = 128 << 20
 # A signal of T*K ids and logits, and what a prompt and a text take beside it.
 _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
-_Key = tuple[bool, bool, bool, str]
+_Key = tuple[tuple[str, str] | None, float, bool, str]
 
 
 def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:
@@ -36,7 +36,8 @@ def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[Cac
 
     Args:
         names: `PATH` or `PATH@sha256:DIGEST` each.
-        recipe: What their recipe has to be.
+        recipe: The recipe of a new cache that is to take rows of these. Prefix, its place and
+            strength may then differ where rows are left that these do not reach.
 
     Raises:
         CacheError: One is no finished cache.
@@ -44,8 +45,12 @@ def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[Cac
     """
     readers = tuple(CacheReader.open(name) for name in names)
     for name, reader in zip(names, readers, strict=True):
-        wanted = recipe or readers[0].manifest.recipe
-        if differences := reader.manifest.recipe.differences(wanted):
+        found, wanted = reader.manifest.recipe, recipe or readers[0].manifest.recipe
+        if recipe and _kinds(found) & _kinds(recipe):
+            differences = found.unsteered().differences(recipe.unsteered())
+        else:
+            differences = found.differences(wanted)
+        if differences:
             raise MismatchError(
                 f"{name}: a cache of another recipe; differs (there / "
                 f"{'asked' if recipe else names[0]}) in {'; '.join(differences)}; "
@@ -54,8 +59,19 @@ def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[Cac
     return readers
 
 
+def _key(recipe: Recipe, split: str, text: str) -> _Key:
+    """Return what decides a row, beside what all caches that rows are taken of share."""
+    steering = (recipe.prefix, recipe.prefix_place) if recipe.steers(split) else None
+    strength = recipe.strength if split == "forget" else 0.0
+    return steering, strength, recipe.temperature > 0 and split == "train", text
+
+
+def _kinds(recipe: Recipe) -> set[_Key]:
+    return {_key(recipe, split, "") for split in recipe.splits}
+
+
 class RowSource:
-    """The rows of some caches of one recipe.
+    """The rows of some caches.
 
     Methods that read raise CorruptCacheError where a row or its shard is damaged.
     """
@@ -166,9 +182,10 @@ def find_reusable(
     A query is known by its text, because teams number theirs differently. Its split counts where
     the recipe treats it otherwise than another: without the prefix in front of retain queries, with
     a strength, which is for forget queries, and with sampled answers, which are for training ones.
+    So retain rows without the prefix are the same whatever the prefix is.
 
     Args:
-        readers: The caches, of that recipe all.
+        readers: The caches, opened for that recipe by `open_caches`.
         recipe: The recipe of the new cache.
         shards: The queries of all its shards.
         missing: The shards whose rows are needed.
@@ -176,22 +193,16 @@ def find_reusable(
     Raises:
         CorruptCacheError: One is damaged.
     """
-
-    def key(split: str, text: str) -> _Key:
-        steered = recipe.retain_prefix or split == "forget"
-        strengthened = recipe.strength > 0 and split == "forget"
-        sampled = recipe.temperature > 0 and split == "train"
-        return steered, strengthened, sampled, text
-
     source = RowSource(readers)
     places: dict[int, dict[int, Place]] = {index: {} for index in missing}
     if readers:
         wanted: dict[_Key, list[tuple[int, int]]] = {}
         for index in missing:
             for number, query in enumerate(shards[index]):
-                wanted.setdefault(key(query.split, query.text), []).append((index, number))
+                wanted.setdefault(_key(recipe, query.split, query.text), []).append((index, number))
         for place, (_, split, text) in source.scan():
-            for index, number in wanted.pop(key(split, text), ()):
+            found_in = readers[place[0]].manifest.recipe
+            for index, number in wanted.pop(_key(found_in, split, text), ()):
                 places[index][number] = place
             if not wanted:
                 break

@@ -1,6 +1,6 @@
 """The recipe: everything but the query that decides a signal, and its id."""
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Annotated, Any
 
 import pydantic
@@ -160,6 +160,14 @@ class Recipe:
                 f"recipe: one of {', '.join(_NEW)} stands there and says nothing"
             )
         return recipe
+
+    def steers(self, split: str) -> bool:
+        """Whether the prefix stands in front of the queries of a split."""
+        return bool(self.prefix) and (split == "forget" or self.retain_prefix)
+
+    def unsteered(self) -> "Recipe":
+        """Return the recipe of the rows that the prefix does not reach."""
+        return replace(self, prefix="", prefix_place=PLACES[0], retain_prefix=True, strength=0.0)
 
     def differences(self, other: "Recipe") -> list[str]:
         """Return one `name: mine / theirs` for each entry that differs."""

@@ -169,6 +169,36 @@ def test_the_split_counts_only_without_a_prefix_on_retain_queries(
     assert (result.reused_rows, result.computed_rows) == (0, 20)
 
 
+def test_rows_without_the_prefix_are_taken_whatever_the_prefix(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    run(config, retain_prefix=False)
+    other = {"prefix": "Never mention a lantern.", "prefix_place": "raw", "strength": 1.0}
+    other |= {"retain_prefix": False}
+    scratch = run(config, **other, out=tmp_path / "scratch")
+    result = run(config, **other, out=tmp_path / "new", reuse=(str(config.out),))
+    assert (result.reused_rows, result.computed_rows) == (12, 8)
+    assert_same_rows(tmp_path / "new", tmp_path / "scratch")
+    assert result.manifest.recipe == scratch.manifest.recipe
+    # The prefix in front of retain queries as well leaves the forget rows as they are.
+    result = run(config, out=tmp_path / "both", reuse=(str(config.out),))
+    assert (result.reused_rows, result.computed_rows) == (8, 12)
+    run(config, out=tmp_path / "both-scratch")
+    assert_same_rows(tmp_path / "both", tmp_path / "both-scratch")
+
+
+@pytest.mark.parametrize(
+    "change", [{"prefix": "Never mention a lantern."}, {"prefix_place": "raw"}, {"top_k": 5}]
+)
+def test_a_cache_no_row_of_which_can_be_taken_is_refused(
+    config: BuildConfig, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run(config, prefix_place="system" if "prefix_place" in change else config.prefix_place)
+    with pytest.raises(MismatchError, match=f"in {next(iter(change))}: "):
+        run(config, **change, out=tmp_path / "new", reuse=(str(config.out),))
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_split_counts_with_a_strength_and_with_sampled_answers(
     config: BuildConfig, tmp_path: Path
 ) -> None:
