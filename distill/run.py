@@ -144,6 +144,8 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
 
 # What the Trainer reads a checkpoint with.
 _READS = ("_load_", "load_from_json")
+# What it makes of its arguments when training starts.
+_MAKES = ("create_optimizer", "create_scheduler")
 
 
 class _DamagedCheckpointError(Exception):
@@ -154,7 +156,7 @@ def _run_trainer(trainer: "DuetTrainer", checkpoint: Path | None, config: RunCon
     """Train to the end, with what can go wrong in one line.
 
     Raises:
-        ConfigurationError: The memory does not hold a step.
+        ConfigurationError: The memory does not hold a step, or the optimizer refuses a setting.
         _DamagedCheckpointError: The checkpoint cannot be read; nothing was trained.
     """
     from duet_unlearn.distill.training.callbacks import AlreadyTrained
@@ -172,8 +174,12 @@ def _run_trainer(trainer: "DuetTrainer", checkpoint: Path | None, config: RunCon
                 "--gradient-accumulation-steps (the result stays the same), "
                 "--gradient-checkpointing, --lora-rank or --dtype bfloat16"
             ) from error
-        # A torn file makes its reader raise anything; other errors say nothing of the file.
         frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name.startswith(_MAKES) for frame in frames):
+            raise ConfigurationError(
+                f"the Trainer refuses these settings: {first_line(error)}"
+            ) from error
+        # A torn file makes its reader raise anything; other errors say nothing of the file.
         reading = any(frame.name.startswith(_READS) for frame in frames)
         if checkpoint is not None and reading and not trainer.schedule.begun:
             raise _DamagedCheckpointError(first_line(error)) from error

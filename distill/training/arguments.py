@@ -5,7 +5,9 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from duet_unlearn.errors import ConfigurationError, first_line
 
@@ -40,6 +42,7 @@ _FIXED = (
     *("save_total_limit", "train_sampling_strategy", "use_cpu", "use_liger_kernel"),
 )
 _FIXED_PREFIXES = ("dataloader_", "do_", "eval_", "hub_")
+_TYPED = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 _NEVER = 2**31 - 1
 _TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -73,14 +76,7 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     _check_tracker(config.report_to)
-    known = TrainingArguments.__dataclass_fields__
-    for name in config.trainer_args:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see transformers' own list"
-            raise ConfigurationError(
-                f"trainer_args has {name!r}, which TrainingArguments does not know; {hint}"
-            )
+    passed = _typed(config.trainer_args, get_type_hints(TrainingArguments))
     precision = config.precision
     if precision == "auto":
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -91,7 +87,7 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
         )
     keeps_best = bool(config.eval_steps) and config.checkpoint_selection == "best"
     settings: dict[str, Any] = {
-        **config.trainer_args,
+        **passed,
         "output_dir": str(work),
         **{name: getattr(config, name) for name in _SAME},
         "num_train_epochs": config.epochs,
@@ -127,6 +123,25 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     # Informative only: the sampler makes the batches.
     args.per_device_train_batch_size = math.ceil(int(config.batch_size) / passes)
     return args
+
+
+def _typed(passed: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of TrainingArguments as their types; the class itself looks at few of them."""
+    typed = {}
+    for name, value in passed.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see transformers' own list"
+            raise ConfigurationError(
+                f"trainer_args has {name!r}, which TrainingArguments does not know; {hint}"
+            )
+        try:
+            typed[name] = TypeAdapter(types[name], config=_TYPED).validate_python(value)
+        except ValidationError as error:
+            raise ConfigurationError(
+                f"trainer_args has {name}={value!r}: {error.errors()[0]['msg'].lower()}"
+            ) from error
+    return typed
 
 
 def _check_tracker(report_to: str) -> None:

@@ -185,8 +185,11 @@ def test_arguments_pass_through_to_the_trainer(train, monkeypatch):
     assert seen == [(0.9, "adafactor")]
     with pytest.raises(ConfigurationError, match="'adam_beta3'.* did you mean adam_beta"):
         train("none", trainer_args={"adam_beta3": 0.9})
-    with pytest.raises(ConfigurationError, match="the Trainer refuses these settings"):
-        train("none", trainer_args={"optim": "guesswork"})
+    for refused in ({"optim": "guesswork"}, {"adam_beta2": 2.0}, {"lr_scheduler_kwargs": {"x": 1}}):
+        with pytest.raises(ConfigurationError, match="the Trainer refuses these settings"):
+            train("none", trainer_args=refused)
+    with pytest.raises(ConfigurationError, match="adam_beta2='abc': input should be a valid num"):
+        train("none", trainer_args={"adam_beta2": "abc"})
 
 
 def test_another_configuration_or_template_of_the_base_is_another_run(train, tiny_model, tmp_path):
