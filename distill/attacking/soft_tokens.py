@@ -68,8 +68,8 @@ def train_soft_prompt(
 
     Args:
         config: Its `soft_tokens` are N, `soft_steps` those of Adam, `soft_rate` its rate over the
-            root mean square of the embedding's entries, `batch_size` the prompts of a step; the
-            seed decides the order of the prompts.
+            root mean square of what the embedding puts out (Gemma's scales its rows),
+            `batch_size` the prompts of a step; the seed decides the order of the prompts.
         model: In evaluation mode, its weights frozen.
         prompts: What to answer.
         on_step: Is given 1 after each step.
@@ -78,8 +78,11 @@ def train_soft_prompt(
         ConfigurationError: The memory does not hold a step.
     """
     spacers = prompts[0].inserted
-    vectors_ND = embed(model, [spacers[at % len(spacers)] for at in range(config.soft_tokens)])
-    scale = model.get_input_embeddings().weight.float().square().mean().sqrt().item()
+    start = [spacers[at % len(spacers)] for at in range(config.soft_tokens)]
+    vectors_ND = embed(model, start)
+    weight = model.get_input_embeddings().weight.detach()
+    gain = (vectors_ND.norm() / weight[start].float().norm()).item()
+    scale = gain * weight.float().square().mean().sqrt().item()
     vectors_ND.requires_grad_(True)
     optimizer = torch.optim.Adam([vectors_ND], lr=config.soft_rate * scale)
     batches = draw_batches(len(prompts), config.batch_size, random.Random(config.seed))

@@ -129,6 +129,34 @@ def test_a_soft_prompt_fits_its_queries_and_the_weights_stay(
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
+def test_a_soft_prompts_rate_is_that_of_the_vectors_a_model_reads(
+    base: Subject, queries: list[Query], one_thread: None
+) -> None:
+    """Gemma 3 multiplies the rows of its embedding by the root of their width."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    prompts = open_prompts(base, "base", queries[:2], suffix_tokens=4)
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=len(base.tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+        )
+    ).requires_grad_(False)
+    start, one = (
+        train_soft_prompt(config_of(soft_tokens=4, soft_steps=n, soft_rate=0.5), model, prompts)
+        for n in (0, 1)
+    )
+    size = embed(model, range(len(base.tokenizer))).square().mean().sqrt()
+    # The first step of Adam moves every entry by its rate.
+    assert float((one - start).abs().median() / size) == pytest.approx(0.5, rel=0.3)
+
+
 def invoke(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
