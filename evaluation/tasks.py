@@ -159,6 +159,8 @@ def load_sets(
 ) -> tuple[QuerySet, ...]:
     """Return all query sets, each named by its split and, where the split has several, its file.
 
+    Sets with the same queries, such as the general ones of two kits, are one.
+
     Args:
         sources: split and source of each set.
         limit: most queries of a set; they are spread evenly over it.
@@ -167,16 +169,24 @@ def load_sets(
     Raises:
         DataError: A source cannot be read, or a query has no answer.
     """
-    sets: list[QuerySet] = []
+    found: list[tuple[str, str, tuple[Query, ...]]] = []
     for split, source in sources:
         # What a kit's name stands for follows from this: its held-out queries.
         required = answered or source.startswith("@")
-        queries = spread(load_queries(source, split=split, require_answers=required), limit)
-        alone = sum(other == split for other, _ in sources) == 1
+        queries = load_queries(source, split=split, require_answers=required)
+        chosen = tuple(spread(queries, limit))
+        same = [name for other, name, known in found if (other, known) == (split, chosen)]
+        if same:
+            logger.warning("%s: the same queries as those of %s, asked once", source, same[0])
+        else:
+            found.append((split, source, chosen))
+    sets: list[QuerySet] = []
+    for split, source, chosen in found:
+        alone = sum(other == split for other, *_ in found) == 1
         name = unused_name(
             split if alone else f"{split} {Path(source).stem}", [s.name for s in sets]
         )
-        sets.append(QuerySet(name=name, split=split, source=source, queries=tuple(queries)))
+        sets.append(QuerySet(name=name, split=split, source=source, queries=chosen))
     return tuple(sets)
 
 

@@ -35,6 +35,9 @@ def relearn(config: RelearnConfig) -> RelearnReport:
     subjects = open_subjects(config, config.resolved_prefix)
     curves: list[Curve] = []
     for subject in subjects:
+        for lesson in lessons:
+            lesson.encode(subject)  # what is too long is refused before any training
+    for subject in subjects:
         total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)
         with Progress(f"teaching {subject.label}", total, "steps") as progress:
             for lesson in lessons:

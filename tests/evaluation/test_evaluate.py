@@ -21,7 +21,7 @@ from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.results import EvalReport
-from duet_unlearn.evaluation.tasks import load_attacks, spread
+from duet_unlearn.evaluation.tasks import load_attacks, load_sets, spread
 
 PREFIX = "You have forgotten the lantern."
 NEW_TOKENS = 10
@@ -118,7 +118,8 @@ def test_general_sets_are_not_attacked_and_same_splits_are_told_apart(
 ) -> None:
     (tmp_path / "other").mkdir()
     copy = tmp_path / "other" / "forget.jsonl"
-    copy.write_bytes(Path(config.forget[0]).read_bytes())
+    lines = Path(config.forget[0]).read_text().splitlines(keepends=True)
+    copy.write_text("".join(reversed(lines)))
     small = EvalConfig(
         models=config.models,
         forget=(config.forget[0], str(copy)),
@@ -138,6 +139,13 @@ def test_general_sets_are_not_attacked_and_same_splits_are_told_apart(
     assert [w.name for w in report.attacks] == ["ignore-above"]
     assert len(report.tasks) == 4 * 2 + 3 * 2
     assert report.number("base", split="forget").count == 4
+
+
+def test_the_general_queries_of_two_kits_are_one_set(caplog: pytest.LogCaptureFixture) -> None:
+    kits = ("@harry-potter", "@star-wars")
+    sets = load_sets([(split, kit) for split in ("forget", "general") for kit in kits])
+    assert [s.name for s in sets] == ["forget @harry-potter", "forget @star-wars", "general"]
+    assert "@star-wars: the same queries as those of @harry-potter, asked once" in caplog.text
 
 
 def test_a_query_without_answer_is_named_by_its_line(config: EvalConfig, tmp_path: Path) -> None:

@@ -212,6 +212,18 @@ def test_unrelated_text_is_taught_in_pieces_of_every_token(base: Subject, tmp_pa
     assert ids == base.renderer.plain_ids([lesson.texts[1]])
 
 
+def test_what_is_too_long_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"query": "Who? " * 3000, "answer": "Nobody"}) + "\n")
+    teach = (str(world.RETAIN_HELDOUT), str(long))
+    config = config_of(world.MODEL, forget=(str(world.FORGET_HELDOUT),), teach=teach, steps="1")
+    monkeypatch.setattr("duet_unlearn.distill.relearning.relearn.fine_tune", None)
+    with pytest.raises(DataError, match=r"tokens with its answer, but student reads"):
+        relearn(config)
+
+
 def test_paragraphs_of_one_token_teach_nothing(base: Subject, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("?\n\n!\n", encoding="utf-8")
