@@ -187,6 +187,7 @@ class RunConfig(Settings):
     epochs: Count | Auto = setting(
         default=AUTO,
         aliases=("num-train-epochs", "num-epochs"),
+        overrules=("max_steps",),
         help=f"Passes over the queries; auto: {STEPS} steps, with LoRA {LORA_STEPS}, "
         f"{LORA_STEPS_IN_VIEWS} with views, but 1 to {MOST_PASSES} passes, "
         f"{LORA_PASSES_IN_VIEWS} or more for LoRA with views.",

@@ -68,13 +68,14 @@ def setting(
     metavar: str | None = None,
     aliases: tuple[str, ...] = (),
     decides: bool = True,
+    overrules: tuple[str, ...] = (),
 ) -> Any:
     """Declare a field; `Field` explains the arguments.
 
     A flag left out is the field's name, a group left out that of the field before.
     """
     shown: dict[str, Any] = {"help": help, "group": group, "flag": flag, "metavar": metavar}
-    shown |= {"aliases": aliases, "decides": decides}
+    shown |= {"aliases": aliases, "decides": decides, "overrules": overrules}
     metadata = {"json_schema_extra": shown}  # pydantic.Field takes metadata as its arguments
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
@@ -144,6 +145,8 @@ class Field:
     """Names of other tools for it: nothing takes them, but whoever tries is told the right one."""
     decides: bool
     """Whether the result depends on it; the rest may change while unfinished work resumes."""
+    overrules: tuple[str, ...]
+    """Further settings that do not count in a file where this one is given beside it."""
 
     @property
     def alternatives(self) -> tuple[Any, ...]:

@@ -30,7 +30,8 @@ def load(of: type[T], path: str | None, given: Mapping[str, Any]) -> T:
             contradict each other.
         MissingSettingError: A setting without default is in neither.
     """
-    entries = {} if path is None else _read(of, path, passed_over=given)
+    overruled = {name for key in given if key in fields(of) for name in fields(of)[key].overrules}
+    entries = {} if path is None else _read(of, path, passed_over={*given, *overruled})
     try:
         return of(**{name: value for name, (value, _) in entries.items()}, **given)
     except MissingSettingError as error:

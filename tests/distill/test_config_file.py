@@ -52,6 +52,10 @@ def test_values_are_read_by_the_type_of_their_field(tmp_path):
 def test_what_is_given_beside_the_file_wins(tmp_path):
     config = load(tmp_path, NEEDED + "epochs: 3\nseed: 4\n", epochs=5, out="elsewhere")
     assert (config.epochs, config.seed, config.out) == (5, 4, "elsewhere")
+    # A student's own file says how far `auto` went: another number of epochs is not cut off there.
+    assert load(tmp_path, NEEDED + "epochs: 2\nmax_steps: 120\n", epochs=5).max_steps is None
+    assert load(tmp_path, NEEDED + "max_steps: 120\n", epochs=5, max_steps=9).max_steps == 9
+    assert load(tmp_path, NEEDED + "epochs: 5\nmax_steps: 120\n", seed=1).max_steps == 120
     # A value of the file that is overruled is not held against it.
     assert load(tmp_path, NEEDED + "epochs: 0\n", epochs=2).epochs == 2
 
