@@ -96,7 +96,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return tuple(
             sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         )
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    listed = read_json(index).get("weight_map")
+    names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
     whole = folder / "model.safetensors"
     if whole.is_file() and whole.name not in names:
         raise DataError(
