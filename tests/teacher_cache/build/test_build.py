@@ -322,6 +322,18 @@ def test_what_cannot_work_gets_one_line_before_anything_is_written(
         run(config, prefix="  ")
     with pytest.raises(ConfigurationError, match="no queries"):
         run(config, forget=(), retain=())
+    with pytest.raises(ConfigurationError, match="shard_rows is 1000000000, expected 1 to "):
+        run(config, shard_rows=10**9)
+    for sampled, message in (
+        ({}, "--keep sampled goes with --no-prefix, "),
+        (
+            {"prefix": None, "forget": (), "top_p": 0.9},
+            "and without --top-p; leave one of them out",
+        ),
+        ({"prefix": None, "forget": (), "logit_dtype": "float16"}, "which float16 would round"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            run(config, keep="sampled", **sampled)
     assert not config.out.exists()
 
 
@@ -616,6 +628,15 @@ def test_a_view_of_two_names_is_cached_once(config: BuildConfig, tmp_path: Path)
     assert {row.query_id for row in reader if "@" in row.query_id} == {
         f"retain-{n}@views:1" for n in range(20)
     }
+
+
+def test_two_views_of_one_name_are_refused(config: BuildConfig, tmp_path: Path) -> None:
+    views = [tmp_path / "one" / "views.txt", tmp_path / "two" / "views.txt"]
+    for path in views:
+        path.parent.mkdir()
+        path.write_text(f"[begun] {path.parent.name}:\n")
+    with pytest.raises(ConfigurationError, match="two views are named views:1; rename one"):
+        run(config, views=tuple(map(str, views)))
 
 
 def test_a_view_that_shows_answers_is_refused(config: BuildConfig, tmp_path: Path) -> None:

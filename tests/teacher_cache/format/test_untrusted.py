@@ -271,6 +271,9 @@ def test_rows_beyond_what_a_reader_holds_are_refused_before_they_are_counted(cac
         ("shards", [], "a list of at least one"),
         ("format_version", 1.5, "format version 1.5"),
         ("format_version", [], "format version"),
+        ("format_version", 2, "format version 2, but its recipe is one of version 1"),
+        ("recipe_id", f"sha256:{'0' * 64}", "recipe_id is not that of its recipe"),
+        ("part", {"number": 2, "count": 1, "queries": f"sha256:{'0' * 64}"}, "2 of 1 is no part"),
     ],
 )
 def test_manifest_entries_of_the_wrong_kind_are_refused(
@@ -301,6 +304,18 @@ def test_json_with_more_than_one_reading_is_refused(text: str | bytes, message: 
 
 def test_a_surrogate_pair_in_escapes_is_text() -> None:
     assert parse_json('["\\ud83d\\ude00"]') == ["\U0001f600"]
+
+
+def test_splits_that_a_recipe_has_not_are_refused(cache: Path) -> None:
+    sign(cache, lambda manifest: manifest["splits"].update(train=manifest["splits"]["retain"]))
+    with pytest.raises(CorruptCacheError, match="other splits than forget, retain; get the cache"):
+        read_manifest(cache)
+
+
+def test_totals_that_are_not_those_of_the_shards_are_refused(cache: Path) -> None:
+    sign(cache, lambda manifest: manifest["splits"]["retain"].update(rows=40))
+    with pytest.raises(CorruptCacheError, match=r"\d retain rows in the shards, 40 in the totals"):
+        read_manifest(cache)
 
 
 def test_a_huge_manifest_is_refused_unread(cache: Path) -> None:
