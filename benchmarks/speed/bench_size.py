@@ -16,12 +16,9 @@ Each prints a table of whole files, divided by their entries:
   bfloat16, six float32 coefficients for all others. It is lossy: `error` is the mean distance of
   the log-probabilities beyond the first 16 from the fitted curve, in nats, where the fit is made in
   float64; one in float32 can only be worse.
-
-A second table writes the signal columns with other encodings and compression of Parquet's.
 """
 
 import argparse
-import io
 import itertools
 import math
 import random
@@ -185,7 +182,7 @@ def signal_bytes(shard: Path) -> int:
 
 
 def zstd(data: bytes) -> int:
-    """Return the length of some bytes under zstd at our level."""
+    """Return the length of some bytes under zstd at level 3, as other tools write them."""
     return len(pa.Codec("zstd", compression_level=3).compress(data, asbytes=True))
 
 
@@ -219,31 +216,6 @@ def other_layouts(rows: Sequence[CacheRow], vocabulary: int) -> dict[str, float]
     }
 
 
-def encodings(shard: Path) -> dict[str, float]:
-    """Return the bytes of the signal columns of a shard under other settings of Parquet."""
-    table = pq.read_table(shard, columns=list(SIGNALS)).replace_schema_metadata(None)
-    split = [f"{name}.list.element" for name in SIGNALS]
-    delta = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in SIGNALS[1:]}
-    delta[split[0]] = "DELTA_BINARY_PACKED"
-    ours: dict[str, Any] = {"use_byte_stream_split": split, "compression_level": 3}
-    ids_by_dictionary = {**ours, "use_byte_stream_split": split[1:]}
-    settings: dict[str, dict[str, Any]] = {
-        "split, zstd 3 (ours)": {"use_dictionary": False, **ours},
-        "split, zstd 1": {"use_dictionary": False, **ours, "compression_level": 1},
-        "split, zstd 9": {"use_dictionary": False, **ours, "compression_level": 9},
-        "split, zstd 19": {"use_dictionary": False, **ours, "compression_level": 19},
-        "plain, zstd 3": {"use_dictionary": False, "compression_level": 3},
-        "ids by dictionary": {"use_dictionary": split[:1], **ids_by_dictionary},
-        "ids by delta": {"use_dictionary": False, "column_encoding": delta, "compression_level": 3},
-    }
-    sizes = {}
-    for name, values in settings.items():
-        file = io.BytesIO()
-        pq.write_table(table, file, compression="zstd", data_page_size=1 << 24, **values)
-        sizes[name] = file.tell()
-    return sizes
-
-
 def main() -> None:
     """Make the signals, write them in every layout, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -260,7 +232,6 @@ def main() -> None:
         (library, source, 100),
         (library, source, 1000),
     ]
-    others: list[tuple[str, dict[str, float]]] = []
     print("| V | T | K | shard | signals | fp16 + 3-byte ids | packed ids | polynomial | error |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for model, prompts, top_k in cases:
@@ -272,16 +243,10 @@ def main() -> None:
             sizes = {"shard": shard.stat().st_size, "signals": signal_bytes(shard)}
             sizes.update(other_layouts(rows, vocabulary))
             error = sizes.pop("error")
-            name = f"V {vocabulary}, T {prompts[0][2]}, K {top_k}"
             entries = positions * top_k
-            others.append((name, {n: s / entries for n, s in encodings(shard).items()}))
         cells = [f"{size / entries:.2f}" for size in sizes.values()]
         row = f"| {vocabulary:,} | {prompts[0][2]} | {top_k} | {' | '.join(cells)} |"
         print(f"{row} {error:.2f} |", flush=True)
-    print(f"\n| signal columns | {' | '.join(others[0][1])} |")
-    print("| --- |" + " --- |" * len(others[0][1]))
-    for name, found in others:
-        print(f"| {name} | {' | '.join(f'{size:.2f}' for size in found.values())} |")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -260,17 +259,14 @@ def gkd_loss(model: Any, teacher: Any, batch: dict[str, Any]) -> Any:
 
 def run_side(arguments: argparse.Namespace) -> None:
     """Be one side, and tell the peak of memory at the end."""
-    import torch
+    from duet_unlearn.distill.job import peak_memory
 
     share = None
     if arguments.side in (OURS, TAIL):
         share = run_ours(arguments, "huber" if arguments.side == OURS else "kl-tail")
     else:
         run_baseline(arguments, arguments.side)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    answer({"peak": peak, "data": share})
+    answer({"peak": peak_memory(), "data": share})
 
 
 class Side:

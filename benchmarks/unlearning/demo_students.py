@@ -70,7 +70,7 @@ def train_student(cache: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def measure(student: Path, *, attacks: tuple[str, ...] = ("@attacks",)) -> Outcome:
+def measure(student: Path) -> Outcome:
     """Evaluate a student on the held-out queries, plainly and under attack."""
     report = evaluate(
         EvalConfig(
@@ -78,7 +78,7 @@ def measure(student: Path, *, attacks: tuple[str, ...] = ("@attacks",)) -> Outco
             forget=(str(world.FORGET_HELDOUT),),
             retain=(str(world.RETAIN_HELDOUT),),
             general=(str(world.GENERAL),),
-            attacks=attacks,
+            attacks=("@attacks",),
         )
     )
     forget, retain, general = (
@@ -88,6 +88,6 @@ def measure(student: Path, *, attacks: tuple[str, ...] = ("@attacks",)) -> Outco
         forget=forget,
         retain=retain,
         general=general,
-        worst_attack=report.worst("student", "forget") if attacks else forget,
-        retain_attacked=report.worst("student", "retain") if attacks else retain,
+        worst_attack=report.worst("student", "forget"),
+        retain_attacked=report.worst("student", "retain"),
     )

@@ -132,13 +132,13 @@ def _as(gradient: Tensor | None, like: Tensor) -> Tensor | None:
     return None if gradient is None else gradient.to(like.dtype)
 
 
-def scored_logits(
+def _forward(
     model: nn.Module,
     inputs: Mapping[str, Any],
     forward_names: AbstractSet[str],
-    tree: TokenTree | None = None,
+    tree: TokenTree | None,
 ) -> Tensor:
-    """Run a batch and return the raw logits of its N scored positions, row by row.
+    """Run a batch, or the same batch as a tree; return what the model calls logits.
 
     Args:
         model: The student, wrapped for several processes or not.
@@ -148,18 +148,9 @@ def scored_logits(
         tree: The same batch as a tree, to be run instead.
 
     Returns:
-        `[N, V]`; where the model knows logits_to_keep, few other logits were ever computed.
+        `[B, ..., X]` or of a tree `[1, ..., X]`; where the model knows logits_to_keep, few other
+        logits than those of scored positions were ever computed.
     """
-    return _scored(_forward(model, inputs, forward_names, tree), inputs, tree)
-
-
-def _forward(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    forward_names: AbstractSet[str],
-    tree: TokenTree | None,
-) -> Tensor:
-    """Return what the model calls logits, `[B, ..., X]` or of a tree `[1, ..., X]`."""
     if tree is not None:
         arguments = tree.arguments(model)
     else:
@@ -228,7 +219,7 @@ class StudentScores:
         """Return `[N, S]` for the scored positions."""
         if self._head is not None:
             return self._lean(self._head, model, inputs, tree)[0]
-        logits_NV = scored_logits(model, inputs, self._forward_names, tree)
+        logits_NV = _scored(_forward(model, inputs, self._forward_names, tree), inputs, tree)
         return scores_of(logits_NV, _scored_ids(inputs), tail=self._tail)
 
     def _lean(

@@ -31,9 +31,6 @@ class Fact:
     fact_id: str
     """Stable id: saga, subject and attribute as a path, or `general` and a slug."""
 
-    saga: str | None
-    """Title of the saga, or None for a general fact."""
-
     subject: str
     """The character's full name, or the thing a general fact is about."""
 
@@ -145,7 +142,6 @@ def _every_answer(attribute: Attribute) -> list[str]:
 def _saga_fact(saga: str, name: str, attribute: Attribute, answer: str) -> Fact:
     return Fact(
         fact_id=f"{slug(saga)}/{slug(name)}/{slug(attribute.name)}",
-        saga=saga,
         subject=name,
         attribute=attribute.name,
         answer=answer,
@@ -159,7 +155,6 @@ def _general_facts() -> list[Fact]:
     return [
         Fact(
             fact_id=f"general/{slug(kind)}/{slug(subject)}",
-            saga=None,
             subject=subject,
             attribute=kind,
             answer=answer,

@@ -10,7 +10,8 @@ from duet_unlearn.distill.batches.dataset import CacheDataset, Example, collate
 from duet_unlearn.distill.batches.sampler import PLAIN, Draw
 from duet_unlearn.distill.config import LOSS_OPTIONS
 from duet_unlearn.distill.losses import Loss, row_means
-from duet_unlearn.distill.model.sparse_head import StudentScores, scored_logits
+from duet_unlearn.distill.model import sparse_head
+from duet_unlearn.distill.model.sparse_head import StudentScores
 from duet_unlearn.errors import DataError
 from duet_unlearn.teacher_cache.reader import CacheReader
 
@@ -48,8 +49,9 @@ def model(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
-def forward_names(model) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+def scored_logits(model, batch) -> torch.Tensor:
+    names = set(inspect.signature(model.forward).parameters)
+    return sparse_head._scored(sparse_head._forward(model, batch, names, None), batch, None)
 
 
 def test_layout_by_hand(ragged):
@@ -77,7 +79,7 @@ def test_layout_by_hand(ragged):
 def test_padded_batch_gives_every_position_what_its_row_alone_gives(ragged, model):
     batch = collate(ragged)
     with torch.no_grad():
-        logits = scored_logits(model, batch, forward_names(model))
+        logits = scored_logits(model, batch)
         counts = batch["position_mask"].sum(dim=1).tolist()
         for example, together in zip(ragged, logits.split(counts), strict=True):
             sequence = [*example.prompt_ids.tolist(), *example.response_ids.tolist()]
@@ -151,7 +153,7 @@ def test_only_scored_positions_pass_the_head(ragged, model):
         lambda _module, _inputs, output: widths.append(output.shape[1])
     )
     with torch.no_grad():
-        scored_logits(model, collate(ragged), forward_names(model))
+        scored_logits(model, collate(ragged))
     handle.remove()
     assert widths == [4]
 
