@@ -1,6 +1,8 @@
 """Imports point one way: cli -> distill -> teacher_cache -> evaluation -> data."""
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     return names
 
 
+SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 MODULES = [
     pytest.param(package, path, id=str(path.relative_to(ROOT)))
     for package in ORDER
@@ -57,6 +60,27 @@ def test_no_folder_has_more_than_a_dozen_modules() -> None:
         for folder in folders
     }
     assert not [folder for folder, found in modules.items() if len(found) > 12]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_what_a_benchmark_imports_is_there(path: Path) -> None:
+    beside = {script.stem for script in path.parent.glob("*.py")}
+    sources = [path, *(path.with_name(f"{name}.py") for name in _imports(path) & beside)]
+    finds_tools = any('/ "tools"' in source.read_text(encoding="utf-8") for source in sources)
+    for name in _imports(path):
+        root = name.split(".")[0]
+        if name.startswith("duet_unlearn."):
+            assert _exists(name), name
+        elif root in {script.stem for script in SCRIPTS}:
+            assert root in beside, name
+        elif root == "demo_world":
+            assert finds_tools, f"{name}: tools/ is not on the path"
+
+
+def _exists(name: str) -> bool:
+    """Say whether there is such a module or such a name in one."""
+    parent, _, last = name.rpartition(".")
+    return hasattr(importlib.import_module(parent), last) or bool(importlib.util.find_spec(name))
 
 
 def test_the_trainers_side_never_imports_an_engine() -> None:

@@ -22,6 +22,7 @@ import argparse
 import itertools
 import math
 import random
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ ROWS = 1024
 """A default shard."""
 EXACT, COEFFICIENTS = 16, 6
 SIGNALS = ("token_ids", "logits", "logsumexp")
+# The demo world's maker is a tool of the repository, not in the package.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+
 SHA = "sha256:" + "0" * 64
 
 Prompt = tuple[str, list[int], int]
