@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from duet_unlearn.evaluation.statistics import compare, summarize
+from duet_unlearn.evaluation.statistics import compare, summarize, summarize_all
 
 
 def test_a_mean_has_its_count_and_an_interval_around_it() -> None:
@@ -44,6 +44,15 @@ def test_equal_scores_promise_no_certainty_and_none_no_number() -> None:
     assert all_of_two is not None
     assert (all_of_two.low, all_of_two.high) == pytest.approx((100 * 0.025**0.5, 100))
     assert compare(np.array([math.nan]), np.array([1.0])) is None
+
+
+def test_one_answer_of_many_is_no_surer_than_none() -> None:
+    scores = [np.zeros(64), np.eye(64)[0]]
+    zero, few = (summarize_all(found) for found in scores)
+    all_of, most = (summarize_all(1 - found) for found in scores)
+    assert (zero.low, few.low) == (0.0, 0.0)
+    assert few.high >= zero.high > 5.5
+    assert most.low <= all_of.low < 94.5
 
 
 def test_mcnemar_by_hand() -> None:
