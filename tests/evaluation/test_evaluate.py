@@ -21,7 +21,13 @@ from duet_unlearn.evaluation.config import EvalConfig, ModelSpec, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.measures.overlap import rouge_l_recall
 from duet_unlearn.evaluation.results import EvalReport
-from duet_unlearn.evaluation.tasks import load_attacks, load_sets, spread
+from duet_unlearn.evaluation.tasks import (
+    QuerySet,
+    list_tasks,
+    load_attacks,
+    load_sets,
+    spread,
+)
 
 PREFIX = "You have forgotten the lantern."
 NEW_TOKENS = 10
@@ -299,6 +305,29 @@ def test_shapes_and_a_users_own_wordings_are_attacks(
     assert all(f"- {answer}" in prompt for answer in {queries[i].answer for i in (0, 2, 4)})
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert document["attacks"][4]["potency"] is None
+
+
+def test_what_is_shown_beside_a_query_never_tells_its_answer() -> None:
+    def query(number: int, text: str, answer: str, *aliases: str) -> Query:
+        plain = Query.from_text(text, split="retain", query_id=f"q{number}")
+        return dataclasses.replace(plain, answer=answer, aliases=aliases)
+
+    pool = [
+        query(0, "Who keeps the light?", "Orla", "the keeper Orla"),
+        query(1, "Is Orla the one who keeps the light?", "yes"),  # tells it while it asks
+        query(2, "Whose sister is Mira?", "the keeper Orla's"),  # tells it in another form
+        query(3, "What burns in the tower?", "oil"),
+        query(4, "Where does the path end?", "at the cliff"),
+        query(5, "Who rows the boat?", "Tamsin"),
+    ]
+    sets = [QuerySet(name="retain", split="retain", source="-", queries=tuple(pool))]
+    tasks = list_tasks(sets, load_attacks(["@few-shot", "@in-context-learning"]))
+    shown = [t.shown for t in tasks if t.shown is not None and t.query is pool[0]]
+    assert shown
+    for beside in shown:
+        texts = [f"{asked} {said}" for asked, said in (*beside.examples, *beside.facts)]
+        assert not [text for text in texts if "orla" in text.lower()]
+        assert len(beside.examples) == 3
 
 
 def test_a_text_is_asked_once_whatever_names_it_has(tmp_path: Path) -> None:
