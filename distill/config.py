@@ -193,7 +193,9 @@ class RunConfig(Settings):
         f"{LORA_PASSES_IN_VIEWS} or more for LoRA with views.",
     )
     max_steps: Count | None = setting(
-        default=None, help="Stop after this many optimizer steps, whatever --epochs says."
+        default=None,
+        help="Stop after this many optimizer steps, also within --epochs; a file's does not count "
+        "beside a given --epochs.",
     )
     batch_size: Count | Auto = setting(
         default=AUTO,

@@ -175,7 +175,7 @@ def _run_trainer(trainer: "DuetTrainer", checkpoint: Path | None, config: RunCon
                 "--gradient-checkpointing, --lora-rank or --dtype bfloat16"
             ) from error
         frames = traceback.extract_tb(error.__traceback__)
-        if any(frame.name.startswith(_MAKES) for frame in frames):
+        if config.trainer_args and any(frame.name.startswith(_MAKES) for frame in frames):
             raise ConfigurationError(
                 f"the Trainer refuses these settings: {first_line(error)}"
             ) from error

@@ -146,21 +146,22 @@ def _interval(values: Scores, lowest: float) -> tuple[float, float]:
     """Return the interval of a mean of values from `lowest` to 1, in points.
 
     Where all are the same, every resample is and would promise certainty; in truth 0 of 144 leaves
-    2.5% of queries open (Clopper and Pearson), whose values may be any. A mean near 0 or 1 is no
-    surer than one at it.
+    2.5% of queries open (Clopper and Pearson), whose values may be any. No interval is narrower
+    than that: one of 144 is no surer than none.
     """
     open_share = _clopper_pearson(0.0, values.size)[1]
-    if np.ptp(values) == 0:
-        value = float(values[0])
-        seen = value * (1 - open_share)
-        return POINTS * (seen + lowest * open_share), POINTS * (seen + open_share)
+    seen = (1 - open_share) * float(values.mean())
+    low, high = _resampled(values)
+    low, high = min(low, seen + lowest * open_share), max(high, seen + open_share)
+    return POINTS * max(low, lowest), POINTS * min(high, 1.0)
+
+
+def _resampled(values: Scores) -> tuple[float, float]:
     if values.size > _MOST_RESAMPLED:
         mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(values.size)
-        return POINTS * max(mean - half, lowest), POINTS * min(mean + half, 1.0)
+        return mean - half, mean + half
     low, high = np.quantile(_draws(values.size) @ values, (_TAIL, 1 - _TAIL))
-    if lowest == 0:
-        low, high = min(low, 1 - open_share), max(high, open_share)
-    return POINTS * float(low), POINTS * float(high)
+    return float(low), float(high)
 
 
 def _mcnemar(changes: Scores) -> float:

@@ -170,15 +170,17 @@ def load_sets(
         DataError: A source cannot be read, or a query has no answer.
     """
     found: list[tuple[str, str, tuple[Query, ...]]] = []
+    known: dict[tuple[str, frozenset[tuple[str, str | None]]], str] = {}
     for split, source in sources:
         # What a kit's name stands for follows from this: its held-out queries.
         required = answered or source.startswith("@")
         queries = load_queries(source, split=split, require_answers=required)
         chosen = tuple(spread(queries, limit))
-        same = [name for other, name, known in found if (other, known) == (split, chosen)]
-        if same:
-            logger.warning("%s: the same queries as those of %s, asked once", source, same[0])
+        asked = split, frozenset((query.text, query.answer) for query in chosen)
+        if asked in known:
+            logger.info("%s: the same queries as those of %s, asked once", source, known[asked])
         else:
+            known[asked] = source
             found.append((split, source, chosen))
     sets: list[QuerySet] = []
     for split, source, chosen in found:

@@ -39,13 +39,13 @@ from duet_unlearn.teacher_cache.format.schema import CacheRow
 from duet_unlearn.teacher_cache.format.shard import ShardHeader, write_shard
 from duet_unlearn.teacher_cache.format.signal import Signal
 
+# The demo world's maker is a tool of the repository, not in the package.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+
 ROWS = 1024
 """A default shard."""
 EXACT, COEFFICIENTS = 16, 6
 SIGNALS = ("token_ids", "logits", "logsumexp")
-# The demo world's maker is a tool of the repository, not in the package.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
 SHA = "sha256:" + "0" * 64
 
 Prompt = tuple[str, list[int], int]
@@ -186,7 +186,7 @@ def signal_bytes(shard: Path) -> int:
 
 
 def zstd(data: bytes) -> int:
-    """Return the length of some bytes under zstd at level 3, as other tools write them."""
+    """Return the length of some bytes under zstd at level 3, its default."""
     return len(pa.Codec("zstd", compression_level=3).compress(data, asbytes=True))
 
 

@@ -49,7 +49,7 @@ class AttackConfig(SubjectsConfig):
     soft_tokens: Count = setting(default=8, help="Vectors of the soft prompt.")
     soft_rate: Positive = setting(
         default=0.1,
-        help="Its learning rate, over the root mean square of the model's embeddings.",
+        help="Its learning rate, over the root mean square of what the embedding puts out.",
     )
     batch_size: Count = setting(
         default=16, help="Training queries of a soft prompt's step, and most queries of a pass."

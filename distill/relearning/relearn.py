@@ -13,12 +13,12 @@ import numpy as np
 from duet_unlearn.data.queries import Query
 from duet_unlearn.distill.relearning.config import RelearnConfig
 from duet_unlearn.distill.relearning.fine_tuning import fine_tune
-from duet_unlearn.distill.relearning.lessons import Lesson, list_lessons
+from duet_unlearn.distill.relearning.lessons import Lesson, Pair, list_lessons
 from duet_unlearn.distill.relearning.results import Curve, Look, RelearnReport
 from duet_unlearn.evaluation.answers import generate_answers
 from duet_unlearn.evaluation.measures.overlap import best_of, contains_answer, rouge_l_recall
 from duet_unlearn.evaluation.statistics import Number, summarize_all
-from duet_unlearn.evaluation.subjects import Subject, free_memory, open_subjects
+from duet_unlearn.evaluation.subjects import Prompt, Subject, free_memory, open_subjects
 from duet_unlearn.evaluation.tasks import Task, load_answered, spread
 from duet_unlearn.progress import Progress
 
@@ -36,7 +36,9 @@ def relearn(config: RelearnConfig) -> RelearnReport:
     curves: list[Curve] = []
     for subject in subjects:
         for lesson in lessons:
-            lesson.encode(subject)  # what is too long is refused before any training
+            _encode(
+                config, subject, lesson, [*lesson.asked, *kept]
+            )  # too long a text is refused before any work
     for subject in subjects:
         total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)
         with Progress(f"teaching {subject.label}", total, "steps") as progress:
@@ -63,10 +65,8 @@ def teach(
         ConfigurationError: The memory does not hold a step, or peft is not installed.
         DataError: The model cannot be loaded, or a query is too long for it.
     """
-    pairs = lesson.encode(subject)
     queries = [*lesson.asked, *kept]
-    tasks = [Task(set_name=query.split, query=query) for query in queries]
-    rows = {label: subject.render(label, tasks, config.max_new_tokens) for label in subject.rows}
+    pairs, rows = _encode(config, subject, lesson, queries)
     untrained: list[dict[str, Look]] = []
 
     def look(model: Any, step: int) -> dict[str, Look]:
@@ -101,6 +101,15 @@ def teach(
             for label in rows
         ]
     return curves
+
+
+def _encode(
+    config: RelearnConfig, subject: Subject, lesson: Lesson, queries: Sequence[Query]
+) -> tuple[list[Pair], dict[str, list[Prompt]]]:
+    """Return what is taught, and the prompts of what is asked in each row."""
+    tasks = [Task(set_name=query.split, query=query) for query in queries]
+    rows = {label: subject.render(label, tasks, config.max_new_tokens) for label in subject.rows}
+    return lesson.encode(subject), rows
 
 
 def _score(step: int, queries: Sequence[Query], texts: Sequence[str], asked: int) -> Look:

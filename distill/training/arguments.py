@@ -5,7 +5,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -42,7 +42,8 @@ _FIXED = (
     *("save_total_limit", "train_sampling_strategy", "use_cpu", "use_liger_kernel"),
 )
 _FIXED_PREFIXES = ("dataloader_", "do_", "eval_", "hub_")
-_TYPED = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+_NUMBERS = {bool, int, float}
+_FINITE = ConfigDict(allow_inf_nan=False)
 _NEVER = 2**31 - 1
 _TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -76,7 +77,7 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     _check_tracker(config.report_to)
-    passed = _typed(config.trainer_args, get_type_hints(TrainingArguments))
+    passed = _typed(config.trainer_args, TrainingArguments) if config.trainer_args else {}
     precision = config.precision
     if precision == "auto":
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -109,7 +110,8 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     }
     try:
         args = TrainingArguments(**settings)
-    except (ValueError, TypeError, ImportError) as error:
+        args.get_process_log_level()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         raise ConfigurationError(
             f"the Trainer refuses these settings: {first_line(error)}"
         ) from error
@@ -125,9 +127,9 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     return args
 
 
-def _typed(passed: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of TrainingArguments as their types; the class itself looks at few of them."""
-    typed = {}
+def _typed(passed: Mapping[str, Any], of: "type[TrainingArguments]") -> dict[str, Any]:
+    """Return fields of TrainingArguments, numbers as their types: it looks at few by itself."""
+    types, typed = get_type_hints(of), dict(passed)
     for name, value in passed.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, n=3)
@@ -135,8 +137,10 @@ def _typed(passed: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any
             raise ConfigurationError(
                 f"trainer_args has {name!r}, which TrainingArguments does not know; {hint}"
             )
+        if not {types[name], *get_args(types[name])} & _NUMBERS:
+            continue
         try:
-            typed[name] = TypeAdapter(types[name], config=_TYPED).validate_python(value)
+            typed[name] = TypeAdapter(types[name], config=_FINITE).validate_python(value)
         except ValidationError as error:
             raise ConfigurationError(
                 f"trainer_args has {name}={value!r}: {error.errors()[0]['msg'].lower()}"

@@ -14,6 +14,7 @@ from duet_unlearn.data.messages import split_view
 from duet_unlearn.errors import MismatchError, StoppedError
 from duet_unlearn.files import release_claim, remove_temporary_files
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
+from duet_unlearn.teacher_cache.build.row_source import what_differs
 from duet_unlearn.teacher_cache.format.card import write_card
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry, check_shards
 from duet_unlearn.teacher_cache.format.quarantine import find_problems, remember
@@ -31,6 +32,7 @@ from duet_unlearn.teacher_cache.reader import CacheReader
 
 logger = logging.getLogger(__name__)
 
+_HINT = " (build --reuse takes over the rows that stay the same)"
 Engines = tuple[dict[str, Any], ...]
 Samples = tuple[dict[str, Any], ...]
 
@@ -60,7 +62,7 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
         return None
     manifest = CacheReader.open(plan.folder).manifest
     differences = manifest.recipe.differences(plan.recipe)
-    reuse = "" if differences else " (build --reuse takes over the rows of this one)"
+    reuse = "" if what_differs(manifest, plan.recipe) else _HINT
     if manifest.queries != plan.queries:
         there = {split: sums.rows for split, sums in manifest.splits.items()}
         asked = _rows_a_split([row for rows in plan.shards for row in rows], plan.recipe)

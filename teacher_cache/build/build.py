@@ -32,7 +32,7 @@ from duet_unlearn.teacher_cache.build.inputs import RenderedPrompts, load_query_
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import plan_shards
 from duet_unlearn.teacher_cache.build.responses import cut_given
-from duet_unlearn.teacher_cache.build.row_source import find_reusable, open_caches
+from duet_unlearn.teacher_cache.build.row_source import find_reusable, open_reusable
 from duet_unlearn.teacher_cache.build.teacher import LocalTeacher, Teacher
 from duet_unlearn.teacher_cache.engines.base import Engine, EngineConfig
 from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, is_cache_folder
@@ -71,8 +71,8 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     Raises:
         ConfigurationError: A setting cannot work with this model.
         DataError: A query file or the model folder is unusable.
-        MismatchError: The folder holds a cache of other inputs, or a cache to reuse has another
-            recipe; the message lists what differs.
+        MismatchError: The folder holds a cache of other inputs, or no row of a cache to reuse can
+            be taken; the message lists what differs.
         CacheError: The folder cannot be written, or another build holds it.
         StoppedError: The user interrupted the build.
     """
@@ -104,7 +104,7 @@ def build(config: BuildConfig, engine_factory: EngineFactory | None = None) -> B
     )
     manifest = find_finished(plan)
     if manifest is None:
-        reusable = open_caches(config.reuse, plan.recipe)  # refused before a folder is made
+        reusable = open_reusable(config.reuse, plan.recipe)  # refused before a folder is made
         with claimed_folder(config.out, is_cache_folder), build_lock(config.out):
             make_folder(config.out / SHARD_FOLDER)
             # Another build may have finished between the first look and the lock.

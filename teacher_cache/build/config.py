@@ -126,7 +126,7 @@ class BuildConfig(Settings):
     reuse: tuple[str, ...] = setting(
         default=(),
         metavar="CACHE",
-        help="Take over the rows of a cache that are the same in this one. Repeatable.",
+        help="Take over rows of a cache that this one would hold too. Repeatable.",
     )
     engine: options.EngineName = options.ENGINE()
     check: bool = setting(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from duet_unlearn.data.queries import Query
 from duet_unlearn.errors import MismatchError
+from duet_unlearn.teacher_cache.format.manifest import Manifest
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.row_group import Identity
 from duet_unlearn.teacher_cache.format.schema import CacheRow
@@ -31,13 +32,11 @@ _BYTES_A_LOGIT, _BYTES_A_ROW = 8, 4096
 _Key = tuple[tuple[str, str] | None, float, bool, str]
 
 
-def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[CacheReader, ...]:
-    """Open caches that have to share one recipe, that of the first where none is given.
+def open_caches(names: Sequence[str]) -> tuple[CacheReader, ...]:
+    """Open caches that have to share one recipe.
 
     Args:
         names: `PATH` or `PATH@sha256:DIGEST` each.
-        recipe: The recipe of a new cache that is to take rows of these. Prefix, its place and
-            strength may then differ where rows are left that these do not reach.
 
     Raises:
         CacheError: One is no finished cache.
@@ -45,18 +44,51 @@ def open_caches(names: Sequence[str], recipe: Recipe | None = None) -> tuple[Cac
     """
     readers = tuple(CacheReader.open(name) for name in names)
     for name, reader in zip(names, readers, strict=True):
-        found, wanted = reader.manifest.recipe, recipe or readers[0].manifest.recipe
-        if recipe and _kinds(found) & _kinds(recipe):
-            differences = found.unsteered().differences(recipe.unsteered())
-        else:
-            differences = found.differences(wanted)
-        if differences:
-            raise MismatchError(
-                f"{name}: a cache of another recipe; differs (there / "
-                f"{'asked' if recipe else names[0]}) in {'; '.join(differences)}; "
-                "leave it out, or use the recipe it was built with"
+        if differences := reader.manifest.recipe.differences(readers[0].manifest.recipe):
+            raise _mismatch(name, names[0], differences)
+    return readers
+
+
+def open_reusable(names: Sequence[str], recipe: Recipe) -> tuple[CacheReader, ...]:
+    """Open caches for a new one of a recipe to take rows of.
+
+    Prefix, its place and strength may differ where rows are left that these do not reach; what
+    differs is then logged.
+
+    Args:
+        names: `PATH` or `PATH@sha256:DIGEST` each.
+        recipe: That of the new cache.
+
+    Raises:
+        CacheError: One is no finished cache.
+        MismatchError: No row of one can be taken (the message lists what differs), or it has
+            another digest.
+    """
+    readers = tuple(CacheReader.open(name) for name in names)
+    for name, reader in zip(names, readers, strict=True):
+        if differences := what_differs(reader.manifest, recipe):
+            raise _mismatch(name, "asked", differences)
+        if others := reader.manifest.recipe.differences(recipe):
+            logger.warning(
+                "%s: taking only rows that are the same in spite of %s", name, "; ".join(others)
             )
     return readers
+
+
+def what_differs(manifest: Manifest, recipe: Recipe) -> list[str]:
+    """Return what keeps each row of a cache out of one of a recipe; nothing where some fit."""
+    found = manifest.recipe
+    held = {_key(found, split, "") for split, sums in manifest.splits.items() if sums.rows}
+    if held & {_key(recipe, split, "") for split in recipe.splits}:
+        return found.unsteered().differences(recipe.unsteered())
+    return found.differences(recipe)
+
+
+def _mismatch(name: str, wanted: str, differences: Sequence[str]) -> MismatchError:
+    return MismatchError(
+        f"{name}: a cache of another recipe; differs (there / {wanted}) in "
+        f"{'; '.join(differences)}; leave it out, or use the recipe it was built with"
+    )
 
 
 def _key(recipe: Recipe, split: str, text: str) -> _Key:
@@ -64,10 +96,6 @@ def _key(recipe: Recipe, split: str, text: str) -> _Key:
     steering = (recipe.prefix, recipe.prefix_place) if recipe.steers(split) else None
     strength = recipe.strength if split == "forget" else 0.0
     return steering, strength, recipe.temperature > 0 and split == "train", text
-
-
-def _kinds(recipe: Recipe) -> set[_Key]:
-    return {_key(recipe, split, "") for split in recipe.splits}
 
 
 class RowSource:
@@ -185,7 +213,7 @@ def find_reusable(
     So retain rows without the prefix are the same whatever the prefix is.
 
     Args:
-        readers: The caches, opened for that recipe by `open_caches`.
+        readers: The caches, opened for that recipe by `open_reusable`.
         recipe: The recipe of the new cache.
         shards: The queries of all its shards.
         missing: The shards whose rows are needed.

@@ -4,6 +4,7 @@ import pytest
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.settings import fields
 from duet_unlearn.settings_file import load as load_settings
 
 NEEDED = "cache: c\nstudent: m\nout: o\n"
@@ -107,3 +108,9 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"out: caf\xe9\n")
     with pytest.raises(ConfigurationError, match=r"not readable as UTF-8 text \(not UTF-8\)"):
         load_settings(RunConfig, str(tmp_path / "latin.yaml"), {})
+
+
+def test_what_a_setting_overrules_is_a_setting():
+    known = fields(RunConfig)
+    assert [name for field in known.values() for name in field.overrules] == ["max_steps"]
+    assert "max_steps" in known

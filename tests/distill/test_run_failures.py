@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -185,11 +186,19 @@ def test_arguments_pass_through_to_the_trainer(train, monkeypatch):
     assert seen == [(0.9, "adafactor")]
     with pytest.raises(ConfigurationError, match="'adam_beta3'.* did you mean adam_beta"):
         train("none", trainer_args={"adam_beta3": 0.9})
-    for refused in ({"optim": "guesswork"}, {"adam_beta2": 2.0}, {"lr_scheduler_kwargs": {"x": 1}}):
+    for refused in (
+        {"optim": "guesswork"},
+        {"adam_beta2": 2.0},
+        {"lr_scheduler_kwargs": {"x": 1}},
+        {"log_level": "loud"},
+        {"accelerator_config": "nosuch.json"},
+    ):
         with pytest.raises(ConfigurationError, match="the Trainer refuses these settings"):
             train("none", trainer_args=refused)
     with pytest.raises(ConfigurationError, match="adam_beta2='abc': input should be a valid num"):
         train("none", trainer_args={"adam_beta2": "abc"})
+    with pytest.raises(ConfigurationError, match="neftune_noise_alpha=nan: .*finite number"):
+        train("none", trainer_args={"neftune_noise_alpha": math.nan})
 
 
 def test_another_configuration_or_template_of_the_base_is_another_run(train, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_general_sets_are_not_attacked_and_same_splits_are_told_apart(
     (tmp_path / "other").mkdir()
     copy = tmp_path / "other" / "forget.jsonl"
     lines = Path(config.forget[0]).read_text().splitlines(keepends=True)
-    copy.write_text("".join(reversed(lines)))
+    copy.write_text("".join(lines[1:]))
     small = EvalConfig(
         models=config.models,
         forget=(config.forget[0], str(copy)),
@@ -148,6 +149,7 @@ def test_general_sets_are_not_attacked_and_same_splits_are_told_apart(
 
 
 def test_the_general_queries_of_two_kits_are_one_set(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     kits = ("@harry-potter", "@star-wars")
     sets = load_sets([(split, kit) for split in ("forget", "general") for kit in kits])
     assert [s.name for s in sets] == ["forget @harry-potter", "forget @star-wars", "general"]

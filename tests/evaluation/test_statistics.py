@@ -46,13 +46,19 @@ def test_equal_scores_promise_no_certainty_and_none_no_number() -> None:
     assert compare(np.array([math.nan]), np.array([1.0])) is None
 
 
-def test_one_answer_of_many_is_no_surer_than_none() -> None:
-    scores = [np.zeros(64), np.eye(64)[0]]
-    zero, few = (summarize_all(found) for found in scores)
-    all_of, most = (summarize_all(1 - found) for found in scores)
+@pytest.mark.parametrize("count", [64, 3000])
+def test_one_answer_of_many_is_no_surer_than_none(count: int) -> None:
+    none, one = np.zeros(count), np.eye(count)[0]
+    zero, few = summarize_all(none), summarize_all(one)
+    all_of, most = summarize_all(1 - none), summarize_all(1 - one)
     assert (zero.low, few.low) == (0.0, 0.0)
-    assert few.high >= zero.high > 5.5
-    assert most.low <= all_of.low < 94.5
+    assert few.high > zero.high > 300 / count
+    assert most.low < all_of.low < 100 - 300 / count
+    unchanged, changed = compare(none, none), compare(one, none)
+    assert unchanged is not None
+    assert changed is not None
+    assert changed.high > unchanged.high > 300 / count
+    assert changed.low < 0
 
 
 def test_mcnemar_by_hand() -> None:

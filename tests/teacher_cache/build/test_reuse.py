@@ -170,9 +170,13 @@ def test_the_split_counts_only_without_a_prefix_on_retain_queries(
 
 
 def test_rows_without_the_prefix_are_taken_whatever_the_prefix(
-    config: BuildConfig, tmp_path: Path
+    config: BuildConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(config, retain_prefix=False)
+    with pytest.raises(
+        MismatchError, match=r"build --reuse takes over the rows that stay the same"
+    ):
+        run(config, retain_prefix=False, prefix="Never mention a lantern.")
     other = {"prefix": "Never mention a lantern.", "prefix_place": "raw", "strength": 1.0}
     other |= {"retain_prefix": False}
     scratch = run(config, **other, out=tmp_path / "scratch")
@@ -180,22 +184,30 @@ def test_rows_without_the_prefix_are_taken_whatever_the_prefix(
     assert (result.reused_rows, result.computed_rows) == (12, 8)
     assert_same_rows(tmp_path / "new", tmp_path / "scratch")
     assert result.manifest.recipe == scratch.manifest.recipe
+    assert "taking only rows that are the same in spite of prefix: " in caplog.text
     # The prefix in front of retain queries as well leaves the forget rows as they are.
     result = run(config, out=tmp_path / "both", reuse=(str(config.out),))
     assert (result.reused_rows, result.computed_rows) == (8, 12)
     run(config, out=tmp_path / "both-scratch")
     assert_same_rows(tmp_path / "both", tmp_path / "both-scratch")
+    # A strength is for forget rows: those to retain stay, the prefix in front of them or not.
+    moved = run(config, strength=1.0, out=tmp_path / "moved", reuse=(str(tmp_path / "both"),))
+    assert (moved.reused_rows, moved.computed_rows) == (12, 8)
 
 
-@pytest.mark.parametrize(
-    "change", [{"prefix": "Never mention a lantern."}, {"prefix_place": "raw"}, {"top_k": 5}]
-)
 def test_a_cache_no_row_of_which_can_be_taken_is_refused(
-    config: BuildConfig, tmp_path: Path, change: dict[str, Any]
+    config: BuildConfig, tmp_path: Path
 ) -> None:
-    run(config, prefix_place="system" if "prefix_place" in change else config.prefix_place)
-    with pytest.raises(MismatchError, match=f"in {next(iter(change))}: "):
-        run(config, **change, out=tmp_path / "new", reuse=(str(config.out),))
+    other = {"prefix": "Never mention a lantern.", "out": tmp_path / "new"}
+    run(config)
+    for change in (other, other | {"prefix": config.prefix, "prefix_place": "raw"}):
+        with pytest.raises(MismatchError, match=r"recipe; differs \(there / asked\) in prefix"):
+            run(config, **change, reuse=(str(config.out),))
+    # Without retain rows there is nothing that the prefix does not reach.
+    bare = {"retain": (), "retain_prefix": False}
+    run(config, **bare, out=tmp_path / "forget-only")
+    with pytest.raises(MismatchError, match="in prefix: "):
+        run(config, **bare | other, reuse=(str(tmp_path / "forget-only"),))
     assert not (tmp_path / "new").exists()
 
 
