@@ -2,6 +2,7 @@
 
     python benchmarks/unlearning/real_model.py MODEL OUT [--kit NAME] [--topic TEXT]
         [--variant "one position=--positions 1"] [--attacks @families] [--leave-out]
+        [--build "--strength 2 --reuse CACHE"]
 
 Chooses a prefix, builds a cache, trains a LoRA student by default settings and evaluates it on the
 kit's held-out queries, plain and in every family of attacks. Each --variant trains one more student
@@ -66,6 +67,7 @@ def main() -> None:
         *queries,
         "--prefix-from",
         str(tuned),
+        *shlex.split(arguments.build),
         "--out",
         str(cache),
     )
@@ -110,6 +112,7 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME=FLAGS",
         help="train one more student with these flags alone",
     )
+    parser.add_argument("--build", default="", metavar="FLAGS", help="further flags of the build")
     parser.add_argument("--attacks", nargs="*", default=["@families"], help="what attacks them")
     parser.add_argument("--leave-out", action="store_true", help="also leave out each family")
     return parser.parse_args()
