@@ -34,11 +34,9 @@ def relearn(config: RelearnConfig) -> RelearnReport:
     kept = spread(load_answered(config.retain, split="retain"), config.limit)
     subjects = open_subjects(config, config.resolved_prefix)
     curves: list[Curve] = []
-    for subject in subjects:
+    for subject in subjects:  # what is too long is refused before any work
         for lesson in lessons:
-            _encode(
-                config, subject, lesson, [*lesson.asked, *kept]
-            )  # too long a text is refused before any work
+            _encode(config, subject, lesson, [*lesson.asked, *kept])
     for subject in subjects:
         total = len(lessons) * len(config.listed_rates) * max(config.listed_steps)
         with Progress(f"teaching {subject.label}", total, "steps") as progress:
