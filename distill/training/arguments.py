@@ -110,6 +110,7 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     }
     try:
         args = TrainingArguments(**settings)
+        # The Trainer looks `log_level` up later, where an unknown one is a KeyError.
         args.get_process_log_level()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         raise ConfigurationError(

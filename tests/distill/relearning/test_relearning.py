@@ -217,11 +217,14 @@ def test_what_is_too_long_is_refused_before_any_training(
 ) -> None:
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"query": "Who? " * 3000, "answer": "Nobody"}) + "\n")
-    teach = (str(world.RETAIN_HELDOUT), str(long))
-    config = config_of(world.MODEL, forget=(str(world.FORGET_HELDOUT),), teach=teach, steps="1")
-    monkeypatch.setattr("duet_unlearn.distill.relearning.relearn.fine_tune", None)
-    with pytest.raises(DataError, match=r"tokens with its answer, but student reads"):
-        relearn(config)
+    monkeypatch.setattr("duet_unlearn.distill.relearning.relearn.teach", None)
+    lessons, asked = str(world.RETAIN_HELDOUT), {"forget": (str(world.FORGET_HELDOUT),)}
+    for settings, message in (
+        ({"teach": (lessons, str(long))}, "tokens with its answer, but student reads"),
+        ({"teach": (lessons,), "retain": (str(long),)}, "do not fit into the 1024 that student"),
+    ):
+        with pytest.raises(DataError, match=message):
+            relearn(config_of(world.MODEL, **asked, **settings, steps="1"))
 
 
 def test_paragraphs_of_one_token_teach_nothing(base: Subject, tmp_path: Path) -> None:
