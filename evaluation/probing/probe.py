@@ -7,6 +7,7 @@ the model knows and does not say. The *linear probe* finds what the head does no
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     ]
     at = sum(query.split == "forget" for query in queries)
     subjects = open_subjects(config, config.resolved_prefix)
-    tokens = [_first_tokens(subject, queries) for subject in subjects]
+    begun = [_begin_answers(subject, queries) for subject in subjects]
     tasks = [Task(set_name=query.split, query=query) for query in queries]
     prompts = [
         {label: subject.render(label, tasks, 0) for label in subject.rows} for subject in subjects
@@ -61,14 +62,14 @@ def probe(config: ProbeConfig) -> ProbeReport:
     pairs: dict[str, Pairs] = {}
     looks: list[LayerLook] = []
     reads: dict[str, list[dict[str, Any]]] = {}
-    for subject, firsts, by_row in zip(subjects, tokens, prompts, strict=True):
+    for subject, (leads, firsts), by_row in zip(subjects, begun, prompts, strict=True):
         model = subject.load()
         vectors = output_vectors(model, firsts)
         for label, rendered in by_row.items():
             with Progress(f"reading {label}", len(queries), "queries") as progress:
                 found = read_last_positions(
                     model,
-                    rendered,
+                    [[*prompt, *lead] for prompt, lead in zip(rendered, leads, strict=True)],
                     firsts,
                     batch_size=config.batch_size,
                     on_read=progress.update,
@@ -91,16 +92,23 @@ def probe(config: ProbeConfig) -> ProbeReport:
     )
 
 
-def _first_tokens(subject: Subject, queries: Sequence[Query]) -> list[int]:
-    tokens = []
+def _begin_answers(subject: Subject, queries: Sequence[Query]) -> tuple[list[list[int]], list[int]]:
+    """Return each answer's first token that is more than white space, and those before it.
+
+    Some tokenizers write the space between prompt and answer as a token of its own, which is the
+    same for all answers.
+    """
+    leads, tokens = [], []
     for query in queries:
         ids = subject.renderer.begun_ids(query.answer or "")
-        if not ids:
+        lead = list(takewhile(lambda token: not subject.decode([token]), ids))
+        if len(lead) == len(ids):
             raise DataError(
                 f"query {query.query_id}: its answer has no token in {subject.label}; write it out"
             )
-        tokens.append(ids[0])
-    return tokens
+        leads.append(lead)
+        tokens.append(ids[len(lead)])
+    return leads, tokens
 
 
 def _pair(vectors_ND: Floats, tokens: Sequence[int], split: str) -> Pairs:

@@ -1,6 +1,7 @@
 """The lens against models cut short, the probe against plain algebra, both on the demo world."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,21 @@ def test_a_prefix_hides_what_the_layers_hold(tiny_model: Path, tmp_path: Path) -
     assert page.count("<svg") == 3  # rank, pairs of forget queries, pairs of retain queries
     text = (tmp_path / "r.md").read_text(encoding="utf-8")
     assert f"| base + prefix | 4 | {prefixed['rank']:g} |" in text
+
+
+def test_without_a_template_the_space_before_the_answer_is_passed_over(tmp_path: Path) -> None:
+    # The demo world's tokenizer writes it as a token: the same one for every answer.
+    model, out = tmp_path / "model", tmp_path / "probe.json"
+    shutil.copytree(world.MODEL, model)
+    (model / "chat_template.jinja").unlink()
+    words = [model, "--forget", world.FORGET_HELDOUT, "--retain", world.RETAIN_HELDOUT]
+    result = invoke("probe", *words, "--limit", 24, "--out", out)
+    assert result.exit_code == 0, result.output
+    document = json.loads(out.read_text(encoding="utf-8"))
+    last = document["probing"][-1]
+    assert last["layer"] == 4
+    assert last["rank"] < 40  # of 2,400: it was raised in chats, but knows the answers
+    assert last["told_apart"]["mean"] > 60
 
 
 def test_failures_are_one_line(tiny_model: Path, write_queries, tmp_path: Path) -> None:
