@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,9 @@ RESTARTS = 3
 """How often Ray starts one worker anew before the build ends."""
 _CLOSE_SECONDS = 20.0
 _SHARDS_A_WORKER = 2
+_LONGEST_TEMPORARY = 36
+"""Bytes in the path of a temporary folder below which Ray can put its sockets: their paths may have
+107, of which Ray's own names take some 70."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,7 +288,9 @@ def _connect(ray: Any, address: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     # Ray makes workers nice: beside other work on this machine they would get nothing.
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    options = {"include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    if options and len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY:
+        options["_temp_dir"] = "/tmp/ray"  # noqa: S108 - its own default without TMPDIR
     try:
         with _environment(quiet):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)

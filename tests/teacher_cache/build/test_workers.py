@@ -301,7 +301,9 @@ def test_an_interrupt_ends_the_workers_and_leaves_a_state_that_resumes(
     assert result.computed_rows == 900 - 15 * kept > 0
 
 
-def test_a_cluster_of_our_own_listens_on_loopback_and_wants_its_token(tmp_path: Path) -> None:
+def test_a_cluster_of_our_own_takes_a_long_path_listens_on_loopback_and_wants_its_token(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("ray")
     inside = (
         "import os, subprocess, sys\n"
@@ -318,8 +320,15 @@ def test_a_cluster_of_our_own_listens_on_loopback_and_wants_its_token(tmp_path: 
     )
     script = tmp_path / "own_cluster.py"
     script.write_text(inside)
+    # Longer than the paths of sockets may be, as that of a cluster's scratch folder often is.
+    scratch = tmp_path / ("scratch" * 12)
+    scratch.mkdir()
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=100
+        [sys.executable, str(script)],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     address, verdict = done.stderr.split()[-2:]
