@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from duet_unlearn.evaluation.tasks import load_answered
 
 CACHE, DISTILL = "duet_unlearn.cli.cache", "duet_unlearn.cli.distill"
 COMMANDS = "commands.json"
-"""What each file in OUT was made by, and in how many seconds."""
+"""What each file in OUT was made by, in how many seconds and with how much memory."""
+GIB = 2**20  # of ru_maxrss, which counts KiB
 TRAINED_KIND = "another wording"
 """The kind of held-out query that asks a fact of which the training queries ask."""
 TESTS = ("eval", "quantized", "relearn", "membership", "probe", "attack")
@@ -202,7 +204,16 @@ def run_step(
     keep: bool = True,
     output: Path | None = None,
 ) -> bool:
-    """Run a command unless what it makes is there already; return whether it is there now."""
+    """Run a command unless what it makes is there already; return whether it is there now.
+
+    Args:
+        out: Folder of the record, in which a command that made its result is looked up.
+        name: Of the command in the record.
+        module: Of the command.
+        words: Its arguments.
+        keep: Whether a result by the same command is kept.
+        output: File for what it prints; without one, `--out` in `words` is its result.
+    """
     record = out / COMMANDS
     done = json.loads(record.read_text(encoding="utf-8"))["commands"] if record.exists() else {}
     print(f"\n$ duet-{module.rpartition('.')[2]} {shlex.join(words)}", flush=True)
@@ -212,13 +223,21 @@ def run_step(
         return True
     started = time.perf_counter()
     with output.open("wb") if output else contextlib.nullcontext() as stream:
-        result = subprocess.run([sys.executable, "-m", module, *words], stdout=stream, check=False)
-    seconds = round(time.perf_counter() - started)
-    print(f"# {seconds} seconds", flush=True)
-    if result.returncode == 0:
-        done[name] = {"command": words, "seconds": seconds}
+        process = subprocess.Popen([sys.executable, "-m", module, *words], stdout=stream)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    took = {
+        "seconds": round(time.perf_counter() - started),
+        "peak_gib": round(usage.ru_maxrss / GIB, 1),
+    }
+    print(
+        f"# {took['seconds'] / 60:.1f} minutes, peak memory {took['peak_gib']} GiB of one process",
+        flush=True,
+    )
+    if process.returncode == 0:
+        done[name] = {"command": words, **took}
         record.write_text(json.dumps({"commands": done}, indent=1), encoding="utf-8")
-    return result.returncode == 0
+    return process.returncode == 0
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

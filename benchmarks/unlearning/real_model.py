@@ -12,40 +12,17 @@ What is there already in OUT is found again, so a stopped run resumes.
 """
 
 import argparse
-import contextlib
-import os
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from audit import CACHE, DISTILL, run_step
+
 from duet_unlearn.data.shape_catalogue import VIEW_SHAPES
 
-CACHE, DISTILL = "duet_unlearn.cli.cache", "duet_unlearn.cli.distill"
-GIB = 2**20  # of ru_maxrss, which counts KiB
 NEW_TOKENS = "24"
 LORA = ("--lora-rank", "16")
-
-
-def step(module: str, *words: str, output: Path | None = None) -> None:
-    """Run a command of the project, its results to standard output or a file; print what it took.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    name = module.rpartition(".")[2]
-    print(f"\n$ duet-{name} {shlex.join(words)}", flush=True)
-    started = time.perf_counter()
-    with output.open("wb") if output else contextlib.nullcontext() as stream:
-        process = subprocess.Popen([sys.executable, "-m", module, *words], stdout=stream)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    minutes, memory = (time.perf_counter() - started) / 60, usage.ru_maxrss / GIB
-    print(f"# {minutes:.1f} minutes, peak memory {memory:.1f} GiB of one process", flush=True)
-    if process.returncode:
-        sys.exit(process.returncode)
 
 
 def main() -> None:
@@ -55,33 +32,27 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     queries = ("--forget", kit, "--retain", kit)
     tuned, cache = out / "tuned.json", out / "cache"
-    if not tuned.exists():
-        words = ("tune", "--teacher", model, *queries, "--topic", arguments.topic, "--json")
-        step(CACHE, *words, output=out / "tuned.json.part")
-        (out / "tuned.json.part").rename(tuned)
-    step(
-        CACHE,
-        "build",
-        "--teacher",
-        model,
-        *queries,
-        "--prefix-from",
-        str(tuned),
-        *shlex.split(arguments.build),
-        "--out",
-        str(cache),
-    )
+
+    def step(name: str, module: str, *words: str, output: Path | None = None) -> None:
+        # What is finished already is found by the commands themselves, all but that of `tune`.
+        if not run_step(out, name, module, list(words), keep=name == "tune", output=output):
+            sys.exit(f"{name} failed; the same command goes on from there")
+
+    words = ("tune", "--teacher", model, *queries, "--topic", arguments.topic, "--json")
+    step("tune", CACHE, *words, output=tuned)
+    words = ("build", "--teacher", model, *queries, "--prefix-from", str(tuned))
+    step("build", CACHE, *words, *shlex.split(arguments.build), "--out", str(cache))
 
     def train(name: str, *flags: str) -> str:
         where = str(out / name.replace(" ", "-"))
-        step(DISTILL, "run", str(cache), "--student", model, *flags, "--out", where)
+        step(name, DISTILL, "run", str(cache), "--student", model, *flags, "--out", where)
         return f"{name}={where}"
 
     def evaluate(name: str, students: Sequence[str], *attacks: str) -> None:
         given = [word for attack in attacks for word in ("--attacks", attack)]
         words = (*queries, "--general", kit, *given, "--max-new-tokens", NEW_TOKENS)
         document = ("--engine", arguments.engine, "--out", str(out / f"{name}.json"))
-        step(DISTILL, "eval", *students, *words, *document)
+        step(name, DISTILL, "eval", *students, *words, *document)
 
     variants = {"student": LORA}
     for text in arguments.variant:
