@@ -13,9 +13,10 @@ from typing import Any
 
 from duet_unlearn.data.hub_datasets import load_hub_dataset
 from duet_unlearn.errors import DataError, first_line
+from duet_unlearn.files import user_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-OPTIONAL_COLUMNS = ("id", "answer", "response", "kind", "wrong_answers")
+OPTIONAL_COLUMNS = ("id", "answer", "aliases", "response", "kind", "wrong_answers")
 """What a table may have beside a query; further columns are not read."""
 _LONGEST_CELL = 1 << 30
 BOM = b"\xef\xbb\xbf"
@@ -29,12 +30,13 @@ def open_rows(source: str, *, needs_one_of: Sequence[str]) -> Rows:
     """Open a query file or a hub dataset; rows are read while they are iterated.
 
     Raises:
+        ConfigurationError: the source is empty, or names the home of nobody.
         DataError: here or while iterating; the message names the file and, where one is at
             fault, the line.
     """
     if source.startswith("hub:"):
         return _hub_rows(source, needs_one_of)
-    path = Path(source)
+    path = user_path(source, "query file")
     _check_file(path)
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path, needs_one_of)

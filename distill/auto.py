@@ -47,13 +47,15 @@ def resolve_auto(
         rate = (LORA_TIMES if lora else 1) * LEARNING_RATE_TIMES_WIDTH / hidden_size
     if batch == AUTO:
         batch = LORA_BATCH_IN_VIEWS if lora and in_views else BATCH
+    a_pass = -(-rows // int(batch))
     if epochs == AUTO:
-        a_pass = -(-rows // int(batch))
         wanted = LORA_STEPS if lora else STEPS
         if lora and in_views:
             wanted = max(LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS * a_pass)
         steps = steps or min(max(wanted, a_pass), MOST_PASSES * a_pass)
         epochs = -(-steps // a_pass)
+    elif steps:
+        steps = min(steps, int(epochs) * a_pass)  # the Trainer would let steps alone decide
     halved = lora and fast_dtype == "bfloat16" and config.precision in (AUTO, "bf16")
     return config.replaced(
         learning_rate=rate,

@@ -234,7 +234,8 @@ class RunConfig(Settings):
     precision: Literal["auto", "float32", "bf16", "fp16"] = setting(
         default=AUTO,
         aliases=("bf16", "fp16", "mixed-precision"),
-        help="Compute dtype of the forward pass; auto is bf16 where the GPU has it, else float32.",
+        help="Compute dtype of the forward pass; auto is bf16 where the GPU has it and for LoRA on "
+        "weights in bfloat16, else float32.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         default=AUTO,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.messages import check_text
@@ -98,8 +99,11 @@ def split_question(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     """Return the models and the question of a command line, which may lack one.
 
     The last word is the question where it has a blank in it or ends with a question mark; model
-    names have neither, and `NAME=MODEL` is always a model.
+    names have neither. Of `NAME=MODEL` that goes for MODEL, unless it is a folder.
     """
     *models, last = words
-    is_question = "=" not in last and (" " in last.strip() or last.endswith("?"))
+    model = last.partition("=")[2] or last
+    is_question = (" " in model.strip() or model.endswith("?")) and not (
+        model != last and Path(model).expanduser().exists()
+    )
     return (tuple(models), last) if models and is_question else (tuple(words), None)

@@ -119,7 +119,7 @@ def _parse(part: str) -> Requirement:
         )
     return Requirement(
         text=part,
-        row=match["row"],
+        row=match["row"] and match["row"].strip(),
         what=what,
         measure=measure,
         sign=match["sign"],

@@ -51,7 +51,7 @@ class Attack:
 
     name: str
     text: str
-    """Of the shape; for a file of wordings, where it lies."""
+    """Of the shape; for a file of wordings, where it lies and which of a query's it is."""
     family: str = OWN_FAMILY
     shape: Shape | None = None
     wordings: dict[str, tuple[Message, ...]] | None = None
@@ -98,7 +98,8 @@ def load_attacks(sources: Sequence[str]) -> tuple[Attack, ...]:
 
     A source is what `load_shapes` takes, or a query file whose rows say in `asked` (text) how the
     query in `query` is asked instead: synonyms, translations, reverse questions. Its attack has
-    the file's stem for name and family, and asks only the queries that the file has.
+    the file's stem for name and family, and asks only the queries that the file has; the second
+    wordings of queries that have several are an attack of their own, and so on.
 
     Raises:
         ConfigurationError: A built-in name is unknown.
@@ -134,15 +135,19 @@ def unused_name(name: str, known: Collection[str]) -> str:
 def _load(source: str) -> list[Attack]:
     if not source.startswith("@") and Path(source).suffix.lower() in SUFFIXES:
         name = Path(source).stem
-        return [Attack(name=name, text=source, family=name, wordings=_load_wordings(source))]
+        return [
+            Attack(name=name, text=f"{source} ({number})", family=name, wordings=wordings)
+            for number, wordings in enumerate(_load_wordings(source), start=1)
+        ]
     return [
         Attack(name=shape.name, text=shape.text, family=shape.family, shape=shape)
         for shape in load_shapes(source)
     ]
 
 
-def _load_wordings(source: str) -> dict[str, tuple[Message, ...]]:
-    wordings: dict[str, tuple[Message, ...]] = {}
+def _load_wordings(source: str) -> list[dict[str, tuple[Message, ...]]]:
+    """Return the first wording of each query, then the second of those that have one, and so on."""
+    found: dict[str, list[str]] = {}
     for place, row in open_rows(source, needs_one_of=("query", "asked")):
         query, asked = row.get("query"), row.get("asked")
         if not (isinstance(query, str) and isinstance(asked, str) and query and asked.strip()):
@@ -150,8 +155,18 @@ def _load_wordings(source: str) -> dict[str, tuple[Message, ...]]:
                 f"{place}: expected text in `query` and in `asked`, the wording that "
                 "is asked instead"
             )
-        wordings[query] = (Message(role="user", content=asked),)
-    return wordings
+        if asked not in (wordings := found.setdefault(query, [])):
+            wordings.append(asked)
+    if not found:
+        raise DataError(f"{source}: no wordings in it; expected at least one row")
+    return [
+        {
+            query: (Message(role="user", content=wordings[number]),)
+            for query, wordings in found.items()
+            if number < len(wordings)
+        }
+        for number in range(max(map(len, found.values())))
+    ]
 
 
 def load_sets(

@@ -1,5 +1,6 @@
 """`duet-distill ask`: what models say, side by side."""
 
+import io
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import click
 
 from duet_unlearn.cli.options import SettingsCommand, read_settings
 from duet_unlearn.cli.output import json_option, print_json
-from duet_unlearn.errors import StoppedError
+from duet_unlearn.errors import DataError, StoppedError
 from duet_unlearn.evaluation.config import AskConfig, parse_models
 
 if TYPE_CHECKING:
@@ -24,32 +25,44 @@ def ask_command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **
     """Ask each MODEL the QUESTION and print the answers side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL. Without QUESTION,
-    the last word with a blank or a question mark in it, questions are read line by line.
+    the last word with a blank or a question mark in it, questions are read line by line; one that
+    cannot be asked is told in a line, and the rest are asked.
     """
     from duet_unlearn.evaluation.ask import Asker, split_question
 
     models, question = split_question(words)
     config = read_settings(ctx, AskConfig, models=parse_models(models))
-    asked = []
+    asked, failed = [], False
     try:
         asker = Asker(config)
         for text in _lines() if question is None else [question]:
-            if as_json:
-                replies = [
-                    {"model": r.label, "attack": r.attack, "text": r.text} for r in asker.ask(text)
-                ]
-                asked.append({"question": text, "answers": replies})
-            else:
-                _print_answers(asker, text)
+            try:
+                if as_json:
+                    replies = [
+                        {"model": r.label, "attack": r.attack, "text": r.text}
+                        for r in asker.ask(text)
+                    ]
+                    asked.append({"question": text, "answers": replies})
+                else:
+                    _print_answers(asker, text)
+            except DataError as error:
+                if question is not None:
+                    raise
+                click.echo(f"error: {error}", err=True)
+                failed = True
     except KeyboardInterrupt as error:
         raise StoppedError("stopped") from error
     if as_json:
         print_json(asked)
+    if failed and not sys.stdin.isatty():
+        ctx.exit(1)
 
 
 def _lines() -> Iterator[str]:
     """Questions of standard input, behind a prompt where someone types them."""
     typed = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told of later
     while True:
         if typed:
             click.echo("> ", nl=False, err=True)

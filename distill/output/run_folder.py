@@ -162,16 +162,23 @@ class RunFolder:
         with contextlib.suppress(OSError):
             checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
 
-    def publish(self) -> None:
+    def publish(self, *, overwrite: bool) -> None:
         """Rename the staged student to OUT and remove the work folder.
 
+        Args:
+            overwrite: Whether another run's student at OUT is replaced.
+
         Raises:
-            OutputError: The folder cannot be written, or files of others have appeared at OUT; the
-                student stays where it is, and the same command tries again.
+            OutputError: The folder cannot be written, or something has appeared at OUT that this
+                run may not replace; the student stays where it is, and the same command tries
+                again.
         """
         try:
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-                if strange := foreign_file(self.out):
+                strange = foreign_file(self.out)
+                if strange is None and not overwrite and self.finished() is None:
+                    strange = "another student"
+                if strange:
                     raise OutputError(
                         f"{self.out}: files of others appeared there while training ({strange}); "
                         f"the student is in {self.staged_student}: move one of them away, then run "

@@ -96,7 +96,7 @@ def publish(job: "Job", result: "RunResult") -> None:
     # With the names of all files, the folder proves later that nothing of others is in it.
     listed = {**run_file, "files": sorted({*files_of(staged), RUN_FILE})}
     write_text(staged / RUN_FILE, json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
-    folder.publish()
+    folder.publish(overwrite=config.overwrite)
 
 
 def _write_config(folder: Path, settings: dict[str, Any], record: Mapping[str, Any]) -> None:

@@ -32,7 +32,8 @@ def fine_tune(
 ) -> list[L]:
     """Train on the answers by AdamW at a constant rate; return what each look found.
 
-    Every pair comes once before any comes twice. Weight decay is PyTorch's default, 0.01.
+    Pairs are drawn in rounds of whole batches, no pair twice in a round. Weight decay is PyTorch's
+    default, 0.01.
 
     Args:
         config: Says after which steps to look, how many pairs a step has (all, where there are

@@ -4,6 +4,7 @@ A query that was taught, or another one with a taught answer, proves nothing: it
 what comes back is knowledge that the lessons do not hold.
 """
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from duet_unlearn.errors import DataError
 from duet_unlearn.evaluation.measures.words import split_words
 from duet_unlearn.evaluation.subjects import Subject
 from duet_unlearn.evaluation.tasks import load_answered, spread, unused_name
-from duet_unlearn.files import read_text
+from duet_unlearn.files import read_text, user_path
 
 TEXT_SUFFIXES = (".txt", ".md")
 _PIECE_TOKENS = 256
@@ -98,7 +99,7 @@ def _open_lesson(config: RelearnConfig, source: str, forget: Sequence[Query]) ->
         asked = tuple(spread(forget, config.limit))
         return Lesson(name=name, source=source, texts=_paragraphs(source), asked=asked)
     taught = load_answered([source], split="forget")
-    if source in config.forget:
+    if _place(source) in map(_place, config.forget):
         name = f"{config.share:.0%} of {name}"
         count = round(config.share * len(taught))
         taught = random.Random(config.seed).sample(taught, count)
@@ -111,6 +112,12 @@ def _open_lesson(config: RelearnConfig, source: str, forget: Sequence[Query]) ->
         )
     asked = tuple(spread(others, config.limit))
     return Lesson(name=name, source=source, queries=tuple(taught), asked=asked)
+
+
+def _place(source: str) -> str:
+    """Return what two names of one source have in common."""
+    named = source.startswith(("@", "hub:"))
+    return source if named else os.path.realpath(user_path(source, "query file"))
 
 
 def untaught(queries: Sequence[Query], taught: Sequence[Query]) -> list[Query]:

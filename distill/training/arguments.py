@@ -80,8 +80,11 @@ def training_arguments(config: "RunConfig", work: Path) -> "TrainingArguments":
     passed = _typed(config.trainer_args, TrainingArguments) if config.trainer_args else {}
     precision = config.precision
     if precision == "auto":
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if bf16 and config.dtype == "float32" else "float32"
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # Beside weights in bfloat16, an adapter in float32 would have every sum made in float32.
+        adapted = config.lora_rank is not None and config.dtype == "bfloat16"
+        halved = adapted or (on_gpu and config.dtype == "float32")
+        precision = "bf16" if halved else "float32"
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigurationError(
             "precision is 'fp16', but there is no CUDA GPU; expected auto, float32 or bf16"

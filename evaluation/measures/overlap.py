@@ -22,25 +22,34 @@ def common_words(reference: str, response: str) -> int:
 
 
 def rouge_l_recall(reference: str, response: str) -> float:
-    """Return ROUGE-L recall, 0 to 1: the common subsequence over the reference's length."""
+    """Return ROUGE-L recall, 0 to 1: the common subsequence over the reference's length.
+
+    A reference without words is recalled where the response contains it.
+    """
     wanted = len(split_words(reference))
-    return common_words(reference, response) / wanted if wanted else 0.0
+    if not wanted:
+        return float(contains_answer(reference, response))
+    return common_words(reference, response) / wanted
 
 
 def rouge_l_f1(reference: str, response: str) -> float:
     """Return the harmonic mean of ROUGE-L recall and precision, 0 to 1."""
     lengths = len(split_words(reference)) + len(split_words(response))
-    return 2 * common_words(reference, response) / lengths if lengths else 0.0
+    if not lengths:
+        return float(exact_match(reference, response))
+    return 2 * common_words(reference, response) / lengths
 
 
 def contains_answer(reference: str, response: str) -> bool:
     """Return whether the reference's words stand in the response as one run.
 
     Case, punctuation and blanks do not count; word borders do (`Paris` is not in `Parisian`).
+    An empty reference, such as a model's own empty answer, is in an empty response alone.
     """
     wanted = split_words(reference)
     if not wanted:  # a sign or an emoji: nothing is left to normalise
-        return reference.strip() in response
+        sign = reference.strip()
+        return sign in response if sign else not response.strip()
     return f" {' '.join(wanted)} " in f" {' '.join(split_words(response))} "
 
 

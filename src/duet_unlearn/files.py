@@ -134,13 +134,13 @@ def claim_folder(folder: Path, is_ours: Callable[[Path], bool]) -> None:
     """
     refuse_inside_cache(folder)
     if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder}: is a file, expected a folder; choose another --out")
+        raise ConfigurationError(f"{folder}: is a file, expected a folder; choose another place")
     make_folder(folder)
     present = sorted(path.name for path in folder.iterdir())
     if present and CLAIM_NAME not in present and not is_ours(folder):
         raise ConfigurationError(
             f"{folder}: not empty, and nothing in it shows that duet-unlearn wrote it (found "
-            f"{present[0]}); choose another --out"
+            f"{present[0]}); choose another folder"
         )
     if not present:
         try:

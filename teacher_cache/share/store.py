@@ -151,12 +151,17 @@ class Store:
             return {}
         return {
             posixpath.basename(entry["name"].rstrip("/")): (
-                None if entry["type"] == "directory" else entry["size"] or 0
+                None if self._is_folder(entry) else entry["size"] or 0
             )
             for entry in entries
             # Some tools keep an empty object under the folder's own name.
             if entry["name"].rstrip("/") != path.rstrip("/")
         }
+
+    def _is_folder(self, entry: dict[str, Any]) -> bool:
+        # Of a link on this machine fsspec does not say what it leads to.
+        link = self.folder is not None and Path(entry["name"]).is_dir()
+        return link or entry["type"] == "directory"
 
     def put(self, path: Path, name: str) -> None:
         """Send a file; it appears under its name only when it is whole."""

@@ -155,7 +155,13 @@ def pull(url: str, folder: str | Path) -> TransferResult:
     store = Store(place)
     manifest, data = fetch_manifest(store, pin)
     here = Store(str(folder))
-    finished = holds_cache(here, manifest)
+    try:
+        finished = holds_cache(here, manifest)
+    except CorruptCacheError as error:
+        raise CorruptCacheError(
+            f"{error}; this is the folder to pull into: move its {MANIFEST_NAME} away and run the "
+            "same pull again, or choose another folder"
+        ) from error
     with claimed_folder(folder, is_cache_folder), build_lock(folder):
         remove_temporary_files(folder)
         missing = missing_shards(here, manifest, folder / CARD_NAME, finished=finished, check=True)

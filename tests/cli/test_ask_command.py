@@ -26,6 +26,8 @@ def ask(*arguments: object, typed: str = "") -> Result:
         (["a", "b"], ("a", "b"), None),
         (["a b"], ("a b",), None),
         (["a", "the student=b"], ("a", "the student=b"), None),
+        (["a", "If x = 3, what is 2x?"], ("a",), "If x = 3, what is 2x?"),
+        (["a", "x=3, what is x"], ("a",), "x=3, what is x"),
     ],
 )
 def test_the_question_is_told_from_the_models(words, models, question) -> None:
@@ -53,6 +55,24 @@ def test_one_model_streams_what_it_says(tiny_model: Path) -> None:
 def test_without_a_question_lines_are_asked_one_by_one(tiny_model: Path) -> None:
     result = ask(tiny_model, "--json", typed="Who?\n\nWhere?\n")
     assert [asked["question"] for asked in json.loads(result.stdout)] == ["Who?", "Where?"]
+
+
+def test_a_line_that_cannot_be_asked_does_not_end_the_rest(tiny_model: Path) -> None:
+    typed = b"Who?\n" + b"x " * 300 + b"\ncaf\xe9?\nWhere?\n"
+    result = CliRunner().invoke(
+        main, ["ask", str(tiny_model), "--json", "--max-new-tokens", "6"], input=typed
+    )
+    assert [asked["question"] for asked in json.loads(result.stdout)] == ["Who?", "Where?"]
+    long, broken = result.stderr.splitlines()
+    assert "lower --max-new-tokens" in long
+    assert "surrogate" in broken
+    assert result.exit_code == 1
+
+
+def test_a_model_whose_path_has_a_blank_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    named = f"mine={tmp_path / 'my model'}"
+    assert split_question(["a", named]) == (("a", named), None)
 
 
 def test_attacks_that_show_answers_are_left_out_beside_others(tiny_model: Path) -> None:

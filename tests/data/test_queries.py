@@ -476,3 +476,12 @@ def test_other_forms_of_an_answer_stand_beside_it(tmp_path):
     (query,) = load_queries(write(tmp_path, "a.jsonl", json.dumps(row)), split="retain")
     assert query.references == ("dwarf", "dwarves", "dwarfs")
     assert query.answer == "dwarf"
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (again,) = load_queries(str(tmp_path / "a.parquet"), split="retain")
+    assert again.references == query.references
+
+
+def test_a_tilde_is_ones_home(tmp_path, monkeypatch):
+    write(tmp_path, "a.jsonl", '{"query": "Who?"}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_queries("~/a.jsonl", split="forget")) == 1

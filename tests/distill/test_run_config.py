@@ -3,6 +3,7 @@ import pytest
 from duet_unlearn.distill.auto import resolve_auto
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.model.trainable import parse_layers
+from duet_unlearn.distill.training.arguments import training_arguments
 from duet_unlearn.errors import ConfigurationError
 
 
@@ -100,6 +101,8 @@ def test_the_automatic_learning_rate_falls_with_the_width():
         (236, {"in_views": True}, 20, 300),
         (10**6, {"epochs": 7}, 7, None),
         (236, {"max_steps": 500}, 34, 500),
+        (236, {"epochs": 2, "max_steps": 500}, 2, 30),
+        (236, {"epochs": 2, "max_steps": 20}, 2, 20),
     ],
 )
 def test_automatic_epochs_make_as_many_steps_whatever_the_cache(rows, settings, epochs, steps):
@@ -120,6 +123,18 @@ def test_the_automatic_dtype_is_half_for_an_adapter_on_a_half_model_alone():
     assert resolved(**half, precision="bf16").dtype == "bfloat16"
     assert resolved(**half, precision="float32").dtype == "float32"
     assert resolved(**half, precision="fp16").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "halved"),
+    [
+        ({"lora_rank": 8, "dtype": "bfloat16"}, True),
+        ({"lora_rank": 8, "dtype": "bfloat16", "precision": "float32"}, False),
+        ({"dtype": "bfloat16"}, False),  # weights in bfloat16 decide by themselves
+    ],
+)
+def test_an_adapter_is_computed_in_half_precision_beside_half_weights(settings, halved, tmp_path):
+    assert training_arguments(resolved(**settings), tmp_path).bf16 == halved
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,18 @@ def test_a_text_is_asked_once_whatever_names_it_has(tmp_path: Path) -> None:
     assert [attack.name for attack in found] == ["role-play", "mine:2"]
 
 
+def test_every_wording_of_a_query_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "synonyms.csv"
+    path.write_text("query,asked\na?,A1?\nb?,B1?\na?,A2?\na?,A1?\na?,A3?\n", encoding="utf-8")
+    attacks = load_attacks([str(path), str(path)])
+    assert [attack.name for attack in attacks] == ["synonyms", "synonyms (2)", "synonyms (3)"]
+    found = [
+        {query: turns[0]["content"] for query, turns in (attack.wordings or {}).items()}
+        for attack in attacks
+    ]
+    assert found == [{"a?": "A1?", "b?": "B1?"}, {"a?": "A2?"}, {"a?": "A3?"}]
+
+
 def test_a_wording_is_asked_instead_of_its_query(config: EvalConfig, tmp_path: Path) -> None:
     queries = load_queries(config.forget[0], split="forget")
     wordings = tmp_path / "same.jsonl"
@@ -354,6 +366,9 @@ def test_a_wording_is_asked_instead_of_its_query(config: EvalConfig, tmp_path: P
         )
     )
     assert report.mean("base", split="forget", attack="same") == pytest.approx(100.0)
+    (tmp_path / "none.csv").write_text("query,asked\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no wordings in it"):
+        load_attacks([str(tmp_path / "none.csv")])
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a?"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"bad\.jsonl:1: expected text in `query` and in `asked`"):

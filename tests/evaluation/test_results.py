@@ -365,6 +365,7 @@ def test_names_of_sets_are_taken_as_they_are() -> None:
         (found,) = parse_requirements(f"{name}.exact_match<5")
         assert (found.what, found.measure) == (name, "exact_match")
         assert parse_requirements(f"{name}<5")[0].what == name
+    assert parse_requirements("student : forget<5")[0].row == "student"
 
 
 def test_retain_under_attacks_that_break_nothing_has_no_worst(report: EvalReport) -> None:

@@ -6,7 +6,7 @@ from filelock import FileLock
 
 from duet_unlearn.distill.output import run_folder
 from duet_unlearn.distill.output.run_folder import RunFolder
-from duet_unlearn.errors import ConfigurationError
+from duet_unlearn.errors import ConfigurationError, OutputError
 
 IDENTITY = {"settings": {"delta": 1.0}, "cache": "sha256:a", "base": "sha256:b", "views": []}
 
@@ -21,7 +21,7 @@ def test_publish_renames_the_student_and_removes_the_work(tmp_path):
     folder.staged_student.mkdir()
     (folder.staged_student / "config.json").write_text("{}")
     assert not folder.out.exists()
-    folder.publish()
+    folder.publish(overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert (folder.out / "config.json").is_file()
 
@@ -31,8 +31,23 @@ def test_an_empty_folder_is_taken(tmp_path):
     folder.out.mkdir()
     folder.prepare(overwrite=False)
     folder.staged_student.mkdir()
-    folder.publish()
+    folder.publish(overwrite=False)
     assert folder.out.is_dir()
+
+
+def test_a_student_that_appeared_meanwhile_is_replaced_only_where_asked(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.prepare(overwrite=False)
+    folder.staged_student.mkdir()
+    folder.out.mkdir()
+    other = {"identity": folder_of(tmp_path, cache="sha256:c").identity, "files": ["duet_run.json"]}
+    (folder.out / "duet_run.json").write_text(json.dumps(other))
+    with pytest.raises(OutputError, match="another student"):
+        folder.publish(overwrite=False)
+    assert (folder.out / "duet_run.json").is_file()
+    assert folder.staged_student.is_dir()
+    folder.publish(overwrite=True)
+    assert not list(folder.out.iterdir())
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

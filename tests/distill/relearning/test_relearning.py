@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -176,6 +177,9 @@ def test_one_file_is_split_by_seed_and_a_kit_by_its_held_out_queries() -> None:
     assert not taught & asked
     again = split(forget=(str(world.FORGET_HELDOUT),), share=0.25)
     assert half == again
+    named_twice = Path(os.path.relpath(world.FORGET_HELDOUT))
+    other_name = split(forget=(str(world.FORGET_HELDOUT),), teach=(str(named_twice),), share=0.25)
+    assert (other_name.name, other_name.taught) == (half.name, half.taught)
     other = split(forget=(str(world.FORGET_HELDOUT),), share=0.25, seed=1)
     assert {q.text for q in other.queries} != taught
     kit = split(forget=("@harry-potter",))

@@ -48,6 +48,11 @@ def test_perfect_and_empty_responses() -> None:
     assert not exact_match("Cherry whistle", "a cherry whistle")
     assert rouge_l_recall("Cherry whistle", "") == rouge_l_f1("Cherry whistle", "") == 0.0
     assert rouge_l_f1("!", "?") == 0.0
+    assert rouge_l_recall("!", "Oh!") == 1.0
+    # A model's own answer may be empty: it has all of it, and a refusal nothing.
+    for score in (rouge_l_recall, rouge_l_f1, exact_match, contains_answer):
+        assert score("", "") == 1.0
+        assert score("", "I do not know.") == 0.0
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,18 @@ def test_a_pull_repairs_what_is_damaged_and_fetches_no_more(
     assert files(cache_copy) == files(shared_cache)
 
 
+def test_a_damaged_manifest_in_the_way_of_a_pull_is_told_of(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    here = Path(shutil.copytree(shared_cache, tmp_path / "here"))
+    (here / "manifest.json").write_text("{}")
+    with pytest.raises(CorruptCacheError, match=r"move its manifest\.json away"):
+        pull(str(shared_cache), here)
+    (here / "manifest.json").unlink()
+    assert pull(str(shared_cache), here).hit
+    assert files(here) == files(shared_cache)
+
+
 def test_a_pull_leaves_other_folders_alone(shared_cache: Path, make_cache, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -202,9 +214,14 @@ def test_list_finds_caches_at_any_depth_and_names_damaged_ones(
     (tmp_path / "all/broken").mkdir()
     (tmp_path / "all/broken/manifest.json").write_text("{}")
     (tmp_path / "all/other").mkdir()
+    (tmp_path / "all/latest").symlink_to(tmp_path / "all/b")
+    (tmp_path / "all/loop").symlink_to(tmp_path / "all")
+    (tmp_path / "all/dead").symlink_to(tmp_path / "gone")
     found = list_caches(str(tmp_path / "all"))
-    assert [cache.name for cache in found] == ["b", "broken", "team/a"]
-    b, broken, a = found
+    assert [cache.name for cache in found if "loop" not in cache.name] == [
+        *("b", "broken", "latest", "team/a")
+    ]
+    b, broken, _, a = [cache for cache in found if "loop" not in cache.name]
     assert b.manifest is not None
     assert b.manifest.num_rows == 40
     assert a.manifest == read_manifest(shared_cache)
