@@ -172,7 +172,8 @@ class RunConfig(Settings):
         default=AUTO,
         group="Optimization",
         aliases=("lr", "rate"),
-        help="Peak learning rate; auto is 0.0512 / hidden size, with LoRA ten times that.",
+        help="Peak learning rate; auto is 0.0512 / hidden size, with LoRA ten times that; to "
+        "forget with all weights at most 1e-5 from 512 wide on.",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
         default="cosine",

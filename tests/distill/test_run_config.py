@@ -69,11 +69,13 @@ def resolved(
     fast_dtype=None,
     rows=236,
     in_views=False,
+    forgets=True,
     **settings,
 ) -> RunConfig:
     return resolve_auto(
         config_of(**settings),
         in_views=in_views,
+        forgets=forgets,
         hidden_size=hidden_size,
         stored_dtype=stored_dtype,
         fast_dtype=fast_dtype or stored_dtype,
@@ -83,7 +85,10 @@ def resolved(
 
 def test_the_automatic_learning_rate_falls_with_the_width():
     assert resolved().learning_rate == pytest.approx(2e-4)
-    assert resolved(hidden_size=2560).learning_rate == pytest.approx(2e-5)
+    assert resolved(hidden_size=2560, lora_rank=8).learning_rate == pytest.approx(2e-4)
+    assert resolved(hidden_size=512).learning_rate == 1e-5  # all weights of a pretrained model
+    assert resolved(hidden_size=8192).learning_rate == pytest.approx(6.25e-6)
+    assert resolved(hidden_size=512, forgets=False).learning_rate == pytest.approx(1e-4)
     assert resolved(hidden_size=2560, learning_rate=3e-4).learning_rate == 3e-4
 
 
