@@ -303,18 +303,24 @@ def _label(row: Mapping[str, object], column: str) -> str | None:
 
 
 def _texts(row: Mapping[str, object], column: str) -> tuple[str, ...]:
-    """The texts of an optional column that lists some, in a CSV file as JSON."""
+    """The texts of an optional column that lists some, in a CSV file as JSON, or that is one."""
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except ValueError:
-            value = [value]
+            listed = json.loads(value)
+        except (ValueError, RecursionError):
+            listed = None
+        value = listed if isinstance(listed, list) else [value]
     if value is None or value == "" or value != value:
         return ()
-    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
-        raise ValueError(f"`{column}` must list texts, found {type_name(value)}")
-    return tuple(check_text(text, column) for text in value)
+    entries = value if isinstance(value, list) else [value]
+    texts: list[str] = []
+    for text in entries:
+        if not isinstance(text, str) or not text.strip():
+            found = "blank text" if isinstance(text, str) else type_name(text)
+            raise ValueError(f"`{column}` must list texts, found {found} among them")
+        texts.append(check_text(text, column))
+    return tuple(texts)
 
 
 def hashed_id(split: str, text: str) -> str:

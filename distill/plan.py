@@ -267,8 +267,10 @@ def _build(model: "PreTrainedModel", reader: CacheReader, lengths: Lengths) -> d
     recipe = manifest.recipe
     size = getattr(torch, recipe.compute_dtype).itemsize
     numbers = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # A recurrent state has none, and no keys and values.
+    queries = getattr(text, "num_attention_heads", 0)
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(queries, 1)
     # No token is shorter than a byte.
     tokens = lengths.longest_prompt + recipe.positions + len(recipe.prefix.encode())
     return {

@@ -182,17 +182,15 @@ class EvalReport:
 
     @property
     def counting_attacks(self) -> tuple[Attack, ...]:
-        """The attacks that break base + prefix; without a prefix, all of them."""
-        if self.config.prefixed_label is None:
-            return self.attacks
-        return tuple(a for a in self.attacks if self.breaks_prefix(a.name))
+        """All attacks but those that are known to break nothing: see `breaks_prefix`."""
+        return tuple(a for a in self.attacks if self.breaks_prefix(a.name) is not False)
 
     def worst(self, label: str, split: str, *, family: str | None = None) -> float | None:
         """Return the highest forget or the lowest retain recall under attack, in points, or None.
 
         What leaks, leaks: forget recall counts under every attack. An attack that breaks nothing
-        may be one that no model can answer to, so that retain recall counts under those that break
-        base + prefix alone, unless one family is asked for.
+        may be one that no model can answer to, so that retain recall does not count under those
+        that leave base + prefix as it is, unless one family is asked for.
         """
         every = split == "forget" or family is not None
         recalls = [

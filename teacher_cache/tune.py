@@ -43,10 +43,14 @@ from duet_unlearn.teacher_cache.steering import (
     Candidate,
     Tuned,
     draw,
+    recall_of,
     score,
 )
 
 logger = logging.getLogger(__name__)
+
+Prompts = Sequence[Sequence[int]]
+"""Token ids, one list a prompt."""
 
 TOP_K = 100
 FINALISTS = 6
@@ -281,14 +285,17 @@ class _Measurement:
 
             tuned = sorted((measure(candidate, few) for candidate in prompts), key=lambda t: t.rank)
             best = [measure(t.candidate, rest) if rest else t for t in tuned[:FINALISTS]]
-        firsts = self._first_tokens(engine, asked)
+        firsts = self._first_tokens(engine, asked, base)
         best = [_with_first_token(engine, t, prompts[t.candidate], firsts) for t in best]
         return base, [*sorted(best, key=lambda t: t.rank), *tuned[FINALISTS:]]
 
-    def _first_tokens(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> dict[int, int]:
-        """Return the first token of the base's own answer to each forget query asked."""
+    def _first_tokens(
+        self, engine: Engine, prompts: Prompts, base: Sequence[str]
+    ) -> dict[int, int]:
+        """Return the first token of the base's own answer to each forget query that is scored."""
         forget = [i for i, query in enumerate(self.asked) if query.split == "forget"]
-        found = engine.signals((index, prompts[index]) for index in forget)
+        told = [i for i in forget if recall_of((self.asked[i], base[i], base[i])) is not None]
+        found = engine.signals((index, prompts[index]) for index in told)
         return {index: int(signal.response_ids[0]) for index, signal in found}
 
     def _rounds(self) -> tuple[list[int], list[int]]:
@@ -318,16 +325,17 @@ class _Measurement:
         """Return the examples, by what the base says to the retain queries in them."""
         pairs: list[tuple[str, str]] = []
         for answer, (retain, forget) in zip(said, self.shown, strict=True):
-            pairs += [(_question(retain), _first_sentence(answer)), (_question(forget), REFUSAL)]
+            # The first whole sentence, else the first line: the answer may be cut short.
+            found = _SENTENCE.match(answer)
+            sentence = found[0] if found else answer.partition("\n")[0]
+            pairs += [(_question(retain), sentence), (_question(forget), REFUSAL)]
         return list_examples(pairs)
 
     def _prompts(self, candidate: Candidate) -> list[list[int]]:
         renderer = PromptRenderer(self.tokenizer, prefix=candidate.prefix, place=candidate.place)
         return [renderer.teacher_ids(query.messages) for query in self.asked]
 
-    def _say(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], progress: Progress
-    ) -> list[str]:
+    def _say(self, engine: Engine, prompts: Prompts, progress: Progress) -> list[str]:
         """Return the greedy answers in order."""
         said = [""] * len(prompts)
         for index, ids in engine.responses(enumerate(prompts), self.config.max_new_tokens):
@@ -346,7 +354,7 @@ class _Measurement:
 
 
 def _with_first_token(
-    engine: Engine, tuned: Tuned, prompts: Sequence[Sequence[int]], firsts: Mapping[int, int]
+    engine: Engine, tuned: Tuned, prompts: Prompts, firsts: Mapping[int, int]
 ) -> Tuned:
     """Return a candidate with what its prefix leaves to the base's first tokens."""
     left = []
@@ -354,17 +362,11 @@ def _with_first_token(
         at = signal.token_ids[0] == firsts[index]
         logs = signal.logits[0][at].astype(float) - float(signal.logsumexp[0])
         left.append(float(np.exp(logs).sum()))  # beyond the Top-K next to nothing is left
-    return replace(tuned, first_token=POINTS * sum(left) / len(left))
+    return replace(tuned, first_token=POINTS * sum(left) / len(left) if left else None)
 
 
 def _question(query: Query) -> str:
     return query.messages[-1]["content"]
-
-
-def _first_sentence(answer: str) -> str:
-    """Return the first whole sentence of an answer, else its first line: it may be cut short."""
-    sentence = _SENTENCE.match(answer)
-    return sentence[0] if sentence else answer.partition("\n")[0]
 
 
 class _Chosen(pydantic.BaseModel, strict=True):

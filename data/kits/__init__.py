@@ -38,7 +38,8 @@ class Kit:
         """Return the files of a split.
 
         Args:
-            split: `forget`, `retain` or `general`; general queries exist held out only.
+            split: `forget`, `retain`, `train` (both) or `general`; general queries exist held out
+                only.
             answers: Whether to return the held-out queries, which have answers.
         """
         own = FOLDER / self.name
@@ -46,9 +47,9 @@ class Kit:
             return (GENERAL / "general_heldout.jsonl",)
         if answers:
             return (own / ("forget_heldout.jsonl" if split == "forget" else "near_heldout.jsonl"),)
-        if split == "forget":
-            return (own / "forget_train.jsonl",)
-        return (own / "near_train.jsonl", GENERAL / "retain_train.jsonl")
+        forget = (own / "forget_train.jsonl",)
+        retain = (own / "near_train.jsonl", GENERAL / "retain_train.jsonl")
+        return {"forget": forget, "retain": retain, "train": forget + retain}[split]
 
 
 _KITS = (

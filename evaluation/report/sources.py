@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,10 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
         for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
             if holds_cache(folder):
                 sources.caches.append(summarize_cache(folder))
-            elif not _read_student(folder, sources):
-                for file in sorted(folder.glob("*.json")):
+                continue
+            own = _read_student(folder, sources)
+            for file in sorted(folder.glob("*.json")):
+                if file.name not in own:
                     _read_document(file, sources)
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
@@ -140,15 +142,23 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
         )
 
 
-def _read_student(folder: Path, sources: Sources) -> bool:
-    if any(student.folder.resolve() == folder.resolve() for student in sources.students):
-        return True
+def _read_student(folder: Path, sources: Sources) -> Collection[str]:
+    """Take a student in and return the names of its own files; none where there is no student."""
+    for student in sources.students:
+        if student.folder.resolve() == folder.resolve():
+            return _files_of(student)
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
         log = tuple(json.loads(line) for line in lines if line.strip())
     except (OSError, ValueError):
-        return False
-    if isinstance(run, dict):
-        sources.students.append(StudentRun(folder=folder, run=run, log=log))
-    return isinstance(run, dict)
+        return ()
+    if not isinstance(run, dict):
+        return ()
+    sources.students.append(StudentRun(folder=folder, run=run, log=log))
+    return _files_of(sources.students[-1])
+
+
+def _files_of(student: StudentRun) -> Collection[str]:
+    listed = student.run.get("files")
+    return [RUN_FILE, *(listed if isinstance(listed, list) else ())]

@@ -255,5 +255,5 @@ def make_recipe(config: BuildConfig, folder: Path) -> Recipe:
             config.teacher_dtype, folder, elsewhere=config.ray_address != "local"
         ),
         eos_token_ids=eos_token_ids(folder),
-        scored=config.score if config.train or config.responses else None,
+        scored=config.score if config.responses else "assistant" if config.train else None,
     )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from duet_unlearn.data.prompts import PromptRenderer
 from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.shape_catalogue import shape_of
 from duet_unlearn.data.shapes import Shape, load_shapes
 from duet_unlearn.errors import ConfigurationError
 from duet_unlearn.teacher_cache.build.config import BuildConfig
@@ -79,6 +80,8 @@ def load_query_set(config: BuildConfig) -> list[Query]:
         for query in retain
         for view in _views_of(query, views, config.views_per_query)
     ]
+    if views and not retain:
+        logger.warning("no retain queries: nothing is cached in the views, leave --view to the run")
     unused = {view.name for view in views} - {query.view.name for query in in_views if query.view}
     if unused and retain:
         logger.warning(
@@ -114,6 +117,12 @@ def row_seed(seed: int, text: str, *purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # a signed 64-bit integer, for engines' messages
 
 
+def _kept_of(view: Shape) -> tuple[float, str]:
+    """Return weight and family that training finds by the text of a view."""
+    found = shape_of(view.text)
+    return found.weight, found.family
+
+
 def _load_views(sources: Sequence[str]) -> list[Shape]:
     """Return the shapes in which the plain base answers the retain queries too."""
     views: dict[str, Shape] = {}
@@ -125,6 +134,11 @@ def _load_views(sources: Sequence[str]) -> list[Shape]:
             )
         if views.setdefault(view.name, view).text != view.text:
             raise ConfigurationError(f"two views are named {view.name}; rename one")
+    if any((view.weight, view.family) != _kept_of(view) for view in views.values()):
+        logger.warning(
+            "a cache keeps no weights and families of a file's views; give the file to "
+            "duet-distill run --view, too"
+        )
     # Each text once; the smallest name stays, so that the order of the sources does not matter.
     named = sorted(views.values(), key=lambda view: view.name, reverse=True)
     return list({view.text: view for view in named}.values())

@@ -210,3 +210,13 @@ def test_a_file_whose_name_starts_with_the_mark(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_kit("./@own.jsonl") is None
     assert load_queries("./@own.jsonl", split="forget")[0].text == "Who?"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_may_answer_all_training_queries(name: str) -> None:
+    every = [
+        query.text
+        for split in ("forget", "retain")
+        for query in load_queries(f"@{name}", split=split)
+    ]
+    assert [query.text for query in load_queries(f"@{name}", split="train")] == every

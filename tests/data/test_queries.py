@@ -481,6 +481,25 @@ def test_other_forms_of_an_answer_stand_beside_it(tmp_path):
     assert again.references == query.references
 
 
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [("1991", ("1991",)), ("null", ("null",)), ("7", ("7",)), ('"[""a"", ""b""]"', ("a", "b"))],
+)
+def test_a_csv_cell_is_one_other_form_or_a_list_of_them(tmp_path, cell, found):
+    path = write(tmp_path, "a.csv", f"query,answer,aliases\nWhen?,then,{cell}\n")
+    (query,) = load_queries(path, split="retain")
+    assert query.aliases == found
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [([1991], "a number"), ([" "], "blank text"), (1991, "a number")]
+)
+def test_what_is_no_text_among_other_forms_is_named(tmp_path, value, found):
+    row = {"query": "When?", "answer": "then", "aliases": value}
+    with pytest.raises(DataError, match=f"`aliases` must list texts, found {found} among them"):
+        load_queries(write(tmp_path, "a.jsonl", json.dumps(row)), split="retain")
+
+
 def test_a_tilde_is_ones_home(tmp_path, monkeypatch):
     write(tmp_path, "a.jsonl", '{"query": "Who?"}')
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -240,3 +240,13 @@ def test_failures_are_one_line(tiny_cache, tiny_model, config_only, tmp_path):
         assert found.exit_code == code, found.output
         assert words in found.stderr
         assert code == 2 or len(found.stderr.splitlines()) == 1
+
+
+def test_a_student_with_a_state_in_place_of_keys_is_planned(planned, tiny_model, tmp_path):
+    from transformers import MambaConfig
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "recurrent"))
+    vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    config = MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config.save_pretrained(folder)
+    assert planned(student=str(folder)).build["kv_cache_per_query"] == 0

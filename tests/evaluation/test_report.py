@@ -449,6 +449,11 @@ def test_every_test_stands_at_a_glance(sources: Sources, folder: Path) -> None:
     ]
     assert render_html(content).count("at a glance") == 1
     assert "| base + prefix |" in render_markdown(content)
+    # An evaluation may lie in the folder of its student, too.
+    inside = folder / "student" / "eval.json"
+    shutil.copyfile(next(folder.glob("*.json")), inside)
+    assert len(find_sources([folder / "student"], summarize).evaluations) == 1
+    inside.unlink()
     # The report's own document, beside what it was made from, is none of its sources.
     path = folder / "report.json"
     path.write_text(json.dumps(content), encoding="utf-8")

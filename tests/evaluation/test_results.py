@@ -428,7 +428,7 @@ def test_requirements_about_nothing_are_refused(report: EvalReport) -> None:
         check_names("forget<5,forgotten<5", report.sets)
 
 
-def test_an_attack_that_asks_no_forget_query_breaks_nothing(report: EvalReport) -> None:
+def test_an_attack_of_unknown_strength_counts(report: EvalReport) -> None:
     kept = [
         index
         for index, task in enumerate(report.tasks)
@@ -438,5 +438,7 @@ def test_an_attack_that_asks_no_forget_query_breaks_nothing(report: EvalReport) 
     tasks = tuple(report.tasks[index] for index in kept)
     changed = dataclasses.replace(report, tasks=tasks, answers=answers)
     assert changed.breaks_prefix("weak") is None
-    assert [attack.name for attack in changed.counting_attacks] == ["strong"]
-    assert changed.worst("student", "retain") == pytest.approx(50.0)
+    assert [attack.name for attack in changed.counting_attacks] == ["strong", "weak"]
+    assert changed.worst("student", "retain") == changed.mean(
+        "student", split="retain", attack="weak"
+    )

@@ -114,6 +114,33 @@ def test_strong_comes_before_blunt_and_blunt_before_weak(settings: dict[str, Any
     assert [tuned.first_token for tuned in result.tuned] == pytest.approx([15, 15, 80], abs=0.01)
 
 
+def test_what_the_base_refuses_by_itself_does_not_rank_prefixes(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled: list[int] = []
+
+    def odd(query: Query) -> bool:
+        return query.text[-2] in "13579"
+
+    monkeypatch.setattr(
+        "duet_unlearn.teacher_cache.tune.recall_of",
+        lambda asked: None if odd(asked[0]) else 1.0,
+    )
+    signals = ObedientEngine.signals
+
+    def count(self: ObedientEngine, prompts: Any) -> Any:
+        found = list(prompts)
+        signalled.append(len(found))
+        return signals(self, found)
+
+    monkeypatch.setattr(ObedientEngine, "signals", count)
+    result = tune(TuneConfig(**settings, examples=0), ObedientEngine)
+    forget = [query for query, _ in result.asked if query.split == "forget"]
+    told = [query for query in forget if not odd(query)]
+    assert 0 < len(told) < len(forget)
+    assert signalled == [len(told)] * 4
+
+
 def test_only_the_best_six_of_a_third_are_asked_the_whole_sample(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ from duet_unlearn.errors import (
 from duet_unlearn.files import claim_folder
 from duet_unlearn.teacher_cache.build.build import BuildResult, build
 from duet_unlearn.teacher_cache.build.config import BuildConfig, make_recipe
+from duet_unlearn.teacher_cache.build.inputs import load_query_set
 from duet_unlearn.teacher_cache.build.lock import build_lock
 from duet_unlearn.teacher_cache.build.plan import MOST_SHARDS, order_queries, plan_shards
 from duet_unlearn.teacher_cache.engines.base import EngineConfig
@@ -357,7 +358,7 @@ def test_a_folder_of_the_users_is_left_alone(config: BuildConfig) -> None:
     config.out.mkdir()
     (config.out / "README.md").write_text("mine")
     (config.out / ".notes.tmp").write_text("mine")
-    with pytest.raises(ConfigurationError, match=r"not empty.*choose another --out"):
+    with pytest.raises(ConfigurationError, match=r"not empty.*choose another folder"):
         run(config)
     run(config, out=config.out.parent / "cache2")
     with pytest.raises(ConfigurationError, match="lies inside the cache"):
@@ -578,6 +579,21 @@ def test_retain_queries_in_views_are_the_plain_bases_own(
     for number, row in enumerate((begun, raw)):
         np.testing.assert_array_equal(row.token_ids[0][:50], expected[number].token_ids[0][:50])
     assert "retain-3@views:1" not in {s["query_id"] for s in reader.manifest.samples}
+
+
+def test_views_of_which_a_cache_keeps_less_than_a_file_says_are_told_of(
+    config: BuildConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    views = tmp_path / "views.txt"
+    views.write_text("[weight 6] Now: {query}\n[family override] Please: {query}\nSo: {query}\n")
+    with caplog.at_level(logging.WARNING):
+        load_query_set(dataclasses.replace(config, views=(str(views),)))
+    assert "a cache keeps no weights and families of a file's views" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load_query_set(dataclasses.replace(config, views=("@view-shapes",), retain=()))
+    assert "nothing is cached in the views" in caplog.text
+    assert "keeps no weights" not in caplog.text
 
 
 def test_each_retain_query_is_cached_in_some_of_the_views(

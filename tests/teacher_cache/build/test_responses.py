@@ -107,6 +107,15 @@ def test_signals_along_given_responses_are_those_of_one_forward(
     assert make(tmp_path, tiny_model).hit
 
 
+def test_what_is_scored_of_given_responses_makes_no_other_recipe_without_them(
+    tiny_model: Path, tmp_path: Path, write_queries: Any
+) -> None:
+    settings = {"responses": (), "train": (str(write_queries("train", 2)),), "positions": 2}
+    first = make(tmp_path, tiny_model, **settings)
+    assert first.manifest.recipe.scored == "assistant"
+    assert make(tmp_path, tiny_model, **settings, score="all").hit
+
+
 def test_every_token_of_a_conversation_can_be_scored(tiny_model: Path, tmp_path: Path) -> None:
     make(tmp_path, tiny_model, score="all")
 
