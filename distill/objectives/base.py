@@ -88,12 +88,14 @@ class Objective(Protocol):
     def prepare(self, renderer: "PromptRenderer", queries: set[str] | None = None) -> None:
         """Check that its examples fit the student, before any weight is loaded.
 
+        Rows of a cache are tokens already, and their lengths are seen when they are drawn.
+
         Args:
             renderer: The student's tokenizer and chat template.
             queries: Held-out ones, to warn of those that are trained on.
 
         Raises:
-            DataError: An example is too long for the student.
+            DataError: An example that the student tokenizes is too long for it.
             MismatchError: The examples belong to another tokenizer.
         """
 
