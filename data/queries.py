@@ -309,13 +309,14 @@ def _texts(row: Mapping[str, object], column: str) -> tuple[str, ...]:
         try:
             listed = json.loads(value)
         except (ValueError, RecursionError):
-            listed = None
-        value = listed if isinstance(listed, list) else [value]
+            listed = value
+        value = listed if isinstance(listed, list) or listed is None else [value]
     if value is None or value == "" or value != value:
         return ()
-    entries = value if isinstance(value, list) else [value]
+    if not isinstance(value, list):
+        raise ValueError(f"`{column}` must list texts, found {type_name(value)}")
     texts: list[str] = []
-    for text in entries:
+    for text in value:
         if not isinstance(text, str) or not text.strip():
             found = "blank text" if isinstance(text, str) else type_name(text)
             raise ValueError(f"`{column}` must list texts, found {found} among them")

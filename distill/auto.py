@@ -9,10 +9,9 @@ if TYPE_CHECKING:
     from duet_unlearn.distill.config import RunConfig
 
 AUTO = "auto"
-# Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide,
-# 2e-5 at 2,560.
+# Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide.
 LEARNING_RATE_TIMES_WIDTH = 0.0512
-# All weights of a pretrained model take less where one forgets: at 896 wide the 5.7e-5 of the rule
+# The weights of a pretrained model take less where one forgets: at 896 wide the 5.7e-5 of the rule
 # cost general facts, and 1e-5 did not.
 PRETRAINED_WIDTH, MOST_RATE = 512, 1e-5
 # An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
@@ -32,7 +31,7 @@ def resolve_auto(
     fast_dtype: str,
     rows: int,
     in_views: bool,
-    forgets: bool = True,
+    forgets: bool,
 ) -> "RunConfig":
     """Return a run's settings with every `auto` replaced but that of `precision`.
 
@@ -54,15 +53,15 @@ def resolve_auto(
             rate = min(rate, MOST_RATE)
     if batch == AUTO:
         batch = LORA_BATCH_IN_VIEWS if lora and in_views else BATCH
-    a_pass = -(-rows // int(batch))
+    steps_per_epoch = -(-rows // int(batch))
     if epochs == AUTO:
         wanted = LORA_STEPS if lora else STEPS
         if lora and in_views:
-            wanted = max(LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS * a_pass)
-        steps = steps or min(max(wanted, a_pass), MOST_PASSES * a_pass)
-        epochs = -(-steps // a_pass)
+            wanted = max(LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS * steps_per_epoch)
+        steps = steps or min(max(wanted, steps_per_epoch), MOST_PASSES * steps_per_epoch)
+        epochs = -(-steps // steps_per_epoch)
     elif steps:
-        steps = min(steps, int(epochs) * a_pass)  # the Trainer would let steps alone decide
+        steps = min(steps, int(epochs) * steps_per_epoch)  # steps alone would decide
     halved = lora and fast_dtype == "bfloat16" and config.precision in (AUTO, "bf16")
     return config.replaced(
         learning_rate=rate,

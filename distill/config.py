@@ -173,7 +173,7 @@ class RunConfig(Settings):
         group="Optimization",
         aliases=("lr", "rate"),
         help="Peak learning rate; auto is 0.0512 / hidden size, with LoRA ten times that; to "
-        "forget with all weights at most 1e-5 from 512 wide on.",
+        "forget without LoRA at most 1e-5 from 512 wide on.",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
         default="cosine",
@@ -195,8 +195,9 @@ class RunConfig(Settings):
     )
     max_steps: Count | None = setting(
         default=None,
-        help="Stop after this many optimizer steps, also within --epochs; a file's does not count "
-        "beside a given --epochs.",
+        overrules=("epochs",),
+        help="Stop after this many optimizer steps, also within --epochs; of the two in a file, "
+        "neither counts beside the other on the command line.",
     )
     batch_size: Count | Auto = setting(
         default=AUTO,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.messages import check_text
@@ -98,12 +97,9 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
 def split_question(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     """Return the models and the question of a command line, which may lack one.
 
-    The last word is the question where it has a blank in it or ends with a question mark; model
-    names have neither. Of `NAME=MODEL` that goes for MODEL, unless it is a folder.
+    The last word is the question where it ends with a question mark, or has a blank in it and is no
+    `NAME=MODEL`; other names of models have neither.
     """
     *models, last = words
-    model = last.partition("=")[2] or last
-    is_question = (" " in model.strip() or model.endswith("?")) and not (
-        model != last and Path(model).expanduser().exists()
-    )
+    is_question = last.endswith("?") or (" " in last.strip() and "=" not in last)
     return (tuple(models), last) if models and is_question else (tuple(words), None)

@@ -136,7 +136,12 @@ def _load(source: str) -> list[Attack]:
     if not source.startswith("@") and Path(source).suffix.lower() in SUFFIXES:
         name = Path(source).stem
         return [
-            Attack(name=name, text=f"{source} ({number})", family=name, wordings=wordings)
+            Attack(
+                name=name,
+                text=source if number == 1 else f"{source} ({number})",
+                family=name,
+                wordings=wordings,
+            )
             for number, wordings in enumerate(_load_wordings(source), start=1)
         ]
     return [

@@ -25,8 +25,8 @@ def ask_command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **
     """Ask each MODEL the QUESTION and print the answers side by side.
 
     MODEL is a folder, a hub id or the folder of a LoRA adapter, or NAME=MODEL. Without QUESTION,
-    the last word with a blank or a question mark in it, questions are read line by line; one that
-    cannot be asked is told in a line, and the rest are asked.
+    the last word if it has a blank in it or ends with a question mark, questions are read line by
+    line; one that cannot be asked is reported, and the rest are asked.
     """
     from duet_unlearn.evaluation.ask import Asker, split_question
 

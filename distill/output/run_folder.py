@@ -175,14 +175,17 @@ class RunFolder:
         """
         try:
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-                strange = foreign_file(self.out)
-                if strange is None and not overwrite and self.finished() is None:
-                    strange = "another student"
-                if strange:
+                if strange := foreign_file(self.out):
                     raise OutputError(
                         f"{self.out}: files of others appeared there while training ({strange}); "
                         f"the student is in {self.staged_student}: move one of them away, then run "
                         "the same command again"
+                    )
+                if not overwrite and self.finished() is None:
+                    raise OutputError(
+                        f"{self.out}: another run's student appeared there while training; the "
+                        f"student of this run is in {self.staged_student}: move one of them away "
+                        "and run the same command again, or add --overwrite to it"
                     )
                 # Out of the way first: a folder cannot be replaced by a rename.
                 self.out.rename(self.work / "replaced")

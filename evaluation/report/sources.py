@@ -73,10 +73,12 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
     Raises:
         DataError: A path is missing, a file named is neither, or nothing at all is found.
     """
-    sources = Sources()
+    sources, seen = Sources(), set[Path]()
     for path in paths:
         if not path.is_dir():
-            _read_document(path, sources, named=True)
+            if path.resolve() not in seen:
+                _read_document(path, sources, named=True)
+            seen.add(path.resolve())
             continue
         for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
             if holds_cache(folder):
@@ -84,8 +86,9 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
                 continue
             own = _read_student(folder, sources)
             for file in sorted(folder.glob("*.json")):
-                if file.name not in own:
+                if file.name not in own and file.resolve() not in seen:
                     _read_document(file, sources)
+                seen.add(file.resolve())
     for name, document in sources.evaluations:
         with reading(name, "write it again with `duet-distill eval --out`"):
             for row in document["models"]:

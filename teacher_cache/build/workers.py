@@ -47,8 +47,8 @@ RESTARTS = 3
 _CLOSE_SECONDS = 20.0
 _SHARDS_A_WORKER = 2
 _LONGEST_TEMPORARY = 36
-"""Bytes in the path of a temporary folder below which Ray can put its sockets: their paths may have
-107, of which Ray's own names take some 70."""
+"""Most bytes in the path of a temporary folder in which Ray can put its sockets: their paths may
+have 107, of which Ray's own names take some 70."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,7 +289,8 @@ def _connect(ray: Any, address: str) -> None:
     # Ray makes workers nice: beside other work on this machine they would get nothing.
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    if options and len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY:
+    too_long = len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY
+    if options and too_long and "RAY_TMPDIR" not in os.environ:
         options["_temp_dir"] = "/tmp/ray"  # noqa: S108 - its own default without TMPDIR
     try:
         with _environment(quiet):

@@ -35,6 +35,7 @@ from duet_unlearn.files import (
     user_path,
     write_error,
 )
+from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME
 from duet_unlearn.teacher_cache.share.store_errors import explain, is_missing, is_passing
 from duet_unlearn.urls import protocol_of, redact_url
 
@@ -159,9 +160,13 @@ class Store:
         }
 
     def _is_folder(self, entry: dict[str, Any]) -> bool:
-        # Of a link on this machine fsspec does not say what it leads to.
-        link = self.folder is not None and Path(entry["name"]).is_dir()
-        return link or entry["type"] == "directory"
+        # fsspec does not say what a link leads to. One to a cache is followed; others may lead
+        # around in circles, or to where nothing is shared.
+        if entry["type"] == "directory":
+            return True
+        with contextlib.suppress(OSError):  # a link into what one may not look at
+            return self.folder is not None and (Path(entry["name"]) / MANIFEST_NAME).is_file()
+        return False
 
     def put(self, path: Path, name: str) -> None:
         """Send a file; it appears under its name only when it is whole."""

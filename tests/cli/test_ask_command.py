@@ -27,7 +27,8 @@ def ask(*arguments: object, typed: str = "") -> Result:
         (["a b"], ("a b",), None),
         (["a", "the student=b"], ("a", "the student=b"), None),
         (["a", "If x = 3, what is 2x?"], ("a",), "If x = 3, what is 2x?"),
-        (["a", "x=3, what is x"], ("a",), "x=3, what is x"),
+        (["a", "Does a=~b hold?"], ("a",), "Does a=~b hold?"),
+        (["a", "mine=/my models/b"], ("a", "mine=/my models/b"), None),
     ],
 )
 def test_the_question_is_told_from_the_models(words, models, question) -> None:
@@ -67,12 +68,6 @@ def test_a_line_that_cannot_be_asked_does_not_end_the_rest(tiny_model: Path) -> 
     assert "lower --max-new-tokens" in long
     assert "surrogate" in broken
     assert result.exit_code == 1
-
-
-def test_a_model_whose_path_has_a_blank_is_a_model(tmp_path: Path) -> None:
-    (tmp_path / "my model").mkdir()
-    named = f"mine={tmp_path / 'my model'}"
-    assert split_question(["a", named]) == (("a", named), None)
 
 
 def test_attacks_that_show_answers_are_left_out_beside_others(tiny_model: Path) -> None:

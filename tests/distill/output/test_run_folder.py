@@ -42,7 +42,7 @@ def test_a_student_that_appeared_meanwhile_is_replaced_only_where_asked(tmp_path
     folder.out.mkdir()
     other = {"identity": folder_of(tmp_path, cache="sha256:c").identity, "files": ["duet_run.json"]}
     (folder.out / "duet_run.json").write_text(json.dumps(other))
-    with pytest.raises(OutputError, match="another student"):
+    with pytest.raises(OutputError, match="another run's student appeared there"):
         folder.publish(overwrite=False)
     assert (folder.out / "duet_run.json").is_file()
     assert folder.staged_student.is_dir()
