@@ -58,12 +58,13 @@ def print_cache(
     click.echo(f"pin it as {cache}@{manifest.digest}")
 
 
-def check_target(target: Path, mark: str) -> None:
+def check_target(target: Path, *marks: str) -> None:
     """Refuse a file that cannot or must not be written before the work, not after it.
 
     Args:
         target: The file.
-        mark: A text that an earlier file of ours holds; any other file is somebody's.
+        marks: Texts that an earlier result of the same command holds, the first of them any of
+            ours; another file stays.
 
     Raises:
         ConfigurationError: It lies inside a cache, is a folder or another's, or its folder is
@@ -75,11 +76,14 @@ def check_target(target: Path, mark: str) -> None:
         raise ConfigurationError(f"{target}: a folder, expected the name of a file")
     if not target.parent.is_dir():
         raise ConfigurationError(f"{target}: no folder {target.parent}; make it first")
-    if os.path.lexists(target) and not (target.is_file() and mark.encode() in target.read_bytes()):
-        raise ConfigurationError(
-            f"{target}: is there, and nothing in it shows that duet-unlearn wrote it; choose "
-            "another name"
-        )
+    if os.path.lexists(target):
+        held = target.read_bytes() if target.is_file() else b""
+        found = [mark.encode() in held for mark in marks]
+        if not all(found):
+            what = "nothing in it shows that duet-unlearn wrote it"
+            if found[0]:
+                what = "it is no result of this command"
+            raise ConfigurationError(f"{target}: is there, and {what}; choose another name")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -106,8 +110,12 @@ def _not_written(target: Path, error: BaseException) -> OutputError:
 
 
 @contextlib.contextmanager
-def measuring(out: Path | None = None) -> Iterator[None]:
+def measuring(out: Path | None = None, entry: str = "") -> Iterator[None]:
     """Look at `--out` before work of which no part is kept, and say so where it is stopped.
+
+    Args:
+        out: Where the document goes.
+        entry: A key that the documents of this command have, and no others.
 
     Raises:
         ConfigurationError: As `check_target`.
@@ -115,7 +123,7 @@ def measuring(out: Path | None = None) -> Iterator[None]:
         StoppedError: The user stopped it.
     """
     if out is not None:
-        check_target(out, '"duet-unlearn": "')  # among the versions
+        check_target(out, '"duet-unlearn": "', f'"{entry}": ')  # the first among the versions
     try:
         yield
     except KeyboardInterrupt as error:

@@ -45,7 +45,7 @@ def eval_command(
     table has mean and standard deviation, and every seed is held to --require.
     """
     config = read_settings(ctx, EvalConfig, config_file, models=parse_models(words))
-    with measuring(out):
+    with measuring(out, "performance_shift"):
         from duet_unlearn.evaluation.evaluate import evaluate
         from duet_unlearn.evaluation.requirements import check_requirements
         from duet_unlearn.evaluation.table import format_report

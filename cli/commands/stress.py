@@ -42,8 +42,11 @@ def _stress_test(
             config_file: str | None = None,
             **_: Any,
         ) -> None:
+            from duet_unlearn.evaluation.report.sources import STRESS_TESTS
+
             config = read_settings(ctx, of, config_file, models=parse_models(words))
-            with measuring(out):
+            entry = next(key for key, made_by in STRESS_TESTS.items() if made_by == name)
+            with measuring(out, entry):
                 table, report = test(config)
             print_report(table, report, as_json=as_json, out=out)
 

@@ -41,8 +41,11 @@ def make_content(
     Raises:
         DataError: A document lacks what its format promises.
     """
-    with reading("a student's or a stress test's record", "leave its folder out, or make it again"):
-        students = [_student(student) for student in sources.students]
+    students = []
+    for student in sources.students:
+        with reading(f"{student.folder}: its record", "leave the folder out, or train it again"):
+            students.append(_student(student))
+    with reading("a stress test's record", "leave its folder out, or make it again"):
         stress_tests = describe_stress_tests(sources)
     evaluations = []
     for name, document in sources.evaluations:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.models.adapters import LOG_FILE, RUN_FILE
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import CacheError, DataError
 from duet_unlearn.evaluation.results import REPORT_FORMAT, STRESS_TEST_FORMAT
 from duet_unlearn.files import holds_cache, named_path
 
@@ -71,6 +71,7 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
         summarize_cache: Reads a cache's folder; whoever calls knows caches, this package does not.
 
     Raises:
+        CacheError: A folder that is named holds a damaged cache; one right below it is left out.
         DataError: A path is missing, a file named is neither, or nothing at all is found.
     """
     sources, seen = Sources(), set[Path]()
@@ -82,7 +83,12 @@ def find_sources(paths: Sequence[Path], summarize_cache: Callable[[Path], Docume
             continue
         for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
             if holds_cache(folder):
-                sources.caches.append(summarize_cache(folder))
+                try:
+                    sources.caches.append(summarize_cache(folder))
+                except CacheError as error:
+                    if folder == path:
+                        raise
+                    logger.warning("%s; left out", error)
                 continue
             own = _read_student(folder, sources)
             for file in sorted(folder.glob("*.json")):
@@ -125,19 +131,29 @@ def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None
             logger.warning("%s: left out, cannot be read (%s)", path, error.strerror or error)
         return
     except (ValueError, RecursionError) as error:
+        problem = f"{path}: no JSON document ({error}); write it again"
         if named:
-            raise DataError(f"{path}: no JSON document ({error}); write it again") from error
+            raise DataError(problem) from error
+        logger.warning("%s; left out", problem)
         return
     keys = value.keys() if isinstance(value, dict) else set()
-    if keys >= _EVALUATION_KEYS and value.get("format") == REPORT_FORMAT:
+    tests = keys & STRESS_TESTS.keys() if "evaluations" not in keys else set()  # no report's own
+    what, expected = "a stress test", STRESS_TEST_FORMAT
+    if keys >= _EVALUATION_KEYS:
+        what, expected = "an evaluation", REPORT_FORMAT
+    if (tests or what == "an evaluation") and value.get("format") != expected:
+        found = str(value.get("format"))[:40]
+        problem = (
+            f"{path}: {what} of format {found}, expected {expected}; make it again with this "
+            "version"
+        )
+        if named:
+            raise DataError(problem)
+        logger.warning("%s; left out", problem)
+    elif what == "an evaluation":
         sources.evaluations.append((path.name, value))
-    elif "evaluations" not in keys and (found := keys & STRESS_TESTS.keys()):  # no report's own
-        if value.get("format") != STRESS_TEST_FORMAT:
-            raise DataError(
-                f"{path}: a stress test of format {value.get('format')}, expected "
-                f"{STRESS_TEST_FORMAT}; make it again with this version"
-            )
-        sources.stress_tests.setdefault(min(found), []).append((path.name, value))
+    elif tests:
+        sources.stress_tests.setdefault(min(tests), []).append((path.name, value))
     elif named:
         raise DataError(
             f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test; name a "

@@ -89,7 +89,10 @@ def test_vllm_gives_the_same_answers(tiny_model: Path, files: list[object]) -> N
 def test_failures_are_one_line(tiny_model: Path, files: list[object], tmp_path: Path) -> None:
     mine = tmp_path / "notes.json"
     mine.write_text('{"mine": 1}')
+    other = tmp_path / "relearn.json"
+    other.write_text('{"versions": {"duet-unlearn": "0.1.0"}, "relearning": []}')
     cases = [
+        ([tiny_model, *files, "--out", other], "it is no result of this command"),
         ([tmp_path / "gone", *files], "no such folder"),
         ([tiny_model, *files, "--out", mine], "nothing in it shows that duet-unlearn wrote it"),
         ([tiny_model, *files, "--max-new-tokens", 250], "lower --max-new-tokens"),

@@ -15,7 +15,7 @@ import pytest
 
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.run import run
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import CacheError, DataError
 from duet_unlearn.evaluation.config import EvalConfig, parse_models
 from duet_unlearn.evaluation.evaluate import evaluate
 from duet_unlearn.evaluation.report.charts import lay_out
@@ -477,20 +477,34 @@ def test_a_damaged_document_is_one_line(tmp_path: Path, sources: Sources) -> Non
 
 
 def test_another_machines_document_and_strange_files_end_no_report(
-    folder: Path, sources: Sources, tmp_path: Path
+    folder: Path,
+    sources: Sources,
+    tiny_cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = Path(shutil.copytree(folder, tmp_path / "copy"))
+    cut = Path(shutil.copytree(tiny_cache, folder / "cut"))
+    next((cut / "shards").iterdir()).unlink()
+    (folder / "half.json").write_text('{"scores": [')
+    (folder / "old.json").write_text(json.dumps({**sources.evaluations[0][1], "format": 1}))
+    (folder / "later.json").write_text(json.dumps({"format": 99, "membership": []}))
     document = copy.deepcopy(sources.evaluations[0][1])
     document["models"][0]["model"] = "~nobody-of-that-name/base"
     (folder / "eval.json").write_text(json.dumps(document))
     (folder / "dangling.json").symlink_to(folder / "nowhere.json")
     (folder / "inside.json").mkdir()
     found = find_sources([folder], summarize)
-    assert make_content(found)["evaluations"][0]["models"][0]["model"] == "base"
-    (folder / "later.json").write_text(json.dumps({"format": 99, "membership": []}))
-    for sources_given in ([folder], [folder / "later.json"]):
-        with pytest.raises(DataError, match=r"later\.json: a stress test of format 99, expected 1"):
-            find_sources(sources_given, summarize)
+    (evaluation,) = make_content(found)["evaluations"]
+    assert evaluation["models"][0]["model"] == "base"
+    left_out = [line for line in caplog.messages if line.endswith("; left out")]
+    assert len(left_out) == 4
+    for name in ("cut", "half.json", "old.json", "later.json"):
+        assert any(name in line for line in left_out)
+        with pytest.raises((CacheError, DataError)):
+            find_sources([folder / name], summarize)
+    with pytest.raises(DataError, match=r"later\.json: a stress test of format 99, expected 1"):
+        find_sources([folder / "later.json"], summarize)
     with pytest.raises(DataError, match="cannot be read"):
         find_sources([folder / "dangling.json"], summarize)
 
