@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.errors import DataError, first_line
-from duet_unlearn.files import named_path, user_path
+from duet_unlearn.files import holds_cache, named_path, user_path
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 SLOW_TOKENIZER_FILES = (
@@ -63,10 +63,12 @@ def is_adapter(folder: Path) -> bool:
 def _check_folder(folder: Path, *, need_weights: bool) -> None:
     if is_adapter(folder):
         raise DataError(
-            f"model {folder}: an adapter, expected a whole model; merge it into its base first"
+            f"model {folder}: an adapter, expected a whole model; merge it into its base first "
+            "(duet-distill run --merge makes whole ones)"
         )
     if not (folder / "config.json").is_file():
-        raise DataError(f"model {folder}: no config.json; expected a transformers model folder")
+        what = "a teacher cache" if holds_cache(folder) else "no config.json"
+        raise DataError(f"model {folder}: {what}, expected a transformers model folder")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError(
             f"model {folder}: no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}); "

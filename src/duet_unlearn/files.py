@@ -192,7 +192,7 @@ def refuse_inside_cache(folder: Path) -> None:
     """
     inside = next((p for p in folder.absolute().parents if holds_cache(p)), None)
     if inside is not None:
-        raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another --out")
+        raise ConfigurationError(f"{folder}: lies inside the cache {inside}; choose another place")
 
 
 def release_claim(folder: Path) -> None:

@@ -272,6 +272,8 @@ def _absent(cache: Path) -> CacheError:
         return CacheError(
             f"{cache}: unfinished, no {MANIFEST_NAME}; run its duet-cache build again, it resumes"
         )
+    if any((cache / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return CacheError(f"{cache}: a model folder, expected a teacher cache; check the path")
     return CacheError(f"{cache}: not a teacher cache, no {MANIFEST_NAME}; check the path")
 
 

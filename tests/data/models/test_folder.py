@@ -16,7 +16,8 @@ from duet_unlearn.data.models.folder import (
     read_json,
     resolve_model_folder,
 )
-from duet_unlearn.errors import DataError
+from duet_unlearn.errors import CacheError, DataError
+from duet_unlearn.teacher_cache.format.manifest import read_manifest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,7 +50,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voca
     ("change", "message"),
     [
         (to_adapter, "an adapter, expected a whole model; merge it into its base first"),
-        (without("config.json"), "no config.json; expected a transformers model folder"),
+        (without("config.json"), "no config.json, expected a transformers model folder"),
         (without(*TOKENIZER), r"no tokenizer \(tokenizer.json, .*save the tokenizer into"),
         (without(WEIGHTS), r"no \*.safetensors weights \(found none\); save the model with"),
         (to_pickle, r"\(found pytorch_model.bin, which may run code when read\)"),
@@ -120,3 +121,12 @@ def test_a_configuration_without_what_is_needed_is_one_line(tmp_path: Path) -> N
     assert head_width(read_config(tmp_path)) == 7
     with pytest.raises(DataError, match=r"eos_token_id is \['</s>'\], expected token ids"):
         eos_token_ids(tmp_path)
+
+
+def test_a_cache_and_a_model_in_each_others_place_are_told_apart(
+    tiny_cache: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(DataError, match="a teacher cache, expected a transformers model folder"):
+        resolve_model_folder(str(tiny_cache))
+    with pytest.raises(CacheError, match="a model folder, expected a teacher cache"):
+        read_manifest(tiny_model)
