@@ -123,41 +123,41 @@ def reading(name: str, advice: str) -> Iterator[None]:
 def _read_document(path: Path, sources: Sources, *, named: bool = False) -> None:
     """Take a file in if it is a result of ours; one that is named has to be."""
     try:
+        _take_document(path, sources, named=named)
+    except DataError as error:
+        if named:
+            raise
+        logger.warning("%s; left out", error)
+
+
+def _take_document(path: Path, sources: Sources, *, named: bool) -> None:
+    try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        if named:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-        if not isinstance(error, FileNotFoundError | IsADirectoryError):
-            logger.warning("%s: left out, cannot be read (%s)", path, error.strerror or error)
-        return
+        if not named and isinstance(error, FileNotFoundError | IsADirectoryError):
+            return
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        problem = f"{path}: no JSON document ({error}); write it again"
-        if named:
-            raise DataError(problem) from error
-        logger.warning("%s; left out", problem)
-        return
+        raise DataError(f"{path}: no JSON document ({error}); write it again") from error
     keys = value.keys() if isinstance(value, dict) else set()
-    tests = keys & STRESS_TESTS.keys() if "evaluations" not in keys else set()  # no report's own
-    what, expected = "a stress test", STRESS_TEST_FORMAT
     if keys >= _EVALUATION_KEYS:
-        what, expected = "an evaluation", REPORT_FORMAT
-    if (tests or what == "an evaluation") and value.get("format") != expected:
-        found = str(value.get("format"))[:40]
-        problem = (
-            f"{path}: {what} of format {found}, expected {expected}; make it again with this "
-            "version"
-        )
-        if named:
-            raise DataError(problem)
-        logger.warning("%s; left out", problem)
-    elif what == "an evaluation":
+        _check_format(path, "an evaluation", value, REPORT_FORMAT)
         sources.evaluations.append((path.name, value))
-    elif tests:
-        sources.stress_tests.setdefault(min(tests), []).append((path.name, value))
+    elif "evaluations" not in keys and (found := keys & STRESS_TESTS.keys()):  # no report's own
+        _check_format(path, "a stress test", value, STRESS_TEST_FORMAT)
+        sources.stress_tests.setdefault(min(found), []).append((path.name, value))
     elif named:
         raise DataError(
             f"{path}: neither an evaluation (format {REPORT_FORMAT}) nor a stress test; name a "
             f"file of `duet-distill eval --out`, or of {', '.join(STRESS_TESTS.values())} --out"
+        )
+
+
+def _check_format(path: Path, what: str, document: Document, expected: int) -> None:
+    if (found := document.get("format")) != expected:
+        raise DataError(
+            f"{path}: {what} of format {str(found)[:40]}, expected {expected}; make it again with "
+            "this version"
         )
 
 

@@ -114,3 +114,4 @@ def test_a_file_that_cannot_be_read(tmp_path):
 def test_what_a_setting_overrules_is_a_setting():
     known = fields(RunConfig)
     assert [name for field in known.values() for name in field.overrules] == ["max_steps", "epochs"]
+    assert {"max_steps", "epochs"} <= known.keys()
