@@ -21,6 +21,9 @@ STEPS, LORA_STEPS, MOST_PASSES = 300, 70, 20
 # With views a query is two sequences, and every pass draws another view of it.
 BATCH, LORA_BATCH_IN_VIEWS = 16, 8
 LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS = 120, 2
+# Model extrapolation (arXiv 2404.16792): scaled up after training, an adapter also refuses in
+# shapes that it was not trained on; scaled too far, it refuses near neighbours.
+LORA_EXTRAPOLATION_IN_VIEWS = 1.4
 
 
 def resolve_auto(
@@ -62,6 +65,9 @@ def resolve_auto(
         epochs = -(-steps // steps_per_epoch)
     elif steps:
         steps = min(steps, int(epochs) * steps_per_epoch)  # steps alone would decide
+    extrapolation = config.lora_extrapolation
+    if lora and extrapolation is None:
+        extrapolation = LORA_EXTRAPOLATION_IN_VIEWS if in_views and forgets else 1.0
     halved = lora and fast_dtype == "bfloat16" and config.precision in (AUTO, "bf16")
     return config.replaced(
         learning_rate=rate,
@@ -69,6 +75,7 @@ def resolve_auto(
         max_steps=steps,
         batch_size=batch,
         lora_alpha=2.0 * rank if lora and config.lora_alpha is None else config.lora_alpha,
+        lora_extrapolation=extrapolation,
         dtype=("bfloat16" if halved else "float32") if config.dtype == AUTO else config.dtype,
         save_dtype=stored_dtype if config.save_dtype == AUTO else config.save_dtype,
     )

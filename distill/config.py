@@ -9,6 +9,7 @@ from duet_unlearn.distill.auto import (
     AUTO,
     BATCH,
     LORA_BATCH_IN_VIEWS,
+    LORA_EXTRAPOLATION_IN_VIEWS,
     LORA_PASSES_IN_VIEWS,
     LORA_STEPS,
     LORA_STEPS_IN_VIEWS,
@@ -156,6 +157,13 @@ class RunConfig(Settings):
     lora_alpha: Positive | None = setting(default=None, help="LoRA alpha.  [default: 2 * rank]")
     lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = setting(
         default=0.0, help="Dropout on the adapter's inputs."
+    )
+    lora_extrapolation: Positive | None = setting(
+        default=None,
+        metavar="FACTOR",
+        aliases=("extrapolation",),
+        help="Save the adapter this many times as strong as training made it (model "
+        f"extrapolation).  [default: 1; to forget in views {LORA_EXTRAPOLATION_IN_VIEWS}]",
     )
     lora_target_modules: tuple[str, ...] = setting(
         default=("all-linear",),

@@ -130,6 +130,8 @@ def _trained(config: dict[str, Any], result: dict[str, Any]) -> str:
     kind = ""
     if config["lora_rank"] is not None:
         kind = f", alpha {config['lora_alpha']:g}, "
+        if config["lora_extrapolation"] != 1:
+            kind += f"extrapolated by {config['lora_extrapolation']:g}, "
         kind += "merged into the base" if config["merge"] else "as an adapter of the base"
     counts = f"{result['trained_parameters']:,} parameters, the base has {result['parameters']:,}"
     return f"{result['trained']}{kind}: {counts}"

@@ -126,8 +126,9 @@ def _save(
 ) -> None:
     """Write a model folder: weights, configuration, and the base's own tokenizer.
 
-    An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in,
-    a whole model in `save_dtype`. `state` holds gathered weights where the model has only a part.
+    An adapter (a `PeftModel`) is written as peft's adapter folder, in the dtype it was trained in
+    and with the alpha that extrapolates it, a whole model in `save_dtype`. `state` holds gathered
+    weights where the model has only a part.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -193,10 +194,11 @@ def _stored(state: "dict[str, Tensor]", dtype: "torch.dtype") -> "dict[str, Tens
 
 def _write_adapter(job: "Job", model: Any, folder: Path, state: "dict[str, Tensor] | None") -> None:
     settings = model.peft_config["default"]
-    kept = settings.base_model_name_or_path
+    kept = settings.base_model_name_or_path, settings.lora_alpha
+    settings.lora_alpha *= job.config.lora_extrapolation or 1
     settings.base_model_name_or_path = job.student.name  # and not where it lies on this machine
     try:
         # The embeddings are the base's; to decide that by itself, peft would ask the hub.
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     finally:
-        settings.base_model_name_or_path = kept
+        settings.base_model_name_or_path, settings.lora_alpha = kept

@@ -5,6 +5,7 @@ depend on the number of processes), the scaling of the loss (every row carries i
 step's loss, so accumulation and processes add up exactly), and its prints on standard output.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,7 @@ class DuetTrainer(Trainer):
             raise RuntimeError("no held-out queries")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         model: Any = self.model
-        with accelerator.autocast():
+        with accelerator.autocast(), self._extrapolated():
             return held_out.measure(
                 model if sharded else accelerator.unwrap_model(model),
                 self.state.global_step,
@@ -185,6 +186,18 @@ class DuetTrainer(Trainer):
                 process=0 if sharded else accelerator.process_index,
                 processes=1 if sharded else accelerator.num_processes,
             )
+
+    def _extrapolated(self) -> contextlib.AbstractContextManager[None]:
+        """Have the student answer as it is going to be saved."""
+        factor = self._config.lora_extrapolation
+        if factor is None or factor == 1:
+            return contextlib.nullcontext()
+        from peft.helpers import rescale_adapter_scale
+
+        scaled: contextlib.AbstractContextManager[None] = rescale_adapter_scale(
+            self.student, factor
+        )
+        return scaled
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure and log what is held out; the Trainer calls this when it is due."""

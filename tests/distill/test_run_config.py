@@ -223,6 +223,14 @@ def test_what_is_trained_is_checked_before_anything_is_loaded(settings, message)
     assert str(caught.value).startswith(message)
 
 
+def test_an_adapter_is_extrapolated_where_it_forgets_in_views():
+    assert resolved().lora_extrapolation is None
+    assert resolved(lora_rank=8).lora_extrapolation == 1
+    assert resolved(lora_rank=8, in_views=True, forgets=False).lora_extrapolation == 1
+    assert resolved(lora_rank=8, in_views=True).lora_extrapolation == 1.4
+    assert resolved(lora_rank=8, in_views=True, lora_extrapolation=1).lora_extrapolation == 1
+
+
 def test_lora_has_a_learning_rate_and_a_scale_of_its_own():
     config = resolved(lora_rank=8)
     assert config.learning_rate == pytest.approx(2e-3)

@@ -53,6 +53,7 @@ parameters ( [ nosuchname
 lora-rank 0 -8 1.5 big
 lora-alpha 0 -1 nan
 lora-dropout 1 -0.1 nan
+lora-extrapolation 0 -1 nan
 learning-rate 0 -1 nan inf fast 1e 1,5
 lr-scheduler-type cosin polynomial Linear
 warmup-steps -1 nan some
@@ -196,6 +197,7 @@ _CONTRADICTIONS_OF_RUN = [
         "--loss jsd --temperature 2",
         "--lora-alpha 8",
         "--lora-dropout 0.1",
+        "--lora-extrapolation 2",
         "--lora-target-modules q_proj",
         "--merge",
         "--lora-rank 4 --parameters mlp",

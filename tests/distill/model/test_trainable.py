@@ -175,6 +175,24 @@ def test_an_adapter_is_saved_as_one_and_goes_on_where_it_stopped(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_extrapolation_scales_the_adapter_that_training_made(train, tiny_model):
+    plain, scaled = train("plain", lora_rank=4), train("s", lora_rank=4, lora_extrapolation=1.5)
+    one, other = (tensors_of(r.out, "adapter_model.safetensors") for r in (plain, scaled))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    settings = [json.loads(Path(r.out, "adapter_config.json").read_text()) for r in (plain, scaled)]
+    assert [s.pop("lora_alpha") for s in settings] == [8, 12]
+    assert settings[0] == settings[1]
+    assert "alpha 8, extrapolated by 1.5, as an" in Path(scaled.out, "README.md").read_text()
+    assert "extrapolated" not in Path(plain.out, "README.md").read_text()
+    whole = train("m", lora_rank=4, lora_extrapolation=1.5, merge=True)
+    base, merged = tensors_of(tiny_model), tensors_of(whole.out)
+    name = "model.layers.0.mlp.up_proj.weight"
+    down, up = (
+        next(t for n, t in one.items() if f"layers.0.mlp.up_proj.lora_{part}" in n) for part in "AB"
+    )
+    torch.testing.assert_close(merged[name] - base[name], 1.5 * 2 * up @ down, rtol=0, atol=1e-4)
+
+
 def test_a_merged_adapter_is_a_whole_model_that_answers_alike(train, tiny_model):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -12,6 +12,7 @@ def header_of(folder, *, base: str, licence: str | None, lora_rank: int | None =
         "config": {
             **{"out": "student", "objective": "duet", "lora_rank": lora_rank, "lora_alpha": 4.0},
             **{"merge": False, "noise_alpha": 0.0, "noise_beta": 0.1, "batch_size": 8},
+            "lora_extrapolation": 1.0,
             **{"learning_rate": 1e-3, "seed": 0},
         },
         "base": {"name": base, "weights": "sha256:0", "licence": licence},

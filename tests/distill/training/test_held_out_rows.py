@@ -88,6 +88,14 @@ def test_what_is_measured_is_the_loss_of_plain_forward_passes(watched, caches, l
         assert found["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+def test_an_adapter_is_measured_as_strong_as_it_is_saved(watched, caches, factor):
+    result = watched(lora_rank=4, merge=True, lora_extrapolation=factor, learning_rate=1e-2)
+    plain, _ = directly(result.out, caches["eval_cache"], "kl-tail")
+    kept = next(e for e in result.evaluations if e["step"] == result.kept_step)
+    assert kept["loss"] == pytest.approx(plain, rel=1e-4)
+
+
 def test_the_student_is_the_step_of_the_lowest_loss(watched, caches, tmp_path):
     last = watched("last", checkpoint_selection="last")
     plain = watched("plain", eval_steps=0, eval_cache=None)
