@@ -65,6 +65,9 @@ def resolve_auto(
         epochs = -(-steps // steps_per_epoch)
     elif steps:
         steps = min(steps, int(epochs) * steps_per_epoch)  # steps alone would decide
+    warmup = config.warmup_steps
+    if warmup < 1 and (steps or int(epochs) * steps_per_epoch) == 1:
+        warmup = 0.0  # the Trainer rounds a share up to a step, whose rate is 0
     extrapolation = config.lora_extrapolation
     if lora and extrapolation is None:
         extrapolation = LORA_EXTRAPOLATION_IN_VIEWS if in_views and forgets else 1.0
@@ -74,6 +77,7 @@ def resolve_auto(
         epochs=epochs,
         max_steps=steps,
         batch_size=batch,
+        warmup_steps=warmup,
         lora_alpha=2.0 * rank if lora and config.lora_alpha is None else config.lora_alpha,
         lora_extrapolation=extrapolation,
         dtype=("bfloat16" if halved else "float32") if config.dtype == AUTO else config.dtype,

@@ -290,6 +290,13 @@ def test_the_student_is_stored_as_its_base_or_as_asked(train):
     assert config["dtype"] == "bfloat16"
 
 
+def test_a_run_of_one_step_takes_it(train, tiny_model):
+    result = train(max_steps=1)
+    assert result.steps == 1
+    base, student = (Path(f, "model.safetensors").read_bytes() for f in (tiny_model, result.out))
+    assert base != student
+
+
 def test_a_diverging_run_names_step_and_queries(train, tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         train(learning_rate=1e30, warmup_steps=0)
