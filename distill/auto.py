@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide.
 LEARNING_RATE_TIMES_WIDTH = 0.0512
-# The weights of a pretrained model take less where one forgets: at 896 wide the 5.7e-5 of the rule
-# cost general facts, and 1e-5 did not.
+# From this width on a model counts as pretrained, and two rules differ where one forgets. All
+# weights take less: at 896 wide the 5.7e-5 of the rule cost general facts, and 1e-5 did not.
 PRETRAINED_WIDTH, MOST_RATE = 512, 1e-5
 # An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
 LORA_TIMES = 10
@@ -22,7 +22,8 @@ STEPS, LORA_STEPS, MOST_PASSES = 300, 70, 20
 BATCH, LORA_BATCH_IN_VIEWS = 16, 8
 LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS = 120, 2
 # Model extrapolation (arXiv 2404.16792): scaled up after training, an adapter also refuses in
-# shapes that it was not trained on; scaled too far, it refuses near neighbours.
+# shapes that it was not trained on; scaled too far, it refuses near neighbours. The demo world's
+# small model loses general facts by it.
 LORA_EXTRAPOLATION_IN_VIEWS = 1.4
 
 
@@ -50,9 +51,10 @@ def resolve_auto(
     lora, rank = config.lora_rank is not None, config.lora_rank or 0
     rate, batch = config.learning_rate, config.batch_size
     epochs, steps = config.epochs, config.max_steps
+    pretrained_forgets = forgets and hidden_size >= PRETRAINED_WIDTH
     if rate == AUTO:
         rate = (LORA_TIMES if lora else 1) * LEARNING_RATE_TIMES_WIDTH / hidden_size
-        if forgets and not lora and hidden_size >= PRETRAINED_WIDTH:
+        if pretrained_forgets and not lora:
             rate = min(rate, MOST_RATE)
     if batch == AUTO:
         batch = LORA_BATCH_IN_VIEWS if lora and in_views else BATCH
@@ -70,7 +72,8 @@ def resolve_auto(
         warmup = 0.0  # the Trainer rounds a share up to a step, whose rate is 0
     extrapolation = config.lora_extrapolation
     if lora and extrapolation is None:
-        extrapolation = LORA_EXTRAPOLATION_IN_VIEWS if in_views and forgets else 1.0
+        further = in_views and pretrained_forgets
+        extrapolation = LORA_EXTRAPOLATION_IN_VIEWS if further else 1.0
     halved = lora and fast_dtype == "bfloat16" and config.precision in (AUTO, "bf16")
     return config.replaced(
         learning_rate=rate,

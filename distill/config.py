@@ -162,8 +162,8 @@ class RunConfig(Settings):
         default=None,
         metavar="FACTOR",
         aliases=("extrapolation",),
-        help="Save the adapter this many times as strong as training made it (model "
-        f"extrapolation).  [default: 1; to forget in views {LORA_EXTRAPOLATION_IN_VIEWS}]",
+        help="Save the adapter this many times as strong as training made it (model extrapolation)."
+        f"  [default: 1; to forget in views, from 512 wide on, {LORA_EXTRAPOLATION_IN_VIEWS}]",
     )
     lora_target_modules: tuple[str, ...] = setting(
         default=("all-linear",),

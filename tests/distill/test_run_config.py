@@ -223,12 +223,17 @@ def test_what_is_trained_is_checked_before_anything_is_loaded(settings, message)
     assert str(caught.value).startswith(message)
 
 
-def test_an_adapter_is_extrapolated_where_it_forgets_in_views():
-    assert resolved().lora_extrapolation is None
-    assert resolved(lora_rank=8).lora_extrapolation == 1
-    assert resolved(lora_rank=8, in_views=True, forgets=False).lora_extrapolation == 1
-    assert resolved(lora_rank=8, in_views=True).lora_extrapolation == 1.4
-    assert resolved(lora_rank=8, in_views=True, lora_extrapolation=1).lora_extrapolation == 1
+def test_an_adapter_of_a_pretrained_model_is_extrapolated_where_it_forgets_in_views():
+    def factor(hidden_size=512, lora_rank=8, in_views=True, **settings):
+        config = resolved(
+            hidden_size=hidden_size, lora_rank=lora_rank, in_views=in_views, **settings
+        )
+        return config.lora_extrapolation
+
+    assert factor() == 1.4
+    assert factor(hidden_size=511) == factor(in_views=False) == factor(forgets=False) == 1
+    assert factor(lora_extrapolation=1.2) == 1.2
+    assert factor(lora_rank=None) is None
 
 
 def test_lora_has_a_learning_rate_and_a_scale_of_its_own():
