@@ -22,9 +22,9 @@ STEPS, LORA_STEPS, MOST_PASSES = 300, 70, 20
 BATCH, LORA_BATCH_IN_VIEWS = 16, 8
 LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS = 120, 2
 # Model extrapolation (arXiv 2404.16792): scaled up after training, an adapter also refuses in
-# shapes that it was not trained on; scaled too far, it refuses near neighbours. The demo world's
-# small model loses general facts by it.
-LORA_EXTRAPOLATION_IN_VIEWS = 1.4
+# shapes that it was not trained on; scaled too far, it refuses near neighbours. Measured at 896 and
+# 1,536 wide with ten views; at 256 wide with one it cost general facts, so there it is 1.
+LORA_EXTRAPOLATION = 1.4
 
 
 def resolve_auto(
@@ -34,7 +34,7 @@ def resolve_auto(
     stored_dtype: str,
     fast_dtype: str,
     rows: int,
-    in_views: bool,
+    views: int,
     forgets: bool,
 ) -> "RunConfig":
     """Return a run's settings with every `auto` replaced but that of `precision`.
@@ -45,7 +45,7 @@ def resolve_auto(
         stored_dtype: Of the student's weights.
         fast_dtype: The dtype in which this machine computes it fastest.
         rows: Queries of an epoch.
-        in_views: Whether each query is also trained in a view.
+        views: In how many views queries are also trained.
         forgets: Whether there are queries to forget.
     """
     lora, rank = config.lora_rank is not None, config.lora_rank or 0
@@ -57,30 +57,25 @@ def resolve_auto(
         if pretrained_forgets and not lora:
             rate = min(rate, MOST_RATE)
     if batch == AUTO:
-        batch = LORA_BATCH_IN_VIEWS if lora and in_views else BATCH
+        batch = LORA_BATCH_IN_VIEWS if lora and views else BATCH
     steps_per_epoch = -(-rows // int(batch))
     if epochs == AUTO:
         wanted = LORA_STEPS if lora else STEPS
-        if lora and in_views:
+        if lora and views:
             wanted = max(LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS * steps_per_epoch)
         steps = steps or min(max(wanted, steps_per_epoch), MOST_PASSES * steps_per_epoch)
         epochs = -(-steps // steps_per_epoch)
     elif steps:
         steps = min(steps, int(epochs) * steps_per_epoch)  # steps alone would decide
-    warmup = config.warmup_steps
-    if warmup < 1 and (steps or int(epochs) * steps_per_epoch) == 1:
-        warmup = 0.0  # the Trainer rounds a share up to a step, whose rate is 0
     extrapolation = config.lora_extrapolation
-    if lora and extrapolation is None:
-        further = in_views and pretrained_forgets
-        extrapolation = LORA_EXTRAPOLATION_IN_VIEWS if further else 1.0
+    if lora and extrapolation == AUTO:
+        extrapolation = LORA_EXTRAPOLATION if pretrained_forgets and views > 1 else 1.0
     halved = lora and fast_dtype == "bfloat16" and config.precision in (AUTO, "bf16")
     return config.replaced(
         learning_rate=rate,
         epochs=epochs,
         max_steps=steps,
         batch_size=batch,
-        warmup_steps=warmup,
         lora_alpha=2.0 * rank if lora and config.lora_alpha is None else config.lora_alpha,
         lora_extrapolation=extrapolation,
         dtype=("bfloat16" if halved else "float32") if config.dtype == AUTO else config.dtype,

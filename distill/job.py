@@ -95,7 +95,7 @@ def resolve_config(config: RunConfig, student: Student, objective: Objective) ->
         stored_dtype=student.stored_dtype,
         fast_dtype=fastest_dtype(student.folder),
         rows=sum(objective.order.counts.values()),
-        in_views=bool(objective.order.num_views),
+        views=objective.order.num_views,
         forgets=bool(objective.order.counts.get("forget")),
     )
 

@@ -105,6 +105,8 @@ def _train_from(job: Job, args: "TrainingArguments", checkpoint: Path | None) ->
     if checkpoint is None and config.noise_alpha:
         perturb(trainer.student, alpha=config.noise_alpha, beta=config.noise_beta, seed=config.seed)
     logger.info("learning rate %.3g, %s epochs", config.learning_rate, config.epochs)
+    if config.lora_rank is not None and config.lora_extrapolation != 1:
+        logger.info("the adapter will be saved %g times as strong", config.lora_extrapolation)
     started = time.perf_counter()
     with stop.handling(), no_bars():
         _run_trainer(trainer, checkpoint, config)

@@ -39,6 +39,7 @@ TRAINED: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
     ("everything", {}, (1, 3)),
     ("LoRA, rank 4", {"lora_rank": 4}, (3, 10, 30)),
     ("LoRA, rank 16", {"lora_rank": 16}, (1, 3, 10, 30)),
+    ("LoRA, rank 16, times 1.4", {"lora_rank": 16, "lora_extrapolation": 1.4}, (1, 10)),
     ("layers 0-1 of 4", {"layers": "0-1"}, (1, 3)),
     ("layers 2-3 of 4", {"layers": "2-3"}, (1,)),
 )

@@ -37,6 +37,9 @@ class HeldOut:
         DataError: A query file is missing or malformed, or a query has no answer.
     """
 
+    as_saved = True
+    """Whether an adapter is measured as strong as it will be saved, not as it is trained."""
+
     def __init__(self, config: RunConfig) -> None:
         self._config = EvalConfig(
             models=(ModelSpec(label=_LABEL, model=config.student),),

@@ -35,6 +35,8 @@ class HeldOutRows:
         ConfigurationError: It holds other than what the loss compares.
     """
 
+    as_saved = False  # the loss is that which training lowers
+
     def __init__(self, config: RunConfig, objective: "Duet") -> None:
         self._reader = reader = CacheReader.open(str(config.eval_cache))
         recipe = reader.manifest.recipe

@@ -104,6 +104,12 @@ class DuetTrainer(Trainer):
         )
         return StepLoader(self._objective, sampler)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule; a single step has no warm-up, whose first rate is 0."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -178,7 +184,8 @@ class DuetTrainer(Trainer):
             raise RuntimeError("no held-out queries")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         model: Any = self.model
-        with accelerator.autocast(), self._extrapolated():
+        as_saved = self._extrapolated() if held_out.as_saved else contextlib.nullcontext()
+        with accelerator.autocast(), as_saved:
             return held_out.measure(
                 model if sharded else accelerator.unwrap_model(model),
                 self.state.global_step,
@@ -188,14 +195,14 @@ class DuetTrainer(Trainer):
             )
 
     def _extrapolated(self) -> contextlib.AbstractContextManager[None]:
-        """Have the student answer as it is going to be saved."""
+        """Make the adapter as strong as it is going to be saved."""
         factor = self._config.lora_extrapolation
-        if factor is None or factor == 1:
+        if self._config.lora_rank is None or factor == 1:
             return contextlib.nullcontext()
         from peft.helpers import rescale_adapter_scale
 
         scaled: contextlib.AbstractContextManager[None] = rescale_adapter_scale(
-            self.student, factor
+            self.student, float(factor)
         )
         return scaled
 

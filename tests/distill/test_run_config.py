@@ -68,13 +68,13 @@ def resolved(
     stored_dtype="float32",
     fast_dtype=None,
     rows=236,
-    in_views=False,
+    views=0,
     forgets=True,
     **settings,
 ) -> RunConfig:
     return resolve_auto(
         config_of(**settings),
-        in_views=in_views,
+        views=views,
         forgets=forgets,
         hidden_size=hidden_size,
         stored_dtype=stored_dtype,
@@ -101,9 +101,9 @@ def test_the_automatic_learning_rate_falls_with_the_width():
         (10**6, {}, 1, 62_500),
         (368, {"lora_rank": 16}, 4, 70),  # 23 steps an epoch
         (236, {"lora_rank": 16}, 5, 70),
-        (405, {"lora_rank": 16, "in_views": True}, 3, 120),  # 51 steps of 8
-        (644, {"lora_rank": 16, "in_views": True}, 2, 162),  # two passes of 81
-        (236, {"in_views": True}, 20, 300),
+        (405, {"lora_rank": 16, "views": 1}, 3, 120),  # 51 steps of 8
+        (644, {"lora_rank": 16, "views": 1}, 2, 162),  # two passes of 81
+        (236, {"views": 1}, 20, 300),
         (10**6, {"epochs": 7}, 7, None),
         (236, {"max_steps": 500}, 34, 500),
         (236, {"epochs": 2, "max_steps": 500}, 2, 30),
@@ -223,17 +223,15 @@ def test_what_is_trained_is_checked_before_anything_is_loaded(settings, message)
     assert str(caught.value).startswith(message)
 
 
-def test_an_adapter_of_a_pretrained_model_is_extrapolated_where_it_forgets_in_views():
-    def factor(hidden_size=512, lora_rank=8, in_views=True, **settings):
-        config = resolved(
-            hidden_size=hidden_size, lora_rank=lora_rank, in_views=in_views, **settings
-        )
+def test_an_adapter_of_a_pretrained_model_is_extrapolated_where_it_forgets_in_several_views():
+    def factor(hidden_size=512, lora_rank=8, views=2, **settings):
+        config = resolved(hidden_size=hidden_size, lora_rank=lora_rank, views=views, **settings)
         return config.lora_extrapolation
 
     assert factor() == 1.4
-    assert factor(hidden_size=511) == factor(in_views=False) == factor(forgets=False) == 1
+    assert factor(hidden_size=511) == factor(views=1) == factor(forgets=False) == 1
     assert factor(lora_extrapolation=1.2) == 1.2
-    assert factor(lora_rank=None) is None
+    assert factor(lora_rank=None) == "auto"
 
 
 def test_lora_has_a_learning_rate_and_a_scale_of_its_own():

@@ -136,8 +136,11 @@ def test_the_student_is_the_best_step_and_says_so(train, watched, stop_at_pass, 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("best")] == ["best"]
 
 
-def test_what_is_measured_is_what_eval_measures(watched, queries, tmp_path):
-    result = watched(eval_attacks=("@role-play",), checkpoint_selection="last")
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_rank": 4, "lora_extrapolation": 3, "learning_rate": 3e-4}]
+)
+def test_what_is_measured_is_what_eval_measures(watched, queries, settings):
+    result = watched(eval_attacks=("@role-play",), checkpoint_selection="last", **settings)
     report = evaluate(
         EvalConfig(
             models=(ModelSpec(label="student", model=result.out),),

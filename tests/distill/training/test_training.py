@@ -290,8 +290,9 @@ def test_the_student_is_stored_as_its_base_or_as_asked(train):
     assert config["dtype"] == "bfloat16"
 
 
-def test_a_run_of_one_step_takes_it(train, tiny_model):
-    result = train(max_steps=1)
+@pytest.mark.parametrize("warmup", [0.1, 1])
+def test_a_run_of_one_step_takes_it(train, tiny_model, warmup):
+    result = train(max_steps=1, warmup_steps=warmup)
     assert result.steps == 1
     base, student = (Path(f, "model.safetensors").read_bytes() for f in (tiny_model, result.out))
     assert base != student
