@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 _SHOWN = 8
 _LORA_SETTINGS = (
-    *("lora_alpha", "lora_dropout", "lora_extrapolation", "lora_target_modules", "merge"),
+    "lora_alpha",
+    "lora_dropout",
+    "lora_extrapolation",
+    "lora_target_modules",
+    "merge",
 )
 _LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 

@@ -184,8 +184,8 @@ class DuetTrainer(Trainer):
             raise RuntimeError("no held-out queries")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         model: Any = self.model
-        as_saved = self._extrapolated() if held_out.as_saved else contextlib.nullcontext()
-        with accelerator.autocast(), as_saved:
+        strength = self._extrapolated() if held_out.as_saved else contextlib.nullcontext()
+        with accelerator.autocast(), strength:
             return held_out.measure(
                 model if sharded else accelerator.unwrap_model(model),
                 self.state.global_step,
@@ -196,15 +196,12 @@ class DuetTrainer(Trainer):
 
     def _extrapolated(self) -> contextlib.AbstractContextManager[None]:
         """Make the adapter as strong as it is going to be saved."""
-        factor = self._config.lora_extrapolation
-        if self._config.lora_rank is None or factor == 1:
+        if self._config.lora_rank is None:
             return contextlib.nullcontext()
         from peft.helpers import rescale_adapter_scale
 
-        scaled: contextlib.AbstractContextManager[None] = rescale_adapter_scale(
-            self.student, float(factor)
-        )
-        return scaled
+        factor = float(self._config.lora_extrapolation)
+        return rescale_adapter_scale(self.student, factor)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure and log what is held out; the Trainer calls this when it is due."""
