@@ -11,6 +11,7 @@ from typing import IO, Any, NoReturn
 
 import click
 
+from duet_unlearn.data.models.loading import hush_libraries
 from duet_unlearn.errors import DuetError, StoppedError
 from duet_unlearn.urls import redact_url, visible
 
@@ -106,7 +107,4 @@ def configure_logging(*, verbose: bool) -> None:
     spoken = logging.DEBUG if verbose else logging.INFO
     logger.setLevel(spoken if first else logging.ERROR)
     logger.propagate = False
-    # transformers imports torchao where it is installed, which tells of every kernel that this
-    # machine cannot load.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush_libraries()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_unlearn.data.models.folder import resolve_model_folder, weight_files
+from duet_unlearn.data.models.loading import hush_libraries
 from duet_unlearn.distill.batches.sampler import PLAIN, StepSampler, sampler_of
 from duet_unlearn.distill.config import RunConfig
 from duet_unlearn.distill.job import peak_memory, resolve_config
@@ -312,7 +313,8 @@ def _measure(config: PlanConfig, student: Student, steps: int, notes: list[str])
         )
         started = time.perf_counter()
         try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, spawn, initializer=hush_libraries) as pool:
                 result = pool.submit(run, short).result()
         except BrokenProcessPool as error:
             raise ConfigurationError(

@@ -112,7 +112,7 @@ def _read_prefix(
 
 
 def _print_build(config: BuildConfig, result: "BuildResult", *, as_json: bool) -> None:
-    done = f"{result.computed_rows} queries computed"
+    done = f"{result.computed_rows} rows computed"
     if result.kept_rows:
         done += f", {result.kept_rows} kept from before"
     if result.reused_rows:

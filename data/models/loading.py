@@ -1,6 +1,7 @@
 """One way to load a causal language model: to answer with it, or to train it."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,6 +124,15 @@ def _cpu_has_bfloat16() -> bool:
     # PyTorch's own names for these are private, and older versions lack some.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in probes)
+
+
+def hush_libraries() -> None:
+    """Keep torchao from telling of every kernel that this machine cannot load.
+
+    transformers imports it where it is installed.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

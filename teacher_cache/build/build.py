@@ -224,7 +224,7 @@ class _Build:
         """Feed every prompt to the teacher and write each shard as its last signal arrives."""
         top_p = self.recipe.top_p
         total = sum(len(shard.prompts) for shard in prompts.teacher)
-        with Progress("teacher", total, "queries") as progress:
+        with Progress("teacher", total, "prompts") as progress:
             for answer in teacher.answer(prompts.teacher, progress.update):
                 queries, student = self.shards[answer.index], prompts.student[answer.index]
                 rows = {

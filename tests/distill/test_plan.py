@@ -189,6 +189,11 @@ def test_measured_steps_leave_nothing_behind(planned, tmp_path, monkeypatch):
     assert list(scratch.iterdir()) == []
 
 
+def test_the_measuring_process_keeps_libraries_quiet(planned, capfd):
+    assert planned(measure=1, max_steps=4, lora_rank=2).measured.steps == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_settings_of_evaluations_are_none_of_the_measured_run(planned, write_queries):
     measured = planned(
         measure=1,

@@ -108,7 +108,7 @@ def test_a_piped_build_says_how_far_it_is_query_by_query(
     said = [line for line in caplog.messages if line.startswith("teacher: ")]
     # A line a query here, not a shard: with rate and time left.
     assert len(said) == 30
-    assert re.fullmatch(r"teacher: 10 of 30 queries, [\d.e+]+/s, \d+:\d\d left", said[9])
+    assert re.fullmatch(r"teacher: 10 of 30 prompts, [\d.e+]+/s, \d+:\d\d left", said[9])
 
 
 def test_a_build_writes_every_query_once_and_verifies(config: BuildConfig) -> None:
