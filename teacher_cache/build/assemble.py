@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from duet_unlearn.data.messages import split_view
-from duet_unlearn.errors import MismatchError, StoppedError
+from duet_unlearn.errors import CorruptCacheError, MismatchError, StoppedError
 from duet_unlearn.files import release_claim, remove_temporary_files
 from duet_unlearn.teacher_cache.build.plan import PlannedRow
 from duet_unlearn.teacher_cache.build.row_source import what_differs
 from duet_unlearn.teacher_cache.format.card import write_card
-from duet_unlearn.teacher_cache.format.manifest import Manifest, PartOf, ShardEntry, check_shards
+from duet_unlearn.teacher_cache.format.manifest import (
+    Manifest,
+    PartOf,
+    ShardEntry,
+    check_shards,
+    read_manifest,
+)
 from duet_unlearn.teacher_cache.format.quarantine import find_problems, remember
 from duet_unlearn.teacher_cache.format.recipe import Recipe
 from duet_unlearn.teacher_cache.format.schema import MANIFEST_NAME, SHARD_FOLDER, CacheRow
@@ -60,7 +66,7 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
     """
     if not (plan.folder / MANIFEST_NAME).exists():
         return None
-    manifest = CacheReader.open(plan.folder).manifest
+    manifest = read_manifest(plan.folder)
     differences = manifest.recipe.differences(plan.recipe)
     reuse = "" if what_differs(manifest, plan.recipe) else _HINT
     if manifest.queries != plan.queries:
@@ -73,6 +79,13 @@ def find_finished(plan: PlannedCache) -> Manifest | None:
         differences.append(f"queries: {found} / {wanted}, not the same set")
     if differences:
         raise _mismatch(plan, differences, reuse)
+    try:
+        CacheReader.open(plan.folder)
+    except CorruptCacheError as error:
+        raise CorruptCacheError(
+            f"{error}, or remove {plan.folder / MANIFEST_NAME} and run the same command again: it "
+            "keeps the sound shards"
+        ) from error
     return manifest
 
 

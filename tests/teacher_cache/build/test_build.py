@@ -26,6 +26,7 @@ from duet_unlearn.data.queries import Query, load_queries
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
+    CorruptCacheError,
     DataError,
     MismatchError,
     OutputError,
@@ -268,6 +269,27 @@ def test_a_damaged_shard_of_a_stopped_build_is_computed_again(config: BuildConfi
     CountingEngine.prompts = 0
     result = run(config)
     assert (result.kept_rows, result.computed_rows, CountingEngine.prompts) == (24, 6, 6)
+    assert rows_of(config.out) == expected
+
+
+@pytest.mark.parametrize("keep", [None, 100])
+def test_a_finished_cache_with_a_lost_shard_says_how_to_rebuild_it(
+    config: BuildConfig, keep: int | None
+) -> None:
+    run(config)
+    expected, lost = rows_of(config.out), config.out / "shards" / "00002-of-00005.parquet"
+    if keep is None:
+        lost.unlink()
+    else:
+        lost.write_bytes(lost.read_bytes()[:keep])
+    manifest = config.out / "manifest.json"
+    with pytest.raises(CorruptCacheError, match=re.escape(f"or remove {manifest} and run")):
+        run(config)
+    with pytest.raises(MismatchError, match="top_k: 8 / 9"):
+        run(config, top_k=9)
+    manifest.unlink()
+    result = run(config)
+    assert (result.kept_rows, result.computed_rows) == (24, 6)
     assert rows_of(config.out) == expected
 
 
