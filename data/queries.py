@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("forget", "retain", "general", "train")
 WORD_JOINER = "\u2060"
+VIEW_MARK = "@"
+"""Between a query's id and the name of the view that it is in."""
 QUERY_COLUMNS = ("query", "question", "messages")
 RESPONSE_COLUMNS = ("response", "answer")
 
@@ -95,7 +97,7 @@ class Query:
 
     def in_view(self, view: Shape) -> "Query":
         """Return the same query in a shape, under an id of its own."""
-        return replace(self, query_id=f"{self.query_id}@{view.name}", view=view)
+        return replace(self, query_id=f"{self.query_id}{VIEW_MARK}{view.name}", view=view)
 
     def as_sample(self, number: int) -> "Query":
         """Return the query for one of its sampled answers, from the second on under its own id."""

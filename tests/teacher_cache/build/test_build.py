@@ -23,6 +23,7 @@ from duet_unlearn.data.messages import split_view
 from duet_unlearn.data.models import loading
 from duet_unlearn.data.prompts import PromptRenderer, load_tokenizer
 from duet_unlearn.data.queries import Query, load_queries
+from duet_unlearn.data.shapes import load_shapes
 from duet_unlearn.errors import (
     CacheError,
     ConfigurationError,
@@ -475,7 +476,24 @@ def test_an_order_keeps_splits_in_proportion() -> None:
     assert "".join(query.split[0] for query in order_queries(queries)) == "rrrfrrrfrrrf"
     for split in ("forget", "retain"):
         alone = [query for query in queries if query.split == split]
-        assert order_queries(alone[::-1]) == alone
+        assert order_queries(alone[::-1]) == [q for q in order_queries(queries) if q in alone]
+
+
+def test_an_order_mixes_topics_and_keeps_the_views_of_a_query_together() -> None:
+    shapes = load_shapes("@begun-plainly") + load_shapes("@few-shot-turns")
+    queries = [
+        query
+        for topic in ("animals", "books", "cities")
+        for number in range(20)
+        for plain in [Query.from_text(topic, split="retain", query_id=f"{topic}/{number:02}")]
+        for query in (plain, *map(plain.in_view, shapes))
+    ]
+    ordered = [query.query_id for query in order_queries(queries[::-1])]
+    stretches = [set(ordered[start : start + 30]) for start in range(0, 180, 30)]
+    assert all(len({i.partition("/")[0] for i in stretch}) == 3 for stretch in stretches)
+    for start in range(0, 180, 3):
+        plain, *in_views = ordered[start : start + 3]
+        assert all(found.startswith(f"{plain}@") for found in in_views)
 
 
 def test_special_tokens_that_the_template_prints_are_in_the_recipe(
