@@ -23,7 +23,7 @@ BATCH, LORA_BATCH_IN_VIEWS = 16, 8
 LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS = 120, 2
 # Model extrapolation (arXiv 2404.16792): scaled up after training, an adapter also refuses in
 # shapes that it was not trained on; scaled too far, it refuses near neighbours. Measured at 896 and
-# 1,536 wide with ten views; at 256 wide with one it cost general facts, so there it is 1.
+# 1,536 wide with ten views; at 192 wide with one it cost general facts, so there it is 1.
 LORA_EXTRAPOLATION = 1.4
 
 

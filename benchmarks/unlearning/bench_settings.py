@@ -14,6 +14,7 @@ of which a cell is one of these texts.
 - strength: how far cached forget rows are moved away from the base, without views and with one.
 - trained: everything, LoRA or some layers, over learning rates as multiples of the one that `auto`
   takes where everything is trained.
+- tokens: K, without views and with one.
 - views: no view, each built-in wrapper alone, all of them.
 """
 
@@ -97,6 +98,13 @@ def trained() -> Iterator[Row]:
             yield Row(label=f"{name} | {times:g}", student=settings)
 
 
+def tokens() -> Iterator[Row]:
+    """Each K by views."""
+    for top_k, views in itertools.product((1, 2, 5, 20, 100, 500), WITHOUT_AND_WITH):
+        settings = {"top_k": top_k, "views": views}
+        yield Row(label=f"{top_k} | {_named(views)}", student=settings, cache={"top_k": 500})
+
+
 def views() -> Iterator[Row]:
     """Each view alone."""
     for name in ("none", *(f"@{name}" for name in VIEWS), "@views"):
@@ -109,6 +117,7 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Row]]]] = {
     "retain": ("queries", retain),
     "strength": ("strength | view", strength),
     "trained": ("trained | rate", trained),
+    "tokens": ("K | views", tokens),
     "views": ("view", views),
 }
 
