@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 # Adam's step does not shrink with the width of a matrix, so the rate has to: 2e-4 at 256 wide.
 LEARNING_RATE_TIMES_WIDTH = 0.0512
-# From this width on a model counts as pretrained, and two rules differ where one forgets. All
-# weights take less: at 896 wide the 5.7e-5 of the rule cost general facts, and 1e-5 did not.
+# To forget, all weights of a pretrained model, which is one from this width on, take less: at 896
+# wide the 5.7e-5 of the rule cost general facts, and 1e-5 did not.
 PRETRAINED_WIDTH, MOST_RATE = 512, 1e-5
 # An adapter starts from zero and is small: it takes, and needs, larger steps than the weights.
 LORA_TIMES = 10
@@ -21,10 +21,6 @@ STEPS, LORA_STEPS, MOST_PASSES = 300, 70, 20
 # With views a query is two sequences, and every pass draws another view of it.
 BATCH, LORA_BATCH_IN_VIEWS = 16, 8
 LORA_STEPS_IN_VIEWS, LORA_PASSES_IN_VIEWS = 120, 2
-# Model extrapolation (arXiv 2404.16792): scaled up after training, an adapter also refuses in
-# shapes that it was not trained on; scaled too far, it refuses near neighbours. Measured at 896 and
-# 1,536 wide with ten views; at 192 wide with one it cost general facts, so there it is 1.
-LORA_EXTRAPOLATION = 1.4
 
 
 def resolve_auto(
@@ -51,10 +47,9 @@ def resolve_auto(
     lora, rank = config.lora_rank is not None, config.lora_rank or 0
     rate, batch = config.learning_rate, config.batch_size
     epochs, steps = config.epochs, config.max_steps
-    pretrained_forgets = forgets and hidden_size >= PRETRAINED_WIDTH
     if rate == AUTO:
         rate = (LORA_TIMES if lora else 1) * LEARNING_RATE_TIMES_WIDTH / hidden_size
-        if pretrained_forgets and not lora:
+        if forgets and hidden_size >= PRETRAINED_WIDTH and not lora:
             rate = min(rate, MOST_RATE)
     if batch == AUTO:
         batch = LORA_BATCH_IN_VIEWS if lora and views else BATCH
@@ -67,9 +62,6 @@ def resolve_auto(
         epochs = -(-steps // steps_per_epoch)
     elif steps:
         steps = min(steps, int(epochs) * steps_per_epoch)  # steps alone would decide
-    extrapolation = config.lora_extrapolation
-    if lora and extrapolation == AUTO:
-        extrapolation = LORA_EXTRAPOLATION if pretrained_forgets and views > 1 else 1.0
     halved = lora and fast_dtype == "bfloat16" and config.precision in (AUTO, "bf16")
     return config.replaced(
         learning_rate=rate,
@@ -77,7 +69,6 @@ def resolve_auto(
         max_steps=steps,
         batch_size=batch,
         lora_alpha=2.0 * rank if lora and config.lora_alpha is None else config.lora_alpha,
-        lora_extrapolation=extrapolation,
         dtype=("bfloat16" if halved else "float32") if config.dtype == AUTO else config.dtype,
         save_dtype=stored_dtype if config.save_dtype == AUTO else config.save_dtype,
     )

@@ -9,7 +9,6 @@ from duet_unlearn.distill.auto import (
     AUTO,
     BATCH,
     LORA_BATCH_IN_VIEWS,
-    LORA_EXTRAPOLATION,
     LORA_PASSES_IN_VIEWS,
     LORA_STEPS,
     LORA_STEPS_IN_VIEWS,
@@ -158,13 +157,12 @@ class RunConfig(Settings):
     lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = setting(
         default=0.0, help="Dropout on the adapter's inputs."
     )
-    lora_extrapolation: Positive | Auto = setting(
-        default=AUTO,
+    lora_extrapolation: Positive = setting(
+        default=1.0,
         metavar="FACTOR",
         aliases=("extrapolation",),
         help="Save the adapter this many times as strong as training made it (model "
-        f"extrapolation); auto is {LORA_EXTRAPOLATION} to forget with several views from 512 wide "
-        "on, else 1.",
+        "extrapolation).",
     )
     lora_target_modules: tuple[str, ...] = setting(
         default=("all-linear",),

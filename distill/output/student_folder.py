@@ -195,7 +195,7 @@ def _stored(state: "dict[str, Tensor]", dtype: "torch.dtype") -> "dict[str, Tens
 def _write_adapter(job: "Job", model: Any, folder: Path, state: "dict[str, Tensor] | None") -> None:
     settings = model.peft_config["default"]
     kept = settings.base_model_name_or_path, settings.lora_alpha
-    settings.lora_alpha *= float(job.config.lora_extrapolation)
+    settings.lora_alpha *= job.config.lora_extrapolation
     settings.base_model_name_or_path = job.student.name  # and not where it lies on this machine
     try:
         # The embeddings are the base's; to decide that by itself, peft would ask the hub.

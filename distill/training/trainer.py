@@ -200,8 +200,7 @@ class DuetTrainer(Trainer):
             return contextlib.nullcontext()
         from peft.helpers import rescale_adapter_scale
 
-        factor = float(self._config.lora_extrapolation)
-        return rescale_adapter_scale(self.student, factor)
+        return rescale_adapter_scale(self.student, self._config.lora_extrapolation)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure and log what is held out; the Trainer calls this when it is due."""

@@ -223,17 +223,6 @@ def test_what_is_trained_is_checked_before_anything_is_loaded(settings, message)
     assert str(caught.value).startswith(message)
 
 
-def test_an_adapter_of_a_pretrained_model_is_extrapolated_where_it_forgets_in_several_views():
-    def factor(hidden_size=512, lora_rank=8, views=2, **settings):
-        config = resolved(hidden_size=hidden_size, lora_rank=lora_rank, views=views, **settings)
-        return config.lora_extrapolation
-
-    assert factor() == 1.4
-    assert factor(hidden_size=511) == factor(views=1) == factor(forgets=False) == 1
-    assert factor(lora_extrapolation=1.2) == 1.2
-    assert factor(lora_rank=None) == "auto"
-
-
 def test_lora_has_a_learning_rate_and_a_scale_of_its_own():
     config = resolved(lora_rank=8)
     assert config.learning_rate == pytest.approx(2e-3)
