@@ -235,5 +235,5 @@ def find_reusable(
             if not wanted:
                 break
         found, total = sum(map(len, places.values())), sum(len(shards[index]) for index in missing)
-        logger.info("%d of %d queries are taken from other caches", found, total)
+        logger.info("%d of %d rows are taken from other caches", found, total)
     return PlannedRows(source, places, recipe)
